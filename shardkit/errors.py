@@ -1,0 +1,236 @@
+"""Every error that shardkit raises on purpose.
+
+Each says what happened, where, and, in ``hint``, what to do about it. No message holds a password: endpoints print
+without credentials (`shardkit.topology.Endpoint`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy import exc as sa_exc
+
+
+class ShardkitError(Exception):
+    """The root of the tree.
+
+    :param message: what happened, and to what.
+    :param hint: the fix, as one sentence that can be acted on; shown by the command line under the message.
+    """
+
+    #: What the command line exits with (docs/reference/cli.md): 1 failed, 3 differences, 4 precondition, 5 partly applied.
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+# --- shard map ---------------------------------------------------------------------------------------------------
+
+
+class ShardMapError(ShardkitError):
+    """Something is wrong with a shard map, or with where it is kept."""
+
+    exit_code = 4
+
+
+class InvalidShardMap(ShardMapError):
+    """A shard map was refused. ``problems`` lists every fault found, each with its line and its fix."""
+
+    def __init__(self, problems: Sequence[str], *, source: str | None = None) -> None:
+        self.problems = tuple(problems)
+        self.source = source
+        where = f"{source}: " if source else ""
+        count = len(self.problems)
+        head = f"{where}the shard map has {count} {'fault' if count == 1 else 'faults'}"
+        super().__init__("\n  ".join([head + ":", *self.problems]))
+
+
+class UnknownTable(ShardMapError, sa_exc.InvalidRequestError):
+    """A table, keyspace, shard or bucket that the shard map does not name."""
+
+
+class MapConflict(ShardMapError):
+    """The map was changed by somebody else between reading and publishing it; nothing was written."""
+
+
+class MapStoreUnavailable(ShardMapError):
+    """The place that holds the shard map could not be reached, and no map has been loaded yet."""
+
+
+# --- routing -----------------------------------------------------------------------------------------------------
+
+
+class RoutingError(ShardkitError, sa_exc.InvalidRequestError):
+    """A statement that shardkit will not run as asked. Nothing was sent to any database.
+
+    :param table: the table that could not be routed, where there is one.
+    :param key: its key columns.
+    :param shards: how many shards the statement would have touched.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        table: str | None = None,
+        key: Sequence[str] = (),
+        shards: int | None = None,
+    ) -> None:
+        ShardkitError.__init__(self, message, hint=hint)
+        self.table = table
+        self.key = tuple(key)
+        self.shards = shards
+
+
+class MissingKey(RoutingError):
+    """A row to be inserted has no value, or none that can be trusted, for its key column."""
+
+
+class KeyChange(RoutingError):
+    """A key column would change: the row would have to move to another shard."""
+
+
+class ScatterRefused(RoutingError):
+    """A statement without a key would touch several shards where that is not allowed."""
+
+
+class CrossShardJoin(RoutingError):
+    """Two tables are put together whose rows live on different shards."""
+
+
+# --- running statements and transactions -------------------------------------------------------------------------
+
+
+class ShardError(ShardkitError):
+    """A shard failed to answer. ``shard`` names it."""
+
+    def __init__(self, message: str, *, shard: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.shard = shard
+
+
+class DeadlineExceeded(ShardError):
+    """A statement ran past its deadline; it was killed on the server and its connection discarded."""
+
+
+class NoFreshReplica(ShardError):
+    """Every replica is too far behind and the master may take no more reads."""
+
+
+class StaleShardMap(ShardkitError):
+    """The statement's bucket has moved, or is moving. Retryable: the map has been refreshed.
+
+    ``moved_to`` names the new shard when the database said so.
+    """
+
+    def __init__(self, message: str, *, moved_to: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.moved_to = moved_to
+
+
+class TransactionError(ShardkitError):
+    """A transaction over shards did not end as asked."""
+
+
+class SecondShardWritten(TransactionError, sa_exc.InvalidRequestError):
+    """With ``transactions="single"`` a transaction wrote to a second shard. Nothing was committed."""
+
+
+class PartialCommit(TransactionError):
+    """With ``transactions="best_effort"`` some shards committed and others did not.
+
+    :param committed: shards whose part is durable.
+    :param failed: shard -> the error of its commit.
+    """
+
+    exit_code = 5
+
+    def __init__(self, committed: Sequence[str], failed: Mapping[str, BaseException]) -> None:
+        self.committed = tuple(committed)
+        self.failed = dict(failed)
+        done = ", ".join(self.committed) or "none"
+        causes = "; ".join(f"{shard}: {error}" for shard, error in self.failed.items())
+        super().__init__(
+            f"the transaction committed on {done} but not on {', '.join(self.failed)} ({causes})",
+            hint="compare the rows on the shards named and repair them; transactions='atomic' cannot end like this",
+        )
+
+
+class CommitUnknown(TransactionError):
+    """The answer to COMMIT was lost: the transaction may or may not be durable. Never replayed by shardkit."""
+
+
+# --- servers and operations --------------------------------------------------------------------------------------
+
+
+class PreconditionFailed(ShardkitError):
+    """Something that has to hold before a command starts does not; nothing was changed."""
+
+    exit_code = 4
+
+
+class MissingServer(PreconditionFailed):
+    """A server program (MariaDB, MySQL, ZooKeeper) that a local cluster needs is not installed."""
+
+
+class Unreachable(PreconditionFailed):
+    """A database server refused or did not answer a connection."""
+
+
+class DifferencesFound(ShardkitError):
+    """A comparison found differences."""
+
+    exit_code = 3
+
+
+class PartlyApplied(ShardkitError):
+    """A command did part of its work; running it again goes on from there."""
+
+    exit_code = 5
+
+
+# --- relay -------------------------------------------------------------------------------------------------------
+
+
+class RelayError(ShardkitError):
+    """The relay stopped a hop. ``hop`` names it; ``at`` gives the binlog coordinates where that helps."""
+
+    def __init__(self, message: str, *, hop: str | None = None, at: str | None = None, hint: str | None = None) -> None:
+        place = " ".join(part for part in (f"hop {hop}:" if hop else "", message, f"(at {at})" if at else "") if part)
+        super().__init__(place, hint=hint)
+        self.hop = hop
+        self.at = at
+
+
+class BadEvent(RelayError):
+    """A binlog event that is corrupt, truncated, or of a kind that cannot be replayed."""
+
+
+class Drift(RelayError):
+    """The target's rows or tables are not what the source's log says they were."""
+
+
+class Fenced(RelayError):
+    """Another runner has taken over this hop: the position is not where this runner left it."""
+
+
+# --- rebalance ---------------------------------------------------------------------------------------------------
+
+
+class RebalanceError(ShardkitError):
+    """A rebalance job cannot go on. ``job`` names it."""
+
+    def __init__(self, message: str, *, job: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.job = job
+
+
+class BucketClosed(StaleShardMap):
+    """The database refused a write: the bucket is being moved, or has moved."""
