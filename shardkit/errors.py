@@ -18,7 +18,7 @@ class ShardkitError(Exception):
     :param hint: the fix, as one sentence that can be acted on; shown by the command line under the message.
     """
 
-    #: What the command line exits with (docs/reference/cli.md): 1 failed, 3 differences, 4 precondition, 5 partly applied.
+    #: What the command line exits with: 1 failed, 3 differences found, 4 precondition not met, 5 partly applied.
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:

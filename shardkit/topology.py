@@ -50,7 +50,7 @@ class Endpoint:
         parts = urlsplit(url)
         if parts.username is not None or parts.password is not None:
             raise ValueError(
-                "an endpoint must not carry a user or a password: leave them out and set SHARDKIT_USER and SHARDKIT_PASSWORD"
+                "an endpoint carries no user and no password: take them out, set SHARDKIT_USER and SHARDKIT_PASSWORD"
             )
         if parts.scheme in {"mysql", "mariadb"}:
             return cls._parse_server(url)

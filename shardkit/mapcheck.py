@@ -1,0 +1,483 @@
+"""The checks of a written shard map: every fault with its line and its fix.
+
+The structure (which fields, of which types) is the schema of `shardkit.mapschema`; what the fields mean together (every
+bucket placed once, no gap between ranges, known shards) is checked after it. All faults found are raised as one error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from shardkit.errors import InvalidShardMap
+from shardkit.mapschema import (
+    FORMAT,
+    MAX_BYTES,
+    WrittenDirectory,
+    WrittenHash,
+    WrittenKeyspace,
+    WrittenList,
+    WrittenMap,
+    WrittenMove,
+    WrittenRange,
+    WrittenShard,
+)
+from shardkit.partition import (
+    WHOLE,
+    Bucket,
+    DirectoryPartition,
+    HashPartition,
+    ListPartition,
+    Partition,
+    RangePartition,
+    canonical_text,
+    format_buckets,
+    parse_buckets,
+)
+from shardkit.topology import Endpoint, ReplicationKind, Shard
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class KeyspaceDocument:
+    """One keyspace, checked."""
+
+    partition: Partition | None
+    tables: Mapping[str, tuple[str, ...]]
+    reference: tuple[str, ...]
+    placement: Mapping[Bucket, str]
+    generated_ids: bool
+
+
+@dataclass(frozen=True)
+class MoveDocument:
+    """One rebalance job at work, checked."""
+
+    job: str
+    keyspace: str
+    buckets: tuple[Bucket, ...]
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
+class MapDocument:
+    """A whole map, checked."""
+
+    cluster: str
+    version: int
+    keyspaces: Mapping[str, KeyspaceDocument]
+    shards: Mapping[str, Shard]
+    moves: tuple[MoveDocument, ...]
+
+
+def build_document(data: str | Mapping[str, Any], *, source: str | None = None) -> MapDocument:
+    """Parse and check a map.
+
+    :param data: YAML text, or the mapping that it would parse to.
+    :raises InvalidShardMap: with every fault found, each with its line where ``data`` is text.
+    """
+    return _Checker(source).check(data)
+
+
+@dataclass
+class _Checker:
+    source: str | None
+    lines: dict[Path, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def check(self, data: str | Mapping[str, Any]) -> MapDocument:
+        written = self._read(data) if isinstance(data, str) else data
+        self._raise_problems()
+        try:
+            schema = WrittenMap.model_validate(written)
+        except ValidationError as error:
+            for fault in error.errors(include_url=False):
+                self._schema_fault(fault)
+            self._raise_problems()
+            raise AssertionError("pydantic refused the map without saying why") from error
+        document = self._build(schema)
+        self._raise_problems()
+        return document
+
+    def _raise_problems(self) -> None:
+        if self.problems:
+            raise InvalidShardMap(list(dict.fromkeys(self.problems)), source=self.source)
+
+    def _fault(self, path: Path, message: str) -> None:
+        """Note a fault at the line of ``path``, or of its closest parent that has one."""
+        line = next((self.lines[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.lines), None)
+        where = ".".join(str(part) for part in path) or "the map"
+        self.problems.append(f"line {line}: {where}: {message}" if line else f"{where}: {message}")
+
+    # --- text -> data, keeping line numbers
+
+    def _read(self, text: str) -> Any:
+        if len(text.encode()) > MAX_BYTES:
+            self._fault(
+                (), f"is over {MAX_BYTES // 1024} KiB: write placements as spans, move long lists into a directory"
+            )
+            return None
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                self._fault((), "is empty: start with 'format: 1'")
+                return None
+            self._note_lines(loader, node, ())
+            return loader.construct_document(node)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = f"line {mark.line + 1}: " if mark else ""
+            self.problems.append(f"{line}is not YAML: {error.problem}")
+        except (yaml.YAMLError, ValueError) as error:
+            self.problems.append(f"is not YAML: {error}")
+        finally:
+            loader.dispose()
+        return None
+
+    def _note_lines(self, loader: yaml.SafeLoader, node: yaml.Node, path: Path) -> None:
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            seen: set[Hashable] = set()
+            for key_node, value_node in node.value:
+                key = loader.construct_object(key_node, deep=True)
+                here = (*path, key if isinstance(key, int) else str(key))
+                self.lines[here] = key_node.start_mark.line + 1
+                if key in seen:
+                    self._fault(here, "stands here twice: keep one")
+                seen.add(key)
+                self._note_lines(loader, value_node, here)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                self._note_lines(loader, item, (*path, index))
+
+    # --- structure
+
+    def _schema_fault(self, fault: Any) -> None:
+        path: Path = tuple(part for part in fault["loc"] if part not in _UNION_TAGS)
+        kind, given = fault["type"], fault.get("input")
+        if kind == "missing":
+            message = f"{path[-1]!r} is missing"
+            path = path[:-1]
+        elif kind == "extra_forbidden":
+            message = "is not a field of the map: remove it or mend its spelling"
+        elif kind == "string_pattern_mismatch" or path[-1:] == ("[key]",):
+            path = path[:-1] if path[-1:] == ("[key]",) else path
+            message = f"{given!r} is not a name: use letters, digits, '_', '-' and '.', at most 63"
+        elif kind in {"union_tag_invalid", "union_tag_not_found"}:
+            message = "a partition is by: hash, list, range or directory"
+        elif path == ("format",):
+            message = f"this shardkit reads format {FORMAT}, not {given!r}"
+        else:
+            message = f"{fault['msg'][0].lower()}{fault['msg'][1:]}, not {_short(given)}"
+        self._fault(path, message)
+
+    # --- meaning
+
+    def _build(self, schema: WrittenMap) -> MapDocument:
+        shards = {name: shard for name, written in schema.shards.items() if (shard := self._shard(name, written))}
+        self._one_owner(schema)
+        keyspaces = {
+            name: keyspace
+            for name, written in schema.keyspaces.items()
+            if (keyspace := self._keyspace(name, written, schema.shards)) is not None
+        }
+        self._endpoints_once(shards)
+        moves = tuple(
+            move
+            for index, written in enumerate(schema.moves)
+            if (move := self._move(index, written, keyspaces, schema.shards)) is not None
+        )
+        return MapDocument(schema.cluster, schema.version, keyspaces, shards, moves)
+
+    def _shard(self, name: str, written: WrittenShard) -> Shard | None:
+        path: Path = ("shards", name)
+        master = self._endpoint((*path, "master"), written.master)
+        staging = None if written.staging is None else self._endpoint((*path, "staging"), written.staging)
+        replicas = [self._endpoint((*path, "replicas", index), url) for index, url in enumerate(written.replicas)]
+        if master is None:
+            return None
+        return Shard(
+            name,
+            master,
+            staging,
+            tuple(replica for replica in replicas if replica is not None),
+            ReplicationKind(written.replication),
+        )
+
+    def _endpoint(self, path: Path, url: str) -> Endpoint | None:
+        try:
+            return Endpoint.parse(url)
+        except ValueError as error:
+            self._fault(path, str(error))
+            return None
+
+    def _endpoints_once(self, shards: Mapping[str, Shard]) -> None:
+        holder: dict[Endpoint, str] = {}
+        for shard in shards.values():
+            for role, endpoint in shard.endpoints():
+                if endpoint in holder:
+                    self._fault(
+                        ("shards", shard.name, str(role)),
+                        f"{endpoint} already serves {holder[endpoint]}: give each its own database",
+                    )
+                holder.setdefault(endpoint, f"{shard.name} as {role}")
+
+    def _one_owner(self, schema: WrittenMap) -> None:
+        owner: dict[str, str] = {}
+        for name, keyspace in schema.keyspaces.items():
+            for table in keyspace.tables:
+                if table in owner:
+                    self._fault(
+                        ("keyspaces", name, "tables", table), f"is in keyspace {owner[table]!r} already: keep one"
+                    )
+                owner.setdefault(table, name)
+        for name, keyspace in schema.keyspaces.items():
+            for index, table in enumerate(keyspace.reference):
+                if table in owner:
+                    self._fault(
+                        ("keyspaces", name, "reference", index),
+                        f"{table!r} is sharded in keyspace {owner[table]!r}: it cannot be a reference table too",
+                    )
+
+    def _keyspace(
+        self, name: str, written: WrittenKeyspace, shards: Mapping[str, WrittenShard]
+    ) -> KeyspaceDocument | None:
+        path: Path = ("keyspaces", name)
+        before = len(self.problems)
+        partition = self._partition(path, name, written)
+        tables = self._tables(path, written, partition)
+        if not tables and not written.reference:
+            self._fault((*path, "tables"), "names no table")
+        if len(self.problems) > before:
+            return None
+        if isinstance(partition, DirectoryPartition) and partition.home not in shards:
+            self._fault((*path, "partition", "home"), _unknown_shard(partition.home, shards))
+        placement = self._placement(path, written, partition, shards)
+        return KeyspaceDocument(
+            partition, tables, tuple(dict.fromkeys(written.reference)), placement, written.ids == "generated"
+        )
+
+    def _tables(
+        self, path: Path, written: WrittenKeyspace, partition: Partition | None
+    ) -> Mapping[str, tuple[str, ...]]:
+        if isinstance(written.tables, list):
+            if partition is not None:
+                self._fault(
+                    (*path, "tables"), "a horizontal keyspace names each table's key: write {table: key_column}"
+                )
+            return dict.fromkeys(written.tables, ())
+        if partition is None:
+            self._fault(
+                (*path, "tables"),
+                "tables with keys need a partition: add 'partition: {by: hash}', or write the tables as a list",
+            )
+        tables = {table: (key,) if isinstance(key, str) else tuple(key) for table, key in written.tables.items()}
+        widths = {table: len(key) for table, key in tables.items()}
+        for table, key in tables.items():
+            if not key or len(set(key)) != len(key) or not all(key):
+                self._fault((*path, "tables", table), "needs key columns, each once")
+            elif partition is not None and len(key) > 1 and not isinstance(partition, HashPartition):
+                self._fault((*path, "tables", table), f"a {partition.by} partition has one key column, not {len(key)}")
+            elif len(key) > 1 and isinstance(partition, HashPartition) and partition.exceptions:
+                self._fault(
+                    (*path, "partition", "exceptions"), "single keys can be pinned only where the key is one column"
+                )
+            elif len(key) != next(iter(widths.values())):
+                first = next(iter(widths))
+                self._fault(
+                    (*path, "tables", table),
+                    f"has {len(key)} key columns, {first} has {widths[first]}: tables of a keyspace share one key",
+                )
+        return tables
+
+    def _partition(self, path: Path, name: str, written: WrittenKeyspace) -> Partition | None:
+        here = (*path, "partition")
+        match written.partition:
+            case None:
+                return None
+            case WrittenHash() as by:
+                exceptions = {(key,): bucket for key, bucket in by.exceptions.items()}
+                self._key_values(here, [part for key in exceptions for part in key])
+                return HashPartition(by.buckets, exceptions)
+            case WrittenList() as by:
+                self._list_values(here, by)
+                return ListPartition({bucket: tuple(values) for bucket, values in by.buckets.items()})
+            case WrittenRange() as by:
+                self._ranges(here, by)
+                return RangePartition({bucket: (low, high) for bucket, (low, high) in by.buckets.items()})
+            case WrittenDirectory() as by:
+                return DirectoryPartition(tuple(by.buckets), by.home, name)
+
+    def _key_values(self, path: Path, values: Sequence[Any]) -> bool:
+        for value in values:
+            try:
+                canonical_text(value)
+            except TypeError as error:
+                self._fault(path, f"{_short(value)}: {error}")
+                return False
+        kinds = {_kind(value) for value in values if value is not None}
+        if len(kinds) > 1:
+            self._fault(
+                path, f"mixes {' and '.join(sorted(kinds))}: key values are of the column's one type; quote strings"
+            )
+            return False
+        return True
+
+    def _list_values(self, path: Path, written: WrittenList) -> None:
+        if not self._key_values(path, [value for values in written.buckets.values() for value in values]):
+            return
+        holder: dict[str | None, str] = {}
+        for bucket, values in written.buckets.items():
+            for index, value in enumerate(values):
+                text = canonical_text(value)
+                if text in holder:
+                    self._fault(
+                        (*path, "buckets", bucket, index),
+                        f"the value {_short(value)} is in bucket {holder[text]!r} already: keep one",
+                    )
+                holder.setdefault(text, bucket)
+
+    def _ranges(self, path: Path, written: WrittenRange) -> None:
+        ends = [end for bounds in written.buckets.values() for end in bounds]
+        if not self._key_values(path, ends):
+            return
+        previous: tuple[str, Any] | None = None
+        for index, (bucket, (low, high)) in enumerate(written.buckets.items()):
+            here = (*path, "buckets", bucket)
+            if low is not None and high is not None and not low < high:
+                self._fault(here, f"[{low}, {high}) is empty: the low end must be below the high end")
+            if low is None and index > 0:
+                self._fault(here, "only the first range may be open below: order the ranges from low to high")
+            if previous is not None and low is not None:
+                self._adjoin(here, previous, low)
+            previous = (bucket, high)
+
+    def _adjoin(self, path: Path, previous: tuple[str, Any], low: Any) -> None:
+        name, high = previous
+        if high is None:
+            self._fault(path, f"comes after {name!r}, which is open above: order the ranges from low to high")
+        elif low > high:
+            self._fault(path, f"leaves a gap: {name!r} ends before {high}, this starts at {low}")
+        elif low < high:
+            self._fault(path, f"overlaps {name!r}, which ends before {high}: start at {high}")
+
+    def _placement(
+        self, path: Path, written: WrittenKeyspace, partition: Partition | None, shards: Mapping[str, WrittenShard]
+    ) -> Mapping[Bucket, str]:
+        here = (*path, "placement")
+        if partition is None:
+            if not isinstance(written.placement, str):
+                self._fault(here, "a vertical keyspace lives on one shard: write 'placement: shard-name'")
+                return {}
+            if written.placement not in shards:
+                self._fault(here, _unknown_shard(written.placement, shards))
+            return {WHOLE: written.placement}
+        if isinstance(written.placement, str):
+            self._fault(here, "say which shard has which buckets: {shard: buckets}")
+            return {}
+        return self._horizontal_placement(here, written.placement, partition, shards)
+
+    def _horizontal_placement(
+        self,
+        path: Path,
+        written: Mapping[str, str | list[int | str]],
+        partition: Partition,
+        shards: Mapping[str, WrittenShard],
+    ) -> Mapping[Bucket, str]:
+        known = set(partition.buckets)
+        placed: dict[Bucket, str] = {}
+        for shard, text in written.items():
+            here = (*path, shard)
+            if shard not in shards:
+                self._fault(here, _unknown_shard(shard, shards))
+            buckets = self._buckets(here, text)
+            unknown = [bucket for bucket in buckets if bucket not in known]
+            if unknown:
+                self._fault(here, f"the partition has no bucket {format_buckets(unknown)}: {_known_buckets(partition)}")
+            twice: dict[str, list[Bucket]] = {}
+            for bucket in buckets:
+                if bucket in placed:
+                    twice.setdefault(placed[bucket], []).append(bucket)
+                elif bucket in known:
+                    placed[bucket] = shard
+            for other, again in twice.items():
+                self._fault(here, f"bucket {format_buckets(again)} is placed on {other} already: place it once")
+        gap = [bucket for bucket in partition.buckets if bucket not in placed]
+        if gap:
+            self._fault(path, f"bucket {format_buckets(gap)} is on no shard: place every bucket once")
+        return {bucket: placed[bucket] for bucket in partition.buckets if bucket in placed}
+
+    def _buckets(self, path: Path, written: str | list[int | str]) -> list[Bucket]:
+        try:
+            if isinstance(written, str):
+                return parse_buckets(written)
+            return [bucket for part in written for bucket in ([part] if isinstance(part, int) else parse_buckets(part))]
+        except ValueError as error:
+            self._fault(path, str(error))
+            return []
+
+    def _move(
+        self,
+        index: int,
+        written: WrittenMove,
+        keyspaces: Mapping[str, KeyspaceDocument],
+        shards: Mapping[str, WrittenShard],
+    ) -> MoveDocument | None:
+        path: Path = ("moves", index)
+        keyspace = keyspaces.get(written.keyspace)
+        if keyspace is None:
+            self._fault((*path, "keyspace"), f"there is no keyspace {written.keyspace!r}")
+            return None
+        for end, shard in (("source", written.source), ("target", written.target)):
+            if shard not in shards:
+                self._fault((*path, end), _unknown_shard(shard, shards))
+        buckets = self._buckets((*path, "buckets"), written.buckets)
+        strange = [
+            bucket for bucket in buckets if keyspace.placement.get(bucket) not in {written.source, written.target}
+        ]
+        if strange:
+            self._fault((*path, "buckets"), f"bucket {format_buckets(strange)} is on neither end of the move")
+        return MoveDocument(written.job, written.keyspace, tuple(buckets), written.source, written.target)
+
+
+_UNION_TAGS = frozenset({"hash", "list", "range", "directory", "str", "list[str]", "dict[str,union[str,list[str]]]"})
+
+
+def _kind(value: Any) -> str:
+    for types, name in (
+        (bool, "booleans"),
+        (int, "integers"),
+        (str, "strings"),
+        (datetime, "date-times"),
+        (date, "dates"),
+        (Decimal, "decimals"),
+    ):
+        if isinstance(value, types):
+            return name
+    return f"{type(value).__name__} values"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _unknown_shard(name: str, shards: Mapping[str, Any]) -> str:
+    return f"there is no shard {name!r}: the map has {', '.join(shards)}"
+
+
+def _known_buckets(partition: Partition) -> str:
+    return f"it has {_short_list(format_buckets(partition.buckets))}"
+
+
+def _short_list(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
