@@ -1,0 +1,1 @@
+"""What ``shardkit demo`` runs: real flight data on a real cluster, or on SQLite files."""
