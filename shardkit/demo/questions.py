@@ -17,7 +17,7 @@ class Question:
     """One question: what is asked, how, and how an answer row reads."""
 
     text: str
-    statement: Select[Any]
+    statement: Select[*tuple[Any, ...]]
     show: Callable[[Any], str]
 
 
