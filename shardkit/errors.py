@@ -59,6 +59,10 @@ class MapConflict(ShardMapError):
     """The map was changed by somebody else between reading and publishing it; nothing was written."""
 
 
+class MapNotFound(ShardMapError):
+    """No shard map, or no such version of it, has been published there."""
+
+
 class MapStoreUnavailable(ShardMapError):
     """The place that holds the shard map could not be reached, and no map has been loaded yet."""
 
@@ -215,6 +219,16 @@ class BadEvent(RelayError):
 
 class Drift(RelayError):
     """The target's rows or tables are not what the source's log says they were."""
+
+
+class Interrupted(RelayError):
+    """A server went away, or asked to try again: the hop goes on by itself from the position in its target."""
+
+
+class PositionLost(RelayError):
+    """The source no longer has the log from this hop's position on, or is not the server that the position is of."""
+
+    exit_code = 4
 
 
 class Fenced(RelayError):
