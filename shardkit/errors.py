@@ -184,6 +184,16 @@ class MissingServer(PreconditionFailed):
     """A server program (MariaDB, MySQL, ZooKeeper) that a local cluster needs is not installed."""
 
 
+class ServerFailed(PreconditionFailed):
+    """A server process of our own did not start, or ended by itself. ``log`` holds the last lines that it wrote."""
+
+    def __init__(self, message: str, *, log: str, hint: str | None = None) -> None:
+        self.log = log
+        lines = "".join(f"\n  {line}" for line in log.splitlines())
+        told = f"the end of its log:{lines}" if lines else "it logged nothing"
+        super().__init__(f"{message}; {told}", hint=hint)
+
+
 class Unreachable(PreconditionFailed):
     """A database server refused or did not answer a connection."""
 
@@ -192,6 +202,31 @@ class DifferencesFound(ShardkitError):
     """A comparison found differences."""
 
     exit_code = 3
+
+
+class ShardUnreachable(ShardError, Unreachable, sa_exc.OperationalError):
+    """A shard's server could not be reached, or refused the log-on.
+
+    Also a `sqlalchemy.exc.OperationalError`, so that handlers written for one database go on working.
+
+    :param orig: the driver's own error.
+    """
+
+    def __init__(self, message: str, *, shard: str, orig: BaseException, hint: str | None = None) -> None:
+        sa_exc.OperationalError.__init__(self, None, None, orig)
+        self.message = message
+        self.hint = hint
+        self.shard = shard
+
+    def __str__(self) -> str:
+        return ShardkitError.__str__(self)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_unreachable, (self.message, self.shard, self.orig, self.hint)
+
+
+def _rebuild_unreachable(message: str, shard: str, orig: BaseException, hint: str | None) -> ShardUnreachable:
+    return ShardUnreachable(message, shard=shard, orig=orig, hint=hint)
 
 
 class PartlyApplied(ShardkitError):

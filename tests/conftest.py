@@ -1,0 +1,73 @@
+"""Servers for the whole suite: one of each kind per test process, started when the first test asks for it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from shardkit.testing import LocalMariaDB, LocalMySQL, LocalZooKeeper
+from shardkit.testing.database import LocalDatabaseServer
+
+FLAVOUR = os.environ.get("SHARDKIT_TEST_FLAVOUR", "mariadb")
+if FLAVOUR not in {"mariadb", "mysql"}:
+    raise pytest.UsageError(f"SHARDKIT_TEST_FLAVOUR is {FLAVOUR!r}: say mariadb or mysql")
+
+# fixture -> the marker that a test using it gets
+MARKER_OF_FIXTURE = {"mariadb": "mariadb", "mysql": "mysql", "database_server": FLAVOUR, "zookeeper": "zookeeper"}
+
+_databases = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test by the servers that it needs, so that none is forgotten when a kind is selected."""
+    for item in items:
+        for fixture in getattr(item, "fixturenames", ()):
+            if fixture in MARKER_OF_FIXTURE:
+                item.add_marker(MARKER_OF_FIXTURE[fixture])
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[LocalMariaDB]:
+    """A MariaDB server shared by the tests of this process: use `fresh_database`, and do not stop it."""
+    with LocalMariaDB() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mysql() -> Iterator[LocalMySQL]:
+    """A MySQL server shared by the tests of this process: use `fresh_database`, and do not stop it."""
+    with LocalMySQL() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def flavour() -> str:
+    """``mariadb`` or ``mysql``: what `database_server` is in this run."""
+    return FLAVOUR
+
+
+@pytest.fixture(scope="session")
+def database_server(request: pytest.FixtureRequest) -> LocalDatabaseServer:
+    """The shared server of the flavour that SHARDKIT_TEST_FLAVOUR names, MariaDB by default."""
+    server = request.getfixturevalue(FLAVOUR)
+    assert isinstance(server, LocalDatabaseServer)
+    return server
+
+
+@pytest.fixture(scope="session")
+def zookeeper() -> Iterator[LocalZooKeeper]:
+    """A ZooKeeper shared by the tests of this process: use a cluster name of your own, and do not stop it."""
+    with LocalZooKeeper() as server:
+        yield server
+
+
+@pytest.fixture
+def fresh_database(database_server: LocalDatabaseServer) -> Iterator[str]:
+    """The name of a new, empty database on `database_server`, dropped afterwards."""
+    name = f"test_{next(_databases)}"
+    database_server.execute(f"CREATE DATABASE {name}")
+    yield name
+    database_server.execute(f"DROP DATABASE IF EXISTS {name}")
