@@ -1,0 +1,41 @@
+"""The ``shardkit`` command line. One module per command group; they are imported when used."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import rich_click as click
+
+from shardkit.cli.frame import Entry, LazyGroup, configure_logging
+
+_ENTRIES = {
+    "demo": Entry("shardkit.cli.demo", "demo", "See it all work on this machine, on real data."),
+    "local": Entry("shardkit.cli.local", "local", "Start and stop a throw-away cluster on this machine."),
+    "status": Entry("shardkit.cli.status", "status", "The cluster at a glance: shards, endpoints, lag."),
+    "map": Entry("shardkit.cli.map", "map_", "Show, check, publish and compare shard maps."),
+    "where": Entry("shardkit.cli.where", "where", "Which shard a key lives on."),
+    "relay": Entry("shardkit.cli.relay", "relay", "Copy every master's changes to its replicas."),
+    "rebalance": Entry("shardkit.cli.rebalance", "rebalance", "Move buckets between shards."),
+    "migrate": Entry("shardkit.cli.migrate", "migrate", "Alembic over every shard."),
+}
+
+
+@click.group(
+    cls=LazyGroup,
+    entries={name: entry for name, entry in _ENTRIES.items() if find_spec(entry.module) is not None},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option("-v", "--verbose", count=True, help="Log what happens to standard error; twice for more.")
+@click.version_option(package_name="shardkit")
+def cli(verbose: int) -> None:
+    """Sharding, read off-loading and change data capture for MySQL and MariaDB.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 3 differences found, 4 precondition not met, 5 partly applied,
+    130 interrupted.
+    """
+    configure_logging(verbose)
+
+
+def main() -> None:
+    """The entry point of the ``shardkit`` script."""
+    cli.main(prog_name="shardkit")
