@@ -1,0 +1,151 @@
+"""Connections to the two servers of a hop, and what their errors mean to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import pymysql
+from pymysql.constants import CR, ER
+
+from shardkit.credentials import CredentialSource
+from shardkit.errors import Interrupted, PreconditionFailed, ShardkitError, Unreachable
+from shardkit.topology import Endpoint
+
+CONNECT_TIMEOUT = 10.0  # seconds
+
+#: The connection is gone, or the server asks to come again: lost connections (2006, 2013, 2014, 2055), KILL and
+#: shutdown (1053, 1077, 1079, 1317, 1927, 3169, 4031), deadlock, lock wait and too many connections.
+PASSING = frozenset(
+    {
+        2006,
+        2013,
+        2014,
+        2055,
+        1053,
+        1077,
+        1079,
+        1317,
+        1927,
+        3169,
+        4031,
+        1205,
+        1213,
+        1040,
+        1203,
+        1158,
+        1159,
+        1160,
+        1161,
+        0,
+    }
+)
+READ_ONLY = frozenset({1290, 1836})
+DENIED = frozenset({1044, 1142, 1143, 1227, 1370})
+
+C = TypeVar("C", bound="pymysql.Connection[Any]")
+
+
+def connect(
+    endpoint: Endpoint,
+    credentials: CredentialSource,
+    *,
+    autocommit: bool = False,
+    read_timeout: float | None = None,
+    kind: type[C] | None = None,
+) -> C | pymysql.Connection[Any]:
+    """Open a connection to an endpoint's database.
+
+    :param read_timeout: seconds to wait for an answer; None for as long as it takes.
+    :raises PreconditionFailed: wrong password, unknown database, no right to it.
+    :raises Unreachable: no server answers there.
+    """
+    account = credentials(endpoint)
+    try:
+        return (kind or pymysql.Connection)(
+            host=endpoint.host,
+            port=endpoint.port,
+            user=account.user,
+            password=account.password,
+            database=endpoint.database,
+            charset="utf8mb4",
+            autocommit=autocommit,
+            connect_timeout=CONNECT_TIMEOUT,
+            read_timeout=read_timeout,
+        )
+    except pymysql.MySQLError as error:
+        raise connect_failure(error, endpoint) from None
+    except RuntimeError as error:  # the driver lacks the package for the account's authentication method
+        raise PreconditionFailed(
+            f"cannot log on to {endpoint.address}: {error}",
+            hint="install the package named, or give the relay an account that authenticates without it",
+        ) from None
+
+
+def connect_failure(error: pymysql.MySQLError, endpoint: Endpoint) -> ShardkitError:
+    """What a failed connection attempt means, with the fix."""
+    code, text = code_of(error), text_of(error)
+    if code in {ER.ACCESS_DENIED_ERROR, 1698}:
+        return PreconditionFailed(
+            f"{endpoint.address} refused the relay's user or password",
+            hint="set SHARDKIT_USER and SHARDKIT_PASSWORD (or SHARDKIT_PASSWORD_FILE) to an account of that server",
+        )
+    if code == ER.BAD_DB_ERROR:
+        return PreconditionFailed(
+            f"there is no database {endpoint.database} on {endpoint.address}",
+            hint=f"create it there: CREATE DATABASE `{endpoint.database}`",
+        )
+    if code == ER.DBACCESS_DENIED_ERROR:
+        return PreconditionFailed(
+            f"the relay's user has no rights on the database {endpoint.database} of {endpoint.address}",
+            hint="grant the privileges listed under 'The relay's accounts' in docs/relay.md",
+        )
+    if code in {CR.CR_CONN_HOST_ERROR, CR.CR_SERVER_LOST, 2005, 2002} or code in PASSING:
+        return Unreachable(
+            f"no database server answers at {endpoint.address}: {text}",
+            hint="start the server, or mend its address in the shard map",
+        )
+    return PreconditionFailed(f"cannot log on to {endpoint.address}: {text}")
+
+
+def code_of(error: BaseException) -> int:
+    """The server's or the driver's error number; 0 where the driver gives none (a broken socket)."""
+    return error.args[0] if error.args and isinstance(error.args[0], int) else 0
+
+
+def text_of(error: BaseException) -> str:
+    return str(error.args[1]) if len(error.args) > 1 else str(error)
+
+
+@contextmanager
+def server_errors(endpoint: Endpoint, hop: str, *, doing: str) -> Iterator[None]:
+    """Turn what every statement can meet into the relay's errors: a lost connection, a missing right, a closed server.
+
+    Errors that need to know the statement pass through as the driver's.
+
+    :raises Interrupted: to be tried again from the position.
+    :raises PreconditionFailed: a missing privilege, or a read-only server.
+    """
+    try:
+        yield
+    except pymysql.MySQLError as error:
+        code, text = code_of(error), text_of(error)
+        if code in PASSING:
+            raise Interrupted(
+                f"lost {endpoint.address} while {doing}: {text or 'connection closed'}", hop=hop
+            ) from error
+        if code in READ_ONLY:
+            raise PreconditionFailed(
+                f"hop {hop}: {endpoint.address} is read-only ({text})",
+                hint="grant READ_ONLY ADMIN (MariaDB) or CONNECTION_ADMIN (MySQL) to the relay's user, "
+                "and leave super_read_only off: it refuses BINLOG",
+            ) from error
+        if code in DENIED:
+            raise PreconditionFailed(
+                f"hop {hop}: the relay's user lacks a privilege on {endpoint.address} ({text})",
+                hint="grant the privileges listed under 'The relay's accounts' in docs/relay.md",
+            ) from error
+        raise
+    except OSError as error:
+        raise Interrupted(f"lost {endpoint.address} while {doing}: {error}", hop=hop) from error

@@ -1,0 +1,164 @@
+"""shardkit's own tables: what they are called, what stands in them, and bringing them up to date.
+
+They live in each shard's own database under the prefix ``shardkit_``. Their definitions here are for reading and
+writing; the tables are made by the alembic tree in ``migrations/``, on every server by itself: the relay does not
+carry their DDL, and of their rows only those that belong to the data (the heartbeat, a master's history, ownership)
+travel from a master to its replicas.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.dialects import mysql
+
+from shardkit.errors import PreconditionFailed
+
+#: Every table of shardkit's begins with this.
+PREFIX = "shardkit_"
+#: Where alembic notes the revision of shardkit's own tables; an application's ``alembic_version`` is left alone.
+VERSION_TABLE = "shardkit_schema_version"
+#: Own tables whose rows belong to one server; the relay leaves them out.
+LOCAL_TABLES = frozenset({VERSION_TABLE, "shardkit_prepared"})
+#: Position rows under this prefix are a master's history and travel; rows of hops do not.
+HISTORY_PREFIX = "history:"
+HOP_PREFIX = "hop:"
+
+LOCK_TIMEOUT = 60  # seconds
+
+_sqlite_lock = threading.Lock()
+
+
+def ascii_name(length: int) -> sa.String:
+    """A name compared byte by byte: hops, shards, GTIDs."""
+    return sa.String(length).with_variant(
+        mysql.VARCHAR(length, charset="ascii", collation="ascii_bin"), "mysql", "mariadb"
+    )
+
+
+metadata = sa.MetaData()
+
+#: How far this server has applied other servers' logs. ``hop`` has to stay the first column: the relay reads it from
+#: row events without decoding the rest.
+position = sa.Table(
+    "shardkit_position",
+    metadata,
+    sa.Column("hop", ascii_name(190), primary_key=True, comment="hop:<name> or history:<shard>"),
+    sa.Column("epoch", sa.BigInteger, nullable=False, comment="raised by each runner that takes over"),
+    sa.Column("counter", sa.BigInteger, nullable=False, comment="target transactions so far"),
+    sa.Column("gtid", sa.Text, nullable=False, comment="position in the source's log"),
+    sa.Column("source", ascii_name(64), nullable=False, comment="whose log: the source's identity"),
+    sa.Column("runner", sa.String(190), nullable=False),
+    sa.Column("connection_id", sa.BigInteger, nullable=False, comment="of the runner, on this server"),
+    sa.Column("ddl_gtid", ascii_name(128), nullable=False, comment="schema change begun and not yet noted as done"),
+    sa.Column("ddl_origin", ascii_name(64), nullable=False, comment="GTID domain or UUID of this hop's schema changes"),
+    sa.Column("ddl_number", sa.BigInteger, nullable=False, comment="number of the last one begun"),
+    sa.Column("error", sa.Text, nullable=False, comment="why the hop stopped; empty while all is well"),
+    sa.Column("updated_at", sa.BigInteger, nullable=False, comment="microseconds since the epoch, UTC, this server's"),
+)
+
+#: One row per shard, written on its master and carried along with the data.
+heartbeat = sa.Table(
+    "shardkit_heartbeat",
+    metadata,
+    sa.Column("shard", ascii_name(190), primary_key=True),
+    sa.Column("beat", sa.BigInteger, nullable=False, comment="counts up"),
+    sa.Column("written_at", sa.BigInteger, nullable=False, comment="microseconds since the epoch, UTC, the master's"),
+)
+
+#: Row events of XA branches between XA PREPARE and XA COMMIT, as they came; rows belong to this server alone.
+prepared = sa.Table(
+    "shardkit_prepared",
+    metadata,
+    sa.Column("hop", ascii_name(190), primary_key=True),
+    sa.Column("xid", ascii_name(300), primary_key=True),
+    sa.Column("part", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("gtid", ascii_name(128), nullable=False),
+    sa.Column("events", sa.LargeBinary, nullable=False),
+)
+
+
+def applied_position(shard: str) -> sa.Select[tuple[str | None, int | None, int]]:
+    """How far a replica or a staging database is, in one query.
+
+    Its one row: the master position that its data has reached (None before the first transaction), when the newest
+    heartbeat that it holds was written, and the server's time now; both microseconds since the epoch. A scalar
+    subquery of it belongs in any statement that has to know the position of the data which it reads.
+    """
+    reached = sa.select(position.c.gtid).where(position.c.hop == HISTORY_PREFIX + shard).scalar_subquery()
+    beat = sa.select(heartbeat.c.written_at).where(heartbeat.c.shard == shard).scalar_subquery()
+    return sa.select(reached.label("position"), beat.label("written_at"), now_microseconds().label("now"))
+
+
+def now_microseconds() -> sa.ColumnElement[int]:
+    """The server's time as microseconds since the epoch, whatever its time zone."""
+    return sa.cast(sa.func.unix_timestamp(sa.func.now(6)) * 1_000_000, mysql.BIGINT(unsigned=True))
+
+
+def migrations_directory() -> Path:
+    """Where the alembic tree is: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "_migrations"
+    return installed if installed.is_dir() else package.parent / "migrations"
+
+
+def upgrade(engine: sa.Engine) -> None:
+    """Make or update shardkit's own tables in one database. Running it again, or from several processes, is safe.
+
+    :raises PreconditionFailed: when a newer shardkit has been here, or another process holds the lock for a minute.
+    """
+    config = Config()
+    config.set_main_option("script_location", str(migrations_directory()).replace("%", "%%"))
+    script = ScriptDirectory.from_config(config)
+    with engine.connect() as connection:
+        if _is_current(connection, script):
+            return
+        connection.rollback()
+        with _lock(connection):
+            if not _is_current(connection, script):
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+                connection.commit()
+
+
+def _is_current(connection: sa.Connection, script: ScriptDirectory) -> bool:
+    context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+    found = set(context.get_current_heads())
+    known = {revision.revision for revision in script.walk_revisions()}
+    if not found <= known:
+        raise PreconditionFailed(
+            f"shardkit's own tables in {connection.engine.url.database or 'this database'} were made by a newer "
+            f"shardkit (revision {', '.join(sorted(found - known))})",
+            hint="upgrade shardkit here",
+        )
+    return found == set(script.get_heads())
+
+
+@contextmanager
+def _lock(connection: sa.Connection) -> Iterator[None]:
+    """Only one process at a time works on one database's tables."""
+    if connection.dialect.name == "sqlite":
+        with _sqlite_lock:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            yield
+        return
+    database = connection.scalar(sa.text("SELECT DATABASE()"))
+    name = "shardkit:tables:" + hashlib.sha1(str(database).encode(), usedforsecurity=False).hexdigest()
+    if connection.scalar(sa.text("SELECT GET_LOCK(:name, :timeout)"), {"name": name, "timeout": LOCK_TIMEOUT}) != 1:
+        raise PreconditionFailed(
+            f"another process has been changing shardkit's own tables in {database} for {LOCK_TIMEOUT} seconds",
+            hint="wait for it, or end it, then run this again",
+        )
+    try:
+        yield
+    finally:
+        connection.scalar(sa.text("SELECT RELEASE_LOCK(:name)"), {"name": name})
