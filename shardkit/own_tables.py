@@ -28,7 +28,7 @@ PREFIX = "shardkit_"
 #: Where alembic notes the revision of shardkit's own tables; an application's ``alembic_version`` is left alone.
 VERSION_TABLE = "shardkit_schema_version"
 #: Own tables whose rows belong to one server; the relay leaves them out.
-LOCAL_TABLES = frozenset({VERSION_TABLE, "shardkit_prepared"})
+LOCAL_TABLES = frozenset({VERSION_TABLE, "shardkit_prepared", "shardkit_migration_steps"})
 #: Position rows under this prefix are a master's history and travel; rows of hops do not.
 HISTORY_PREFIX = "history:"
 HOP_PREFIX = "hop:"
@@ -84,6 +84,23 @@ prepared = sa.Table(
     sa.Column("part", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("gtid", ascii_name(128), nullable=False),
     sa.Column("events", sa.LargeBinary, nullable=False),
+)
+
+#: What an application's revision has done so far on this server, statement by statement; empty when none is under way.
+migration_steps = sa.Table(
+    "shardkit_migration_steps",
+    metadata,
+    sa.Column("version_table", ascii_name(64), primary_key=True, comment="the application's tree"),
+    sa.Column("ordinal", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("revision", ascii_name(64), nullable=False),
+    sa.Column("direction", ascii_name(8), nullable=False, comment="up or down"),
+    sa.Column("state", ascii_name(8), nullable=False, comment="started, done or failed"),
+    sa.Column("statement_digest", ascii_name(32)),
+    sa.Column("values_digest", ascii_name(32)),
+    sa.Column("statement", sa.Text, comment="its first characters"),
+    sa.Column("row_count", sa.BigInteger),
+    sa.Column("last_row_id", sa.BigInteger),
+    sa.Column("error", sa.Text),
 )
 
 
