@@ -103,6 +103,65 @@ migration_steps = sa.Table(
     sa.Column("error", sa.Text),
 )
 
+#: Which buckets this shard owns; the triggers of `shardkit.rebalance.fence` read it.
+ownership = sa.Table(
+    "shardkit_ownership",
+    metadata,
+    sa.Column("keyspace", ascii_name(63), primary_key=True),
+    sa.Column("bucket", ascii_name(63), primary_key=True, comment="a number, or a name"),
+    sa.Column(
+        "state",
+        sa.String(16).with_variant(
+            mysql.ENUM("owned", "importing", "frozen", "moved", charset="ascii", collation="ascii_bin"),
+            "mysql",
+            "mariadb",
+        ),
+        nullable=False,
+        comment="owned, importing, frozen or moved",
+    ),
+    sa.Column("epoch", sa.BigInteger, nullable=False, comment="only grows, whichever shard owns the bucket"),
+    sa.Column("moved_to", ascii_name(63), comment="the shard to go to"),
+    sa.Column("job", ascii_name(64), comment="the rebalance job at work on it"),
+)
+
+#: One row: the oldest map version that the shard still takes statements for. `shardkit.engines` reads it on connecting.
+map_version = sa.Table(
+    "shardkit_map_version",
+    metadata,
+    sa.Column("id", sa.SmallInteger, primary_key=True, autoincrement=False, comment="always 1"),
+    sa.Column("min_map_version", sa.BigInteger, nullable=False, comment="statements of older maps are not sent"),
+)
+
+#: The process at work on a rebalance job; each of its transactions begins with a look at its token here.
+rebalance_job = sa.Table(
+    "shardkit_job",
+    metadata,
+    sa.Column("job", ascii_name(64), primary_key=True),
+    sa.Column("coordinator", ascii_name(32), nullable=False, comment="token of the process at work on it"),
+)
+
+#: How far a job has copied or deleted a table; written in the transaction of the rows.
+rebalance_cursor = sa.Table(
+    "shardkit_job_cursor",
+    metadata,
+    sa.Column("job", ascii_name(64), primary_key=True),
+    sa.Column("phase", ascii_name(16), primary_key=True, comment="copy, clean or undo"),
+    sa.Column("table_name", sa.String(64), primary_key=True),
+    sa.Column("last_key", sa.Text, comment="primary key done last, as JSON list of SQL literals"),
+    sa.Column("row_count", sa.BigInteger, nullable=False),
+    sa.Column("finished", sa.SmallInteger, nullable=False),
+)
+
+#: What a job has done to a shard for good; written in the transaction that did it.
+journal = sa.Table(
+    "shardkit_journal",
+    metadata,
+    sa.Column("job", ascii_name(64), primary_key=True),
+    sa.Column("event", ascii_name(16), primary_key=True, comment="frozen, activated, opened, cleaned or cancelled"),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("noted_at", sa.BigInteger, nullable=False, comment="microseconds since the epoch, UTC"),
+)
+
 
 def applied_position(shard: str) -> sa.Select[tuple[str | None, int | None, int]]:
     """How far a replica or a staging database is, in one query.
