@@ -6,18 +6,20 @@ bucket placed once, no gap between ranges, known shards) is checked after it. Al
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
+from enum import Enum
 from typing import Any
+from uuid import UUID
 
-import yaml
 from pydantic import ValidationError
 
 from shardkit.errors import InvalidShardMap
+from shardkit.mapfaults import schema_faults, shown
 from shardkit.mapschema import (
-    FORMAT,
     MAX_BYTES,
     WrittenDirectory,
     WrittenHash,
@@ -28,6 +30,7 @@ from shardkit.mapschema import (
     WrittenRange,
     WrittenShard,
 )
+from shardkit.mapyaml import Path, read_yaml
 from shardkit.partition import (
     WHOLE,
     Bucket,
@@ -42,7 +45,7 @@ from shardkit.partition import (
 )
 from shardkit.topology import Endpoint, ReplicationKind, Shard
 
-Path = tuple[str | int, ...]
+_NUMBERS = re.compile(r"[0-9]+(-[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def build_document(data: str | Mapping[str, Any], *, source: str | None = None) 
 class _Checker:
     source: str | None
     lines: dict[Path, int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: list[tuple[int, str]] = field(default_factory=list)
 
     def check(self, data: str | Mapping[str, Any]) -> MapDocument:
         written = self._read(data) if isinstance(data, str) else data
@@ -99,8 +102,8 @@ class _Checker:
         try:
             schema = WrittenMap.model_validate(written)
         except ValidationError as error:
-            for fault in error.errors(include_url=False):
-                self._schema_fault(fault)
+            for path, message in schema_faults(error, written):
+                self._fault(path, message)
             self._raise_problems()
             raise AssertionError("pydantic refused the map without saying why") from error
         document = self._build(schema)
@@ -109,76 +112,26 @@ class _Checker:
 
     def _raise_problems(self) -> None:
         if self.problems:
-            raise InvalidShardMap(list(dict.fromkeys(self.problems)), source=self.source)
+            in_order = sorted(self.problems, key=lambda problem: problem[0])
+            raise InvalidShardMap(list(dict.fromkeys(text for _, text in in_order)), source=self.source)
 
     def _fault(self, path: Path, message: str) -> None:
         """Note a fault at the line of ``path``, or of its closest parent that has one."""
         line = next((self.lines[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.lines), None)
         where = ".".join(str(part) for part in path) or "the map"
-        self.problems.append(f"line {line}: {where}: {message}" if line else f"{where}: {message}")
-
-    # --- text -> data, keeping line numbers
+        self.problems.append((line or 0, f"line {line}: {where}: {message}" if line else f"{where}: {message}"))
 
     def _read(self, text: str) -> Any:
-        if len(text.encode()) > MAX_BYTES:
+        if len(text.encode(errors="replace")) > MAX_BYTES:
             self._fault(
                 (), f"is over {MAX_BYTES // 1024} KiB: write placements as spans, move long lists into a directory"
             )
             return None
-        loader = yaml.SafeLoader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                self._fault((), "is empty: start with 'format: 1'")
-                return None
-            self._note_lines(loader, node, ())
-            return loader.construct_document(node)
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            line = f"line {mark.line + 1}: " if mark else ""
-            self.problems.append(f"{line}is not YAML: {error.problem}")
-        except (yaml.YAMLError, ValueError) as error:
-            self.problems.append(f"is not YAML: {error}")
-        finally:
-            loader.dispose()
-        return None
-
-    def _note_lines(self, loader: yaml.SafeLoader, node: yaml.Node, path: Path) -> None:
-        self.lines.setdefault(path, node.start_mark.line + 1)
-        if isinstance(node, yaml.MappingNode):
-            seen: set[Hashable] = set()
-            for key_node, value_node in node.value:
-                key = loader.construct_object(key_node, deep=True)
-                here = (*path, key if isinstance(key, int) else str(key))
-                self.lines[here] = key_node.start_mark.line + 1
-                if key in seen:
-                    self._fault(here, "stands here twice: keep one")
-                seen.add(key)
-                self._note_lines(loader, value_node, here)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, item in enumerate(node.value):
-                self._note_lines(loader, item, (*path, index))
-
-    # --- structure
-
-    def _schema_fault(self, fault: Any) -> None:
-        path: Path = tuple(part for part in fault["loc"] if part not in _UNION_TAGS)
-        kind, given = fault["type"], fault.get("input")
-        if kind == "missing":
-            message = f"{path[-1]!r} is missing"
-            path = path[:-1]
-        elif kind == "extra_forbidden":
-            message = "is not a field of the map: remove it or mend its spelling"
-        elif kind == "string_pattern_mismatch" or path[-1:] == ("[key]",):
-            path = path[:-1] if path[-1:] == ("[key]",) else path
-            message = f"{given!r} is not a name: use letters, digits, '_', '-' and '.', at most 63"
-        elif kind in {"union_tag_invalid", "union_tag_not_found"}:
-            message = "a partition is by: hash, list, range or directory"
-        elif path == ("format",):
-            message = f"this shardkit reads format {FORMAT}, not {given!r}"
-        else:
-            message = f"{fault['msg'][0].lower()}{fault['msg'][1:]}, not {_short(given)}"
-        self._fault(path, message)
+        document = read_yaml(text)
+        self.lines = document.lines
+        for fault in document.faults:
+            self._fault(fault.path, fault.message)
+        return document.data
 
     # --- meaning
 
@@ -275,7 +228,7 @@ class _Checker:
                     (*path, "tables"), "a horizontal keyspace names each table's key: write {table: key_column}"
                 )
             return dict.fromkeys(written.tables, ())
-        if partition is None:
+        if written.partition is None:
             self._fault(
                 (*path, "tables"),
                 "tables with keys need a partition: add 'partition: {by: hash}', or write the tables as a list",
@@ -305,36 +258,57 @@ class _Checker:
             case None:
                 return None
             case WrittenHash() as by:
-                exceptions = {(key,): bucket for key, bucket in by.exceptions.items()}
-                self._key_values(here, [part for key in exceptions for part in key])
-                return HashPartition(by.buckets, exceptions)
+                self._bucket_names(here, by.exceptions.values())
+                if not self._key_values((*here, "exceptions"), ((str(key), key) for key in by.exceptions)):
+                    return None
+                return HashPartition(by.buckets, {(_plain(key),): bucket for key, bucket in by.exceptions.items()})
             case WrittenList() as by:
-                self._list_values(here, by)
-                return ListPartition({bucket: tuple(values) for bucket, values in by.buckets.items()})
+                self._bucket_names(here, by.buckets)
+                if not self._list_values(here, by):
+                    return None
+                return ListPartition({bucket: tuple(map(_plain, values)) for bucket, values in by.buckets.items()})
             case WrittenRange() as by:
-                self._ranges(here, by)
+                self._bucket_names(here, by.buckets)
+                if not self._ranges(here, by):
+                    return None
                 return RangePartition({bucket: (low, high) for bucket, (low, high) in by.buckets.items()})
             case WrittenDirectory() as by:
+                self._bucket_names(here, by.buckets)
                 return DirectoryPartition(tuple(by.buckets), by.home, name)
 
-    def _key_values(self, path: Path, values: Sequence[Any]) -> bool:
-        for value in values:
+    def _bucket_names(self, path: Path, names: Iterable[str]) -> None:
+        for name in names:
+            if _NUMBERS.fullmatch(name):
+                self._fault(
+                    (*path, "buckets", name),
+                    f"the bucket name {name!r} reads like numbered buckets: put a letter into it",
+                )
+
+    def _key_values(self, path: Path, values: Iterable[tuple[str | int, Any]]) -> bool:
+        """Whether these are values of one key column.
+
+        :param values: each with the place under ``path`` where it stands.
+        """
+        kinds: dict[str, None] = {}
+        good = True
+        for place, value in values:
             try:
                 canonical_text(value)
             except TypeError as error:
-                self._fault(path, f"{_short(value)}: {error}")
-                return False
-        kinds = {_kind(value) for value in values if value is not None}
+                self._fault((*path, place), f"{shown(value)}: {error}")
+                good = False
+            else:
+                kinds |= {} if value is None else {_kind(value): None}
         if len(kinds) > 1:
-            self._fault(
-                path, f"mixes {' and '.join(sorted(kinds))}: key values are of the column's one type; quote strings"
-            )
-            return False
-        return True
+            self._fault(path, f"mixes {' and '.join(kinds)}: key values are of the column's one type; quote strings")
+        return good and len(kinds) <= 1
 
-    def _list_values(self, path: Path, written: WrittenList) -> None:
-        if not self._key_values(path, [value for values in written.buckets.values() for value in values]):
-            return
+    def _list_values(self, path: Path, written: WrittenList) -> bool:
+        here = (*path, "buckets")
+        if not self._key_values(
+            here, ((bucket, value) for bucket in written.buckets for value in written.buckets[bucket])
+        ):
+            return False
         holder: dict[str | None, str] = {}
         for bucket, values in written.buckets.items():
             for index, value in enumerate(values):
@@ -342,24 +316,31 @@ class _Checker:
                 if text in holder:
                     self._fault(
                         (*path, "buckets", bucket, index),
-                        f"the value {_short(value)} is in bucket {holder[text]!r} already: keep one",
+                        f"the value {shown(value)} is in bucket {holder[text]!r} already: keep one",
                     )
                 holder.setdefault(text, bucket)
+        return True
 
-    def _ranges(self, path: Path, written: WrittenRange) -> None:
+    def _ranges(self, path: Path, written: WrittenRange) -> bool:
+        here = (*path, "buckets")
+        if not self._key_values(here, ((bucket, end) for bucket in written.buckets for end in written.buckets[bucket])):
+            return False
         ends = [end for bounds in written.buckets.values() for end in bounds]
-        if not self._key_values(path, ends):
-            return
+        strange = next((end for end in ends if not isinstance(end, None | int | str | date)), None)
+        if strange is not None or any(isinstance(end, bool) for end in ends):
+            self._fault(here, "a range begins and ends at integers, strings, dates or date-times")
+            return False
         previous: tuple[str, Any] | None = None
         for index, (bucket, (low, high)) in enumerate(written.buckets.items()):
-            here = (*path, "buckets", bucket)
+            place = (*here, bucket)
             if low is not None and high is not None and not low < high:
-                self._fault(here, f"[{low}, {high}) is empty: the low end must be below the high end")
+                self._fault(place, f"[{low}, {high}) is empty: the low end must be below the high end")
             if low is None and index > 0:
-                self._fault(here, "only the first range may be open below: order the ranges from low to high")
+                self._fault(place, "only the first range may be open below: order the ranges from low to high")
             if previous is not None and low is not None:
-                self._adjoin(here, previous, low)
+                self._adjoin(place, previous, low)
             previous = (bucket, high)
+        return True
 
     def _adjoin(self, path: Path, previous: tuple[str, Any], low: Any) -> None:
         name, high = previous
@@ -402,7 +383,10 @@ class _Checker:
             buckets = self._buckets(here, text)
             unknown = [bucket for bucket in buckets if bucket not in known]
             if unknown:
-                self._fault(here, f"the partition has no bucket {format_buckets(unknown)}: {_known_buckets(partition)}")
+                self._fault(
+                    here,
+                    f"the partition has no bucket {_short_list(format_buckets(unknown))}: {_known_buckets(partition)}",
+                )
             twice: dict[str, list[Bucket]] = {}
             for bucket in buckets:
                 if bucket in placed:
@@ -410,10 +394,10 @@ class _Checker:
                 elif bucket in known:
                     placed[bucket] = shard
             for other, again in twice.items():
-                self._fault(here, f"bucket {format_buckets(again)} is placed on {other} already: place it once")
+                self._fault(here, f"{_buckets_are(again)} placed on {other} already: place every bucket once")
         gap = [bucket for bucket in partition.buckets if bucket not in placed]
         if gap:
-            self._fault(path, f"bucket {format_buckets(gap)} is on no shard: place every bucket once")
+            self._fault(path, f"{_buckets_are(gap)} on no shard: place every bucket once")
         return {bucket: placed[bucket] for bucket in partition.buckets if bucket in placed}
 
     def _buckets(self, path: Path, written: str | list[int | str]) -> list[Bucket]:
@@ -445,34 +429,38 @@ class _Checker:
             bucket for bucket in buckets if keyspace.placement.get(bucket) not in {written.source, written.target}
         ]
         if strange:
-            self._fault((*path, "buckets"), f"bucket {format_buckets(strange)} is on neither end of the move")
+            self._fault((*path, "buckets"), f"{_buckets_are(strange)} on neither end of the move")
         return MoveDocument(written.job, written.keyspace, tuple(buckets), written.source, written.target)
 
 
-_UNION_TAGS = frozenset({"hash", "list", "range", "directory", "str", "list[str]", "dict[str,union[str,list[str]]]"})
+def _plain(value: Any) -> Any:
+    """A key value as YAML can write it; what YAML has no form for becomes its canonical text."""
+    if value is None or isinstance(value, int | date) or type(value) is str:
+        return value
+    return canonical_text(value)
 
 
 def _kind(value: Any) -> str:
-    for types, name in (
+    kinds: tuple[tuple[Any, str], ...] = (
         (bool, "booleans"),
         (int, "integers"),
-        (str, "strings"),
+        (str | bytes | UUID | Decimal | Enum, "strings"),
         (datetime, "date-times"),
         (date, "dates"),
-        (Decimal, "decimals"),
-    ):
+    )
+    for types, name in kinds:
         if isinstance(value, types):
             return name
     return f"{type(value).__name__} values"
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
 def _unknown_shard(name: str, shards: Mapping[str, Any]) -> str:
     return f"there is no shard {name!r}: the map has {', '.join(shards)}"
+
+
+def _buckets_are(buckets: Sequence[Bucket]) -> str:
+    text = _short_list(format_buckets(buckets))
+    return f"bucket {text} is" if len(buckets) == 1 else f"buckets {text} are"
 
 
 def _known_buckets(partition: Partition) -> str:

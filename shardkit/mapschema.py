@@ -187,9 +187,12 @@ def to_json(document: dict[str, Any]) -> str:
 def from_json(text: str | bytes) -> Any:
     """The opposite of `to_json`.
 
-    :raises ValueError: for text that is not JSON.
+    :raises ValueError: for text that is not JSON, or not written by `to_json`.
     """
-    return json.loads(text, object_hook=_typed)
+    try:
+        return json.loads(text, object_hook=_typed)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"not written by shardkit: {error}") from None
 
 
 def _plain(value: Any) -> Any:

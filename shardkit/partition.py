@@ -6,10 +6,11 @@ fixed for ever (docs/reference/keys.md lists it); changing it would lose rows.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import date, datetime, time
 from decimal import Decimal
 from enum import Enum, StrEnum
 from functools import cached_property
@@ -18,6 +19,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
+from sqlalchemy.engine import default
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -37,7 +39,7 @@ _NULL_PART = "\x00"  # a NULL inside a composite key
 
 
 class KeyType(StrEnum):
-    """The kinds of key columns that have a canonical text. FLOAT has none: it does not survive rounding."""
+    """The kinds of key columns that have a canonical text."""
 
     INTEGER = "integer"
     STRING = "string"
@@ -52,8 +54,8 @@ def key_type_of(column_type: TypeEngine[Any]) -> KeyType | None:
     """The kind of key that a column of this type holds; None where it cannot be a key."""
     if isinstance(column_type, sa.types.TypeDecorator):
         return key_type_of(column_type.impl_instance)
-    if isinstance(column_type, sa.Double | sa.Float):
-        return None
+    if isinstance(column_type, sa.Float | sa.TIMESTAMP):
+        return None  # FLOAT does not survive rounding; what a TIMESTAMP shows depends on the session's time zone
     for known, kind in _KEY_TYPES:
         if isinstance(column_type, known):
             return kind
@@ -73,18 +75,58 @@ _KEY_TYPES: tuple[tuple[type[TypeEngine[Any]], KeyType], ...] = (
 )
 
 
+def key_value(column_type: TypeEngine[Any], value: Any) -> Any:
+    """The value that a column of this type stores, where Python has several ways to write it.
+
+    `canonical_text` sees values without their column. This puts a value into the form that the column's own values
+    have: the stored name of an `sqlalchemy.Enum`'s member, what a `sqlalchemy.TypeDecorator` makes of its value, a UUID
+    for a UUID written as text, a date for midnight in a DATE column.
+
+    :raises TypeError: for a value that the column cannot hold.
+    """
+    if isinstance(column_type, sa.types.TypeDecorator):
+        with contextlib.suppress(NotImplementedError):  # it has no conversion of its own
+            value = column_type.process_bind_param(value, default.DefaultDialect())
+        return key_value(column_type.impl_instance, value)
+    if value is None:
+        return None
+    if isinstance(column_type, sa.Enum):
+        return _stored_enum(column_type, value)
+    match key_type_of(column_type), value:
+        case KeyType.UUID, str():
+            return _read(UUID, value)
+        case KeyType.DATE, datetime() if value.time() == time():
+            return value.date()
+        case KeyType.DATETIME, date() if not isinstance(value, datetime):
+            return datetime(value.year, value.month, value.day)  # noqa: DTZ001 - DATETIME columns store no zone
+    return value
+
+
+def _stored_enum(column_type: sa.Enum, value: Any) -> Any:
+    if column_type.enum_class is None or not isinstance(value, Enum):
+        return value
+    names = column_type.enum_class.__members__
+    stored = dict(zip(names.values(), column_type.enums, strict=False))
+    if value not in stored:
+        raise TypeError(f"{value!r} is not of the column's enumeration {column_type.enum_class.__name__}")
+    return stored[value]
+
+
 def canonical_text(value: Any) -> str | None:
     """The text that a key value is hashed and compared by; None for NULL.
 
+    An enumeration's member counts as its value where that is a string or an integer (`enum.StrEnum`, `enum.IntEnum`),
+    else as its name; `key_value` knows what an `sqlalchemy.Enum` column stores.
+
     :raises TypeError: for a type that cannot be a key (float, time with zone, containers, ...).
     """
-    if value is None or (isinstance(value, str) and not isinstance(value, Enum)):
-        return value
     match value:
+        case Enum():
+            return canonical_text(value.value) if isinstance(value, str | int) else value.name
+        case None | str():
+            return value
         case bool():
             return str(int(value))
-        case Enum():
-            return value.name
         case int():
             return str(value)
         case UUID():
@@ -96,9 +138,7 @@ def canonical_text(value: Any) -> str | None:
         case date():
             return value.isoformat()
         case Decimal() if value.is_finite():
-            text = format(value, "f")
-            text = text.rstrip("0").rstrip(".") if "." in text else text
-            return "0" if text == "-0" else text
+            return _decimal_text(value)
     raise TypeError(f"a {type(value).__name__} cannot be a shard key")
 
 
@@ -106,6 +146,43 @@ def _datetime_text(value: datetime) -> str:
     if value.tzinfo is not None:
         raise TypeError("a datetime with a time zone cannot be a shard key: DATETIME columns store none")
     return value.isoformat(sep=" ", timespec="microseconds")
+
+
+def _decimal_text(value: Decimal) -> str:
+    text = format(value, "f")
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
+
+
+def typed_value(kind: KeyType, value: Any) -> Any:
+    """A key value as it is written in a map, as the Python type of a key column of this kind.
+
+    YAML knows neither UUIDs nor decimals nor bytes: they are written as their canonical text.
+
+    :raises TypeError: where no value of this kind is written like that.
+    """
+    text = canonical_text(value)
+    if text is None:
+        return None
+    return _read(_READERS[kind], text)
+
+
+_READERS: Mapping[KeyType, Callable[[str], Any]] = {
+    KeyType.INTEGER: int,
+    KeyType.STRING: str,
+    KeyType.UUID: UUID,
+    KeyType.BYTES: bytes.fromhex,
+    KeyType.DATE: date.fromisoformat,
+    KeyType.DATETIME: datetime.fromisoformat,
+    KeyType.DECIMAL: Decimal,
+}
+
+
+def _read(read: Callable[[str], Any], text: str) -> Any:
+    try:
+        return read(text)
+    except (ValueError, ArithmeticError):
+        raise TypeError(f"{text!r} is not a value that the key column can have ({read.__qualname__})") from None
 
 
 def key_text(key: Key) -> str | None:
@@ -120,7 +197,10 @@ def key_text(key: Key) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class KeyColumn:
-    """A key column as an SQL expression (a table's column, or ``NEW.user_id`` in a trigger) and its kind."""
+    """A key column as an SQL expression (a table's column, or ``NEW.user_id`` in a trigger) and its kind.
+
+    The kind counts, not the expression's SQLAlchemy type: in a trigger there is none.
+    """
 
     expression: sa.ColumnElement[Any]
     kind: KeyType
@@ -140,6 +220,20 @@ class _DecimalText(FunctionElement[str]):
     inherit_cache = True
 
 
+class _HexText(FunctionElement[str]):
+    """Bytes as canonical text: lower-case hexadecimal digits."""
+
+    type = sa.String()
+    inherit_cache = True
+
+
+class _ControlCharacter(FunctionElement[str]):
+    """A character that no SQL text should hold as it is."""
+
+    type = sa.String()
+    inherit_cache = True
+
+
 class _HashBucket(FunctionElement[int]):
     """``CRC32(text) mod buckets``. On SQLite ``crc32`` is a function that `shardkit.engines` adds to the connection."""
 
@@ -154,7 +248,21 @@ def _datetime_sql(element: _DatetimeText, compiler: SQLCompiler, **kw: Any) -> s
         return value  # SQLAlchemy stores this very text
     percent = "%%" if compiler.preparer._double_percents else "%"  # noqa: SLF001 - as SQLAlchemy's own literals do
     pattern = "%Y-%m-%d %H:%i:%s.%f".replace("%", percent)
-    return f"date_format({value}, '{pattern}')"
+    return f"CAST(date_format({value}, '{pattern}') AS CHAR CHARACTER SET utf8mb4)"
+
+
+@compiles(_HexText)
+def _hex_sql(element: _HexText, compiler: SQLCompiler, **kw: Any) -> str:
+    value = compiler.process(element.clauses, **kw)
+    if compiler.dialect.name == "sqlite":
+        return f"iif({value} IS NULL, NULL, lower(hex({value})))"  # its hex(NULL) is ''
+    return f"CAST(lower(hex({value})) AS CHAR CHARACTER SET utf8mb4)"
+
+
+@compiles(_ControlCharacter)
+def _control_sql(element: _ControlCharacter, compiler: SQLCompiler, **kw: Any) -> str:
+    code = compiler.process(element.clauses, **kw)
+    return f"char({code})" if compiler.dialect.name == "sqlite" else f"char({code} USING utf8mb4)"
 
 
 @compiles(_DecimalText)
@@ -184,7 +292,7 @@ def _text_expression(column: KeyColumn) -> sa.ColumnElement[Any]:
         case KeyType.UUID:
             return sa.func.lower(sa.func.replace(sa.cast(expression, _TEXT), "-", ""))
         case KeyType.BYTES:
-            return sa.func.lower(sa.func.hex(expression))
+            return _HexText(expression)
         case KeyType.DATETIME:
             return _DatetimeText(expression)
         case KeyType.DECIMAL:
@@ -197,22 +305,45 @@ def key_text_expression(columns: Sequence[KeyColumn]) -> sa.ColumnElement[Any]:
     """`key_text` as an SQL expression over a table's key columns."""
     if len(columns) == 1:
         return _text_expression(columns[0])
-    parts: list[Any] = []
-    for column in columns:
-        parts += [sa.literal(_SEPARATOR), sa.func.coalesce(_text_expression(column), _NULL_PART)]
-    joined: sa.ColumnElement[Any] = parts[1]
-    for part in parts[2:]:
-        joined = joined.concat(part)
+    separator, null = (_ControlCharacter(_number(ord(mark))) for mark in (_SEPARATOR, _NULL_PART))
+    first, *rest = (sa.func.coalesce(_text_expression(column), null) for column in columns)
+    joined: sa.ColumnElement[Any] = first
+    for part in rest:
+        joined = joined.concat(separator).concat(part)
     return joined
+
+
+def _number(value: int) -> sa.ColumnElement[int]:
+    return sa.literal_column(str(value), sa.Integer())
 
 
 def _equals_any(columns: Sequence[KeyColumn], keys: Iterable[Key]) -> sa.ColumnElement[bool]:
     """True, false, never NULL: whether the key is one of these."""
-    tests = [
-        sa.and_(*(column.expression.is_not_distinct_from(part) for column, part in zip(columns, key, strict=True)))
-        for key in keys
-    ]
+    tests = [sa.and_(*(_equals(column, part) for column, part in zip(columns, key, strict=True))) for key in keys]
     return sa.or_(sa.false(), *tests)
+
+
+def _equals(column: KeyColumn, value: Any) -> sa.ColumnElement[bool]:
+    """Never NULL. The value goes in as the column's kind, so that no server compares ``'42abc'`` with 42."""
+    if column.kind in {KeyType.UUID, KeyType.BYTES}:  # stored in many ways: compare what they have in common
+        text = canonical_text(typed_value(column.kind, value))
+        return _text_expression(column).is_not_distinct_from(text)
+    return column.expression.is_not_distinct_from(_literal(column.kind, typed_value(column.kind, value)))
+
+
+def _literal(kind: KeyType, value: Any) -> sa.ColumnElement[Any]:
+    if value is None:
+        return sa.null()
+    return sa.literal(value, _LITERAL_TYPES[kind])
+
+
+_LITERAL_TYPES: Mapping[KeyType, TypeEngine[Any]] = {
+    KeyType.INTEGER: sa.BigInteger(),
+    KeyType.STRING: sa.String(),
+    KeyType.DATE: sa.Date(),
+    KeyType.DATETIME: sa.DateTime(),
+    KeyType.DECIMAL: sa.Numeric(),
+}
 
 
 # --- partitions --------------------------------------------------------------------------------------------------
@@ -268,12 +399,12 @@ class HashPartition:
         text = key_text(key)
         if text in self._pinned:
             return self._pinned[text]
-        return NULL_BUCKET if text is None else zlib.crc32(text.encode()) % self.count
+        return NULL_BUCKET if text is None else zlib.crc32(_utf8(text)) % self.count
 
     def bucket_expression(self, columns: Sequence[KeyColumn]) -> sa.ColumnElement[int]:
         """The hash bucket's number in SQL, pinned keys not regarded."""
-        hashed = _HashBucket(key_text_expression(columns), sa.literal_column(str(self.count), sa.Integer()))
-        return sa.func.coalesce(hashed, sa.literal_column(str(NULL_BUCKET), sa.Integer()))
+        hashed = _HashBucket(key_text_expression(columns), _number(self.count))
+        return sa.func.coalesce(hashed, _number(NULL_BUCKET))
 
     def predicate(self, columns: Sequence[KeyColumn], buckets: Iterable[Bucket]) -> sa.ColumnElement[bool]:
         wanted = set(buckets)
@@ -290,7 +421,7 @@ class HashPartition:
 
 
 def _between(number: sa.ColumnElement[int], low: int, high: int) -> sa.ColumnElement[bool]:
-    first, last = (sa.literal_column(str(end), sa.Integer()) for end in (low, high))
+    first, last = _number(low), _number(high)
     return number == first if low == high else number.between(first, last)
 
 
@@ -349,10 +480,16 @@ class RangePartition:
     def bucket_of(self, key: Key) -> Bucket | None:
         (value,) = key
         canonical_text(value)  # refuses what cannot be a key
-        for bucket, (low, high) in self.bounds.items():
-            if _at_least(value, low) and (high is None or value is None or _order(value) < _order(high)):
-                return bucket
-        return None
+        try:
+            return next((bucket for bucket, (low, high) in self.bounds.items() if _inside(value, low, high)), None)
+        except TypeError:
+            raise TypeError(
+                f"{value!r} cannot be compared with the ranges' {type(self._some_bound).__name__}"
+            ) from None
+
+    @property
+    def _some_bound(self) -> Any:
+        return next((end for ends in self.bounds.values() for end in ends if end is not None), None)
 
     def overlapping(self, low: Any, high: Any) -> Sequence[Bucket]:
         """The buckets that may hold a value in the closed interval ``[low, high]``; None is an open end."""
@@ -365,27 +502,37 @@ class RangePartition:
 
     def predicate(self, columns: Sequence[KeyColumn], buckets: Iterable[Bucket]) -> sa.ColumnElement[bool]:
         (column,) = columns
-        return sa.or_(sa.false(), *(self._within(column.expression, bucket) for bucket in _named(buckets)))
+        return sa.or_(sa.false(), *(self._within(column, bucket) for bucket in _named(buckets)))
 
-    def _within(self, value: sa.ColumnElement[Any], bucket: str) -> sa.ColumnElement[bool]:
-        low, high = self.bounds[bucket]
+    def _within(self, column: KeyColumn, bucket: str) -> sa.ColumnElement[bool]:
+        value, (low, high) = column.expression, self.bounds[bucket]
         inside = sa.and_(
             value.is_not(None),
-            *([] if low is None else [value >= low]),
-            *([] if high is None else [value < high]),
+            *([] if low is None else [value >= _literal(column.kind, low)]),
+            *([] if high is None else [value < _literal(column.kind, high)]),
         )
         return sa.or_(inside, value.is_(None)) if low is None else inside
 
 
-def _at_least(value: Any, low: Any) -> bool:
+def _inside(value: Any, low: Any, high: Any) -> bool:
+    """Whether ``low <= value < high``; None is an open end, and as a value below all others."""
     if value is None:
         return low is None
-    return low is None or bool(_order(value) >= _order(low))
+    return (low is None or _order(value) >= _order(low)) and (high is None or bool(_order(value) < _order(high)))
 
 
 def _order(value: Any) -> Any:
     """What a value is compared by, as the database would."""
-    return value.encode() if isinstance(value, str) else value
+    if isinstance(value, str):
+        return _utf8(value.value if isinstance(value, Enum) else value)
+    return value
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise TypeError(f"{text!r} is not valid text: no column can hold it") from None
 
 
 #: Finds a key's bucket in a directory's lookup table: (keyspace, key text) -> bucket or None.

@@ -186,6 +186,10 @@ class ShardMap:
             version=document.version,
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as JSON: read-only mappings have no form of their own in a pickle."""
+        return ShardMap.from_json, (self.to_json(),)
+
     def dump(self) -> str:
         """The map as YAML, for people and for files. `parse` reads it back to an equal map."""
         text: str = yaml.safe_dump(document_of(self), sort_keys=False, allow_unicode=True, width=110)
@@ -347,7 +351,7 @@ class ShardMap:
     def diff(self, new: ShardMap) -> MapDiff:
         """What changes from this map to ``new``."""
         moved: dict[str, dict[tuple[str, str], tuple[Bucket, ...]]] = {}
-        for name in self.keyspaces.keys() & new.keyspaces.keys():
+        for name in _kept(self.keyspaces, new.keyspaces):
             pairs: dict[tuple[str, str], list[Bucket]] = {}
             after = new.keyspaces[name].placement
             for bucket, shard in self.keyspaces[name].placement.items():
@@ -361,21 +365,23 @@ class ShardMap:
         if self.cluster != new.cluster:
             yield f"cluster {self.cluster} -> {new.cluster}"
         yield from _named_changes("shard", self.shards, new.shards)
-        for name in self.shards.keys() & new.shards.keys():
+        for name in _kept(self.shards, new.shards):
             if self.shards[name] != new.shards[name]:
                 yield from _shard_changes(self.shards[name], new.shards[name])
         yield from _named_changes("keyspace", self.keyspaces, new.keyspaces)
-        for name in self.keyspaces.keys() & new.keyspaces.keys():
+        for name in _kept(self.keyspaces, new.keyspaces):
             yield from _keyspace_changes(self.keyspaces[name], new.keyspaces[name])
-        yield from _named_changes(
-            "move",
-            {move.job: move for move in self.moves},
-            {move.job: move for move in new.moves},
-        )
+        jobs, new_jobs = ({move.job: move for move in layout.moves} for layout in (self, new))
+        yield from _named_changes("move", jobs, new_jobs)
+        yield from (f"move {job} changed" for job in _kept(jobs, new_jobs) if jobs[job] != new_jobs[job])
 
 
 def _checked(changed: ShardMap) -> ShardMap:
     return ShardMap.parse(document_of(changed))
+
+
+def _kept(old: Mapping[str, object], new: Mapping[str, object]) -> Iterable[str]:
+    return (name for name in old if name in new)
 
 
 def _named_changes(kind: str, old: Mapping[str, object], new: Mapping[str, object]) -> Iterable[str]:
