@@ -7,6 +7,7 @@ without credentials (`shardkit.topology.Endpoint`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 from sqlalchemy import exc as sa_exc
 
@@ -244,8 +245,13 @@ class RelayError(ShardkitError):
     def __init__(self, message: str, *, hop: str | None = None, at: str | None = None, hint: str | None = None) -> None:
         place = " ".join(part for part in (f"hop {hop}:" if hop else "", message, f"(at {at})" if at else "") if part)
         super().__init__(place, hint=hint)
+        self.text = message
         self.hop = hop
         self.at = at
+
+    def of_hop(self, hop: str) -> Self:
+        """The same error naming its hop, for those found where the hop is not known."""
+        return self if self.hop else type(self)(self.text, hop=hop, at=self.at, hint=self.hint)
 
 
 class BadEvent(RelayError):

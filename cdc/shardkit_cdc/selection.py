@@ -14,7 +14,7 @@ from shardkit_cdc import events, statement
 from shardkit_cdc.query import Query
 from shardkit_cdc.statement import Effect, Name, Statement
 from shardkit_cdc.table_map import TableMap
-from shardkit_cdc.transactions import STATEMENT_FORMAT_HINT, Rows, Transaction
+from shardkit_cdc.transactions import STATEMENT_FORMAT_HINT, Outcome, Rows, Transaction
 
 _HISTORY = own_tables.HISTORY_PREFIX.encode()
 _ANSI_QUOTES = 1 << 2  # of sql_mode
@@ -45,7 +45,9 @@ class Selected:
 
     @property
     def own(self) -> bool:
-        return bool(self.transaction.rows or self.change or self.transaction.xid)
+        transaction = self.transaction
+        ends_branch = transaction.outcome in {Outcome.XA_COMMIT, Outcome.XA_ROLLBACK}
+        return bool(transaction.rows or self.change or ends_branch or not transaction.first)
 
 
 class Selector:
@@ -61,9 +63,13 @@ class Selector:
         self._target = target
         self._fold = fold_case
         self._tables: dict[TableMap, TableMap | None] = {}
+        self._begun = False  # whether a part of the big transaction at hand has been handed on
 
-    def select(self, transaction: Transaction) -> Selected:
-        """:raises BadEvent: for what cannot be replayed, or cannot be told apart from another database's."""
+    def select(self, transaction: Transaction) -> Selected | None:
+        """What is left of a transaction, or of a part of one; None for a part that leaves nothing.
+
+        :raises BadEvent: for what cannot be replayed, or cannot be told apart from another database's.
+        """
         kept: list[Rows] = []
         for rows in transaction.rows:
             try:
@@ -75,13 +81,19 @@ class Selector:
             if table.table == own_tables.position.name and not events.leading_text(rows.event).startswith(_HISTORY):
                 continue
             kept.append(rows if table is rows.table else Rows(table, rows.event))
-        transaction.rows = kept
+        if len(kept) != len(transaction.rows):
+            transaction.rows = kept
+            transaction.size = sum(len(rows.event.data) for rows in kept)
         change = None
         for query in transaction.statements:
             found = self._change(query, str(transaction.gtid))
             if found is not None and change is not None:
                 raise BadEvent(f"two schema changes in one group: {_shown(query)}", at=str(transaction.gtid))
             change = found or change
+        if not transaction.last and not kept and change is None:
+            return None
+        # The first part that is handed on counts as the first, whatever came before it.
+        transaction.first, self._begun = not self._begun, not transaction.last
         return Selected(transaction, change)
 
     def _choose(self, table: TableMap) -> TableMap | None:

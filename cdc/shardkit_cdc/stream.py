@@ -59,7 +59,7 @@ class _DumpConnection(_Connection):
 class BinlogStream:
     """Events of one server's log, in commit order, from just after a position.
 
-    Rotations, reconnects' artificial events and heartbeats stay inside. `format` is known once `read` has returned.
+    Rotations, artificial events and heartbeats stay inside. `format` is known once `begin` or `read` has returned.
 
     :param after: the first transaction delivered is the one after this position.
     :param server_id: what this reader calls itself; the server ends an older reader with the same one.
@@ -84,6 +84,7 @@ class BinlogStream:
         self.format: Format | None = None
         self.bytes_read = 0
         self._buffer = b""
+        self._early: list[Event] = []
         connection = connect(endpoint, credentials, autocommit=True, read_timeout=timeout, kind=_DumpConnection)
         self._connection = cast("_DumpConnection", connection)
         try:
@@ -112,6 +113,15 @@ class BinlogStream:
         request = struct.pack("<HIIQI", 0, server_id, 0, 4, len(gtids)) + gtids
         return self._connection.begin_dump(_COM_BINLOG_DUMP_GTID, request, timeout)
 
+    def begin(self) -> Format:
+        """Wait until the server has accepted the position, and say what its log's format is.
+
+        :raises PositionLost, PreconditionFailed, Interrupted: as `read`; a missing privilege shows here.
+        """
+        while self.format is None:
+            self._early += self._next()
+        return self.format
+
     def read(self) -> list[Event]:
         """Wait for the log to go on and return all that has arrived; empty when only a heartbeat came.
 
@@ -119,6 +129,12 @@ class BinlogStream:
         :raises PositionLost: the server no longer has the log from the position on.
         :raises BadEvent: an event is corrupt.
         """
+        if self._early:
+            found, self._early = self._early, []
+            return found
+        return self._next()
+
+    def _next(self) -> list[Event]:
         buffer = self._buffer + self._receive()
         found: list[Event] = []
         at, size = 0, len(buffer)
@@ -223,7 +239,8 @@ class BinlogStream:
         return Interrupted(f"{self.endpoint.address} ended its log: {text}", hop=self.hop)
 
     def close(self) -> None:
-        """End the stream; a `read` that waits in another thread returns with Interrupted."""
+        """End the stream; a `read` that waits in another thread returns with Interrupted. May be called twice."""
         with suppress(OSError):  # already closed by the other side: nothing is left to end
             self._socket.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
+        if self._connection.open:
+            self._connection.close()

@@ -63,6 +63,7 @@ class Column:
     :param metadata: length, precision or fractional digits, as the type has it.
     :param collation: collation id of a character, ENUM or SET column; None where there is none.
     :param name: None without ``binlog_row_metadata=FULL``.
+    :param members: of ENUM and SET columns their values in order, in the column's character set.
     """
 
     type: int
@@ -71,6 +72,7 @@ class Column:
     unsigned: bool = False
     collation: int | None = None
     name: str | None = None
+    members: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +127,7 @@ class TableMap:
         unsigned = _signedness(extra.get(1, b""), [kind for kind, _ in resolved])
         collations = _collations(extra, [kind for kind, _ in resolved])
         names = _names(extra.get(4), len(types))
+        members = _members(extra, [kind for kind, _ in resolved])
         return tuple(
             Column(
                 kind,
@@ -133,6 +136,7 @@ class TableMap:
                 unsigned.get(index, False),
                 collations.get(index),
                 names[index],
+                members.get(index, ()),
             )
             for index, (kind, metadata) in enumerate(resolved)
         )
@@ -212,3 +216,14 @@ def _names(packed: bytes | None, count: int) -> list[str | None]:
         return [cursor.take(cursor.packed_integer()).decode("utf-8") for _ in range(count)]
     except UnicodeDecodeError:
         raise BadEvent("a Table_map event holds a name that is not UTF-8") from None
+
+
+def _members(extra: dict[int, bytes], types: list[int]) -> dict[int, tuple[bytes, ...]]:
+    found: dict[int, tuple[bytes, ...]] = {}
+    for field, kind in ((5, ColumnType.SET), (6, ColumnType.ENUM)):
+        cursor = Cursor(extra.get(field, b""), "Table_map", 0)
+        for index in (index for index, each in enumerate(types) if each == kind):
+            if cursor.left:
+                count = cursor.packed_integer()
+                found[index] = tuple(cursor.take(cursor.packed_integer()) for _ in range(min(count, cursor.left)))
+    return found

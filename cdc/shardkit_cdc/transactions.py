@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from shardkit.errors import BadEvent
 from shardkit_cdc import events, query, statement
@@ -36,8 +37,7 @@ class Outcome(Enum):
     XA_ROLLBACK = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """One row event and the table map that it refers to."""
 
     table: TableMap

@@ -1,0 +1,232 @@
+"""Whether a target's table is what the log takes it for.
+
+Row events map columns by their place: on a table with fewer, reordered or differently typed columns they apply
+silently wrong. So before the first rows of a table after a start, a reconnect or a schema change, its table map is
+compared with the target's information_schema. Extra indexes are nobody's business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pymysql
+
+from shardkit.errors import BadEvent, Drift
+from shardkit_cdc.table_map import Column, ColumnType, TableMap
+
+if TYPE_CHECKING:
+    Connection = pymysql.Connection[Any]
+
+METADATA_HINT = "set binlog_row_metadata=FULL on the source; what is in its log already needs a reseed"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetColumn:
+    """One row of information_schema.columns, as far as it matters here."""
+
+    name: str
+    data_type: str
+    column_type: str
+    nullable: bool
+    octets: int | None
+    precision: int | None
+    scale: int | None
+    fraction: int | None
+    collation: int | None
+
+
+_BLOB_WIDTHS = {"tiny": 1, "medium": 3, "long": 4}
+_INTEGERS = {"tinyint": 1, "smallint": 2, "int": 3, "mediumint": 9, "bigint": 8}
+_FRACTIONAL = {"timestamp": 17, "datetime": 18, "time": 19}
+_FIXED = {"float": (4, 4), "double": (5, 8), "date": (10, 0), "year": (13, 0), "json": (245, 4), "vector": (242, 4)}
+_GEOMETRY = frozenset(
+    [
+        "geometry",
+        "point",
+        "linestring",
+        "polygon",
+        "multipoint",
+        "multilinestring",
+        "multipolygon",
+        "geometrycollection",
+        "geomcollection",
+    ]
+)
+_MEMBER = re.compile(r"'((?:[^']|'')*)'")
+
+
+def expected(column: TargetColumn) -> tuple[int, int] | None:
+    """The type and metadata by which a log would describe this column; None where only its name can be compared."""
+    kind = column.data_type
+    if "COMPRESSED" in column.column_type or "mariadb-5.3" in column.column_type:
+        return None
+    if kind in _INTEGERS:
+        return _INTEGERS[kind], 0
+    if kind in _FIXED:
+        return _FIXED[kind]
+    if kind in _FRACTIONAL:
+        return _FRACTIONAL[kind], column.fraction or 0
+    if kind == "decimal":
+        return ColumnType.NEWDECIMAL, (column.precision or 0) << 8 | (column.scale or 0)
+    if kind == "bit":
+        bits = column.precision or 1
+        return ColumnType.BIT, bits // 8 << 8 | bits % 8
+    if kind in {"char", "binary"}:
+        return ColumnType.STRING, column.octets or 0
+    if kind in {"varchar", "varbinary"}:
+        return ColumnType.VARCHAR, column.octets or 0
+    if kind.endswith(("blob", "text")):
+        return ColumnType.BLOB, _BLOB_WIDTHS.get(kind[:-4], 2)
+    if kind in _GEOMETRY:
+        return ColumnType.GEOMETRY, 4
+    if kind in {"enum", "set"}:
+        count = len(_MEMBER.findall(column.column_type))
+        if kind == "enum":
+            return ColumnType.ENUM, 1 if count < 256 else 2
+        width = (count + 7) // 8
+        return ColumnType.SET, 8 if width > 4 else width
+    return None
+
+
+def differences(logged: Sequence[Column], target: Sequence[TargetColumn]) -> list[str]:
+    """Every way in which the target's table is not the logged one, in words; empty when rows fit as they are."""
+    found: list[str] = []
+    if len(logged) != len(target):
+        found.append(f"the source has {len(logged)} columns and the target {len(target)}")
+    for place, (source, mine) in enumerate(zip(logged, target, strict=False), 1):
+        if source.name != mine.name:
+            found.append(f"column {place} is {source.name} on the source and {mine.name} on the target")
+            continue
+        wanted = expected(mine)
+        if wanted is None:
+            continue
+        if wanted != (source.type, source.metadata):
+            found.append(
+                f"{mine.name} is {mine.column_type} on the target and "
+                f"{_type_name(source.type)}({source.metadata}) in the log"
+            )
+        elif source.unsigned != _unsigned(mine) and mine.data_type != "year":
+            found.append(f"{mine.name} is signed on one side only")
+        elif None not in (source.collation, mine.collation) and source.collation != mine.collation:
+            found.append(
+                f"{mine.name} has another collation on the target (id {mine.collation}, not {source.collation})"
+            )
+        elif source.members and not _same_members(source.members, mine.column_type):
+            found.append(f"{mine.name} has other {mine.data_type} values on the target ({mine.column_type})")
+        if source.nullable and not mine.nullable:
+            found.append(f"{mine.name} is NOT NULL on the target only")
+    return found
+
+
+def _same_members(logged: Sequence[bytes], column_type: str) -> bool:
+    mine = [member.replace("''", "'") for member in _MEMBER.findall(column_type)]
+    if len(mine) != len(logged):
+        return False
+    # The log has them in the column's character set, whichever that is; a rename or another order shows in ASCII too.
+    return all(
+        not (text.isascii() and raw.isascii()) or text.encode() == raw for text, raw in zip(mine, logged, strict=True)
+    )
+
+
+def _type_name(kind: int) -> str:
+    try:
+        return ColumnType(kind).name.lower()
+    except ValueError:
+        return f"type {kind}"
+
+
+def _unsigned(column: TargetColumn) -> bool:
+    return "unsigned" in column.column_type or "zerofill" in column.column_type
+
+
+class SchemaCheck:
+    """Compares each table map once with the target's table.
+
+    :param connection: to the target; only read through.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._seen: set[TableMap] = set()
+        self._collations: Mapping[str, int] | None = None
+
+    def forget(self) -> None:
+        """A schema change has run: look again."""
+        self._seen.clear()
+
+    def check(self, table: TableMap, *, at: str) -> None:
+        """:raises Drift: when the target's table is missing or different.
+        :raises BadEvent: when the log does not name its columns.
+        """
+        if table in self._seen:
+            return
+        logged = table.columns()
+        if any(column.name is None for column in logged):
+            raise BadEvent(f"the log does not name the columns of {table.qualified}", at=at, hint=METADATA_HINT)
+        target = self._target_columns(table)
+        if not target:
+            raise Drift(
+                f"there is no table {table.qualified} on the target, but the log has rows for it",
+                at=at,
+                hint="the target was not filled from this source from the start: fill it anew (relay reseed)",
+            )
+        names = [column.name for column in logged]
+        if names[-2:] == ["row_start", "row_end"] and len(logged) == len(target) + 2:
+            logged = logged[:-2]  # MariaDB's system versioning: implicit columns that information_schema leaves out
+        found = differences(logged, target)
+        if found:
+            raise Drift(
+                f"the target's table {table.qualified} is not the source's: {'; '.join(found[:5])}",
+                at=at,
+                hint="change the target's table to be like the source's, then start the hop again",
+            )
+        self._seen.add(table)
+
+    def _target_columns(self, table: TableMap) -> list[TargetColumn]:
+        collations = self._collation_ids()
+        with self._connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT column_name, data_type, column_type, is_nullable, character_octet_length, numeric_precision, "
+                "numeric_scale, datetime_precision, collation_name FROM information_schema.columns "
+                "WHERE table_schema = %s AND table_name = %s ORDER BY ordinal_position",
+                (table.database, table.table),
+            )
+            return [
+                TargetColumn(
+                    name,
+                    _text(data_type),
+                    _text(column_type),
+                    nullable == "YES",
+                    octets,
+                    precision,
+                    scale,
+                    fraction,
+                    collations.get(collation),
+                )
+                for name, data_type, column_type, nullable, octets, precision, scale, fraction, collation in cursor
+            ]
+
+    def _collation_ids(self) -> Mapping[str, int]:
+        if self._collations is None:
+            with self._connection.cursor() as cursor:
+                cursor.execute("SHOW COLLATION")
+                found = {name: number for name, _charset, number, *_ in cursor.fetchall() if number is not None}
+                # MariaDB 10.10+ gives collations that fit several character sets one id for each.
+                cursor.execute(
+                    "SELECT COUNT(*) FROM information_schema.columns WHERE table_schema = 'information_schema' "
+                    "AND table_name = 'COLLATION_CHARACTER_SET_APPLICABILITY' AND column_name = 'FULL_COLLATION_NAME'"
+                )
+                if cursor.fetchone() == (1,):
+                    cursor.execute(
+                        "SELECT full_collation_name, id FROM information_schema.collation_character_set_applicability"
+                    )
+                    found.update({name: number for name, number in cursor.fetchall() if number is not None})
+            self._collations = found
+        return self._collations
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else value

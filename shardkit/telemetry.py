@@ -1,0 +1,55 @@
+"""Metrics, by Prometheus' names. Nothing is registered on import: a daemon makes a set of its own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+#: Commits take a fsync or two: half a millisecond to seconds.
+_COMMIT_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+
+
+class RelayMetrics:
+    """What the relay counts, per hop.
+
+    :param registry: where the metrics are registered; a new one by default.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+        hop = ("hop",)
+        self.transactions = Counter(
+            "shardkit_relay_transactions", "Source transactions applied.", hop, registry=self.registry
+        )
+        self.rows = Counter("shardkit_relay_rows", "Row events applied.", hop, registry=self.registry)
+        self.bytes = Counter("shardkit_relay_bytes", "Bytes of row events applied.", hop, registry=self.registry)
+        self.commit_seconds = Histogram(
+            "shardkit_relay_commit_seconds",
+            "Time of the target's COMMIT.",
+            hop,
+            registry=self.registry,
+            buckets=_COMMIT_BUCKETS,
+        )
+        self.batch = Gauge(
+            "shardkit_relay_batch_transactions",
+            "Source transactions in the last target transaction.",
+            hop,
+            registry=self.registry,
+        )
+        self.queue_bytes = Gauge(
+            "shardkit_relay_queue_bytes", "Bytes read and not yet applied.", hop, registry=self.registry
+        )
+        self.lag_seconds = Gauge(
+            "shardkit_relay_lag_seconds",
+            "Age of the newest source transaction applied, when it was applied.",
+            hop,
+            registry=self.registry,
+        )
+        self.restarts = Counter(
+            "shardkit_relay_restarts", "Starts after an error.", ("hop", "reason"), registry=self.registry
+        )
+        self.position_info = Gauge(
+            "shardkit_relay_position_info",
+            "Always 1: the position is a label.",
+            ("hop", "gtid"),
+            registry=self.registry,
+        )
