@@ -12,16 +12,18 @@ if TYPE_CHECKING:
     from shardkit.testing.mariadb import LocalMariaDB
     from shardkit.testing.mysql import LocalMySQL
     from shardkit.testing.ports import free_port
+    from shardkit.testing.proxy import TcpProxy
     from shardkit.testing.server import LocalServer, start_together
     from shardkit.testing.zookeeper import LocalZooKeeper
 
-__all__ = ["LocalMariaDB", "LocalMySQL", "LocalServer", "LocalZooKeeper", "free_port", "start_together"]
+__all__ = ["LocalMariaDB", "LocalMySQL", "LocalServer", "LocalZooKeeper", "TcpProxy", "free_port", "start_together"]
 
 _WHERE = {
     "LocalMariaDB": "mariadb",
     "LocalMySQL": "mysql",
     "LocalServer": "server",
     "LocalZooKeeper": "zookeeper",
+    "TcpProxy": "proxy",
     "free_port": "ports",
     "start_together": "server",
 }
