@@ -1,0 +1,8 @@
+"""Sessions over the shards of a cluster."""
+
+from __future__ import annotations
+
+from shardkit.session.factory import async_sessionmaker, sessionmaker
+from shardkit.session.session import ClusterSession, ScatterWarning
+
+__all__ = ["ClusterSession", "ScatterWarning", "async_sessionmaker", "sessionmaker"]

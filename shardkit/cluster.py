@@ -1,0 +1,363 @@
+"""The one object that an application holds: the shard map, kept fresh, and the engines of its databases."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from random import Random
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import Engine, Executable, MetaData, Table
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from shardkit.credentials import CredentialSource, from_environment
+from shardkit.engines import ASYNC_DRIVERS, Engines, EngineSettings, GivenEngines
+from shardkit.errors import CrossShardJoin, PreconditionFailed, ShardMapError, StaleShardMap, UnknownTable
+from shardkit.ids import IdGenerator, lease_for
+from shardkit.mapstore import MapStore, open_store
+from shardkit.replicas.balance import choose
+from shardkit.replicas.health import Replica, ReplicaHealth
+from shardkit.routing.route import Route, RouteOptions
+from shardkit.shardmap import Placement, ShardMap
+from shardkit.snapshots import Pin, Snapshots, View
+from shardkit.topology import Endpoint, Role
+
+logger = logging.getLogger(__name__)
+
+
+def create_cluster(
+    source: str | Path | ShardMap | MapStore,
+    *,
+    credentials: CredentialSource | None = None,
+    engines: GivenEngines | None = None,
+    driver: str = "pymysql",
+    async_driver: str = ASYNC_DRIVERS["mysql"],
+    engine_options: Mapping[str, Any] | None = None,
+    max_lag: float = 1.0,
+    store_timeout: float = 10.0,
+) -> Cluster:
+    """Open a cluster. No database is connected to yet.
+
+    :param source: ``zookeeper://h1:2181,h2:2181/name``, ``file:shardmap.yaml``, a `ShardMap`, or an open `MapStore`.
+    :param credentials: how to log on to an endpoint; the environment's ``SHARDKIT_USER`` by default.
+    :param engines: engines that the application has already, by (shard, role): in-memory SQLite, tests.
+    :param driver: the DBAPI for servers; with a dialect before it where tables are declared for it
+        (``mariadb+pymysql``).
+    :param async_driver: the same for asyncio sessions.
+    :param engine_options: passed to every `sqlalchemy.create_engine`.
+    :param max_lag: seconds; a replica further behind gets no reads.
+    :param store_timeout: seconds that reaching the map's store may take.
+    :raises MapStoreUnavailable: when the store cannot be reached.
+    :raises InvalidShardMap: when what it holds is not a map.
+    """
+    store = source if isinstance(source, MapStore) else open_store(source, timeout=store_timeout)
+    settings = EngineSettings(credentials or from_environment(), driver, async_driver, dict(engine_options or {}))
+    try:
+        return Cluster(store, settings, given=engines, max_lag=max_lag)
+    except BaseException:
+        store.close()
+        raise
+
+
+class Cluster:
+    """What one shard map describes, as seen and used by this process. Made by `create_cluster`; usable by many threads,
+    by asyncio, and by child processes after a fork."""
+
+    def __init__(
+        self, store: MapStore, settings: EngineSettings, *, given: GivenEngines | None = None, max_lag: float = 1.0
+    ) -> None:
+        self._store = store
+        initial = store.load()
+        self._snapshots = Snapshots(initial, _dialect_name(initial, settings, given or {}), store.announce)
+        self._check_given(given or {})
+        self._engines = Engines(settings, given, self.refresh_soon)
+        self._cores: dict[tuple[str, Role, int, bool], Engine] = {}
+        self._health = ReplicaHealth(
+            self._all_replicas,
+            lambda replica: self._engines.probe(replica[0], Role.REPLICA, replica[2], replica[1]),
+            max_lag,
+        )
+        self._ids = IdGenerator(lambda: lease_for(store))
+        self._random = Random()  # noqa: S311 - spreads load; no secret
+        self._refreshing = threading.Event()
+        self._watch = store.watch(self._accept, after=self.map.version)
+        _survive_forks(self)
+
+    def _check_given(self, given: GivenEngines) -> None:
+        for shard, role in given:
+            if shard not in self.map.shards or role.partition("-")[0] not in set(Role):
+                raise PreconditionFailed(
+                    f"engines= names ({shard!r}, {role!r}), which the shard map of {self.map.cluster!r} does not have",
+                    hint=f"its shards are {', '.join(self.map.shards)}; the roles are master, staging, replica-0, ...",
+                )
+
+    def __repr__(self) -> str:
+        return f"<Cluster {self.map.cluster!r}, map version {self.map.version}, {len(self.map.shards)} shards>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.dispose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.adispose()
+
+    # --- the map
+
+    @property
+    def map(self) -> ShardMap:
+        """The newest map that this process has seen: an immutable snapshot."""
+        return self._snapshots.current.map
+
+    @property
+    def view(self) -> View:
+        """The map with what was worked out from it."""
+        return self._snapshots.current
+
+    @property
+    def store(self) -> MapStore:
+        """Where the map is kept."""
+        return self._store
+
+    def pin(self) -> Pin:
+        """Hold the current map, as a transaction does: until it is released, the process counts as running on it."""
+        return self._snapshots.pin()
+
+    def refresh(self) -> ShardMap:
+        """Look for a newer map now, rather than when the store's watch tells of one.
+
+        :returns: the newest map; the one known while the store cannot be reached.
+        """
+        self._accept(self._store.load())
+        return self.map
+
+    def refresh_soon(self) -> None:
+        """`refresh` in the background: for places that must not wait."""
+        if self._refreshing.is_set():
+            return
+        self._refreshing.set()
+        threading.Thread(target=self._refresh_now, name="shardkit-map-refresh", daemon=True).start()
+
+    def _refresh_now(self) -> None:
+        try:
+            self.refresh()
+        except ShardMapError as error:
+            logger.warning("the shard map of %s could not be refreshed: %s", self.map.cluster, error)
+        finally:
+            self._refreshing.clear()
+
+    def _accept(self, new: ShardMap) -> None:
+        if self._snapshots.accept(new):
+            self._engines.keep(new.shards.values())
+            self._cores = {}
+            logger.info("the shard map of %s is at version %d", new.cluster, new.version)
+
+    def require(self, version: int) -> None:
+        """Have a map of at least this version.
+
+        :raises StaleShardMap: when the store does not give one now.
+        """
+        if self.map.version < version and self.refresh().version < version:
+            raise StaleShardMap(
+                f"a server asks for version {version} of the shard map; {self._store.source} gives {self.map.version}",
+                hint="check that this process reaches the map store, and that it names the right one",
+            )
+
+    def locate(self, table: str, **key: Any) -> Placement:
+        """Where the rows with this key live: ``cluster.locate("orders", user_id=42)``.
+
+        :raises UnknownTable: for a table that the map does not name.
+        :raises MissingKey: when a key column is missing, or no bucket takes the value.
+        """
+        return self.map.locate(table, key)
+
+    def explain(self, statement: Executable, params: Mapping[str, Any] | None = None) -> Route:
+        """What the router would do with a statement. Touches no database.
+
+        :raises RoutingError: where the session would refuse it.
+        """
+        options = RouteOptions.from_execution_options(statement.get_execution_options())
+        return self.view.planner.plan(statement, params, options)
+
+    # --- engines
+
+    def engine(self, shard: str, role: Role | str = Role.MASTER, number: int = 0) -> Engine:
+        """The SQLAlchemy engine of one endpoint.
+
+        Statements sent through it are not routed, and not counted among those that a rebalance job waits for.
+
+        :param number: which of the shard's replicas, from 0.
+        :raises UnknownTable: when the map has no such shard, or the shard no such endpoint.
+        """
+        return self._engines.sync(shard, Role(role), self._endpoint(shard, Role(role), number), number)
+
+    def async_engine(self, shard: str, role: Role | str = Role.MASTER, number: int = 0) -> AsyncEngine:
+        """`engine`, for asyncio."""
+        return self._engines.asynchronous(shard, Role(role), self._endpoint(shard, Role(role), number), number)
+
+    def _endpoint(self, shard: str, role: Role, number: int) -> Endpoint:
+        endpoints = self.map.shard(shard).with_role(role)
+        if number >= len(endpoints):
+            raise UnknownTable(
+                f"shard {shard!r} has {len(endpoints)} endpoints with the role {role}: there is no number {number}",
+                hint="see 'shardkit map show'",
+            )
+        return endpoints[number]
+
+    def choose_replica(self, shard: str, *, asynchronous: bool = False) -> int | None:
+        """The number of a replica that may serve reads now; None where there is none, so that the master has to."""
+        replicas = self._replicas_of(shard)
+        if not replicas:
+            return None
+        chosen = choose(
+            self._health.fresh(replicas),
+            lambda replica: self._in_flight(replica, asynchronous=asynchronous),
+            self._random,
+        )
+        return None if chosen is None else chosen[1]
+
+    def _replicas_of(self, shard: str) -> list[Replica]:
+        return [(shard, number, endpoint) for number, endpoint in enumerate(self.map.shard(shard).replicas)]
+
+    def _all_replicas(self) -> list[Replica]:
+        return [replica for shard in self.map.shards for replica in self._replicas_of(shard)]
+
+    def _in_flight(self, replica: Replica, *, asynchronous: bool) -> int:
+        pool: Any = self.core_engine(replica[0], Role.REPLICA, replica[1], asynchronous=asynchronous).pool
+        return int(pool.checkedout()) if hasattr(pool, "checkedout") else 0
+
+    @property
+    def health(self) -> ReplicaHealth:
+        """The lag of the replicas, as this process sees it."""
+        return self._health
+
+    def next_id(self) -> int:
+        """A new 63-bit id, unique over the processes of this cluster.
+
+        :raises PreconditionFailed: when no worker number can be had.
+        """
+        return self._ids.next_id()
+
+    def core_engine(self, shard: str, role: Role, number: int = 0, *, asynchronous: bool = False) -> Engine:
+        """What a session binds to: an engine, or an async engine's inner one."""
+        key = (shard, role, number, asynchronous)
+        try:
+            return self._cores[key]
+        except KeyError:
+            pass
+        cores = self._cores  # the map may change meanwhile, and this answer with it
+        engine = (
+            self.async_engine(shard, role, number).sync_engine if asynchronous else self.engine(shard, role, number)
+        )
+        cores[key] = engine
+        return engine
+
+    # --- tables
+
+    def create_all(self, metadata: MetaData, *, checkfirst: bool = True) -> None:
+        """Create each table on the shards that host it.
+
+        :raises UnknownTable: for a table that the map does not name, before anything is created.
+        :raises CrossShardJoin: for a foreign key to a table that is not on every shard of the table that has it.
+        """
+        for shard, tables in self._tables_by_shard(metadata).items():
+            metadata.create_all(self.engine(shard), tables=tables, checkfirst=checkfirst)
+
+    def drop_all(self, metadata: MetaData, *, checkfirst: bool = True) -> None:
+        """Drop each table on the shards that host it.
+
+        :raises UnknownTable: for a table that the map does not name, before anything is dropped.
+        """
+        for shard, tables in self._tables_by_shard(metadata).items():
+            metadata.drop_all(self.engine(shard), tables=tables, checkfirst=checkfirst)
+
+    def _tables_by_shard(self, metadata: MetaData) -> dict[str, list[Table]]:
+        shards_of = _hosts(metadata.sorted_tables, self.map)
+        for table in metadata.sorted_tables:
+            for target in {key.column.table for key in table.foreign_keys}:
+                if missing := [shard for shard in shards_of[table] if shard not in shards_of[target]]:
+                    raise CrossShardJoin(
+                        f"{table.name!r} has a foreign key to {target.name!r}, which is not on {', '.join(missing)}",
+                        table=table.name,
+                        hint="take the constraint out, or put both tables into one keyspace",
+                    )
+        by_shard: dict[str, list[Table]] = {}
+        for table, shards in shards_of.items():
+            for shard in shards:
+                by_shard.setdefault(shard, []).append(table)
+        return by_shard
+
+    # --- ending
+
+    def dispose(self) -> None:
+        """Close every connection and stop watching the map. A cluster with asyncio sessions: `adispose`."""
+        self._watch.close()
+        self._health.close()
+        self._ids.close()
+        self._store.close()
+        self._engines.dispose()
+
+    async def adispose(self) -> None:
+        """`dispose`, in the event loop of the asyncio sessions."""
+        self._watch.close()
+        self._health.close()
+        self._ids.close()
+        self._store.close()
+        await self._engines.adispose()
+
+    def after_fork(self) -> None:
+        """In a child process: holds and threads of its own."""
+        self._refreshing = threading.Event()
+        self._snapshots.after_fork()
+        self._health.after_fork()
+
+
+def _hosts(tables: Iterable[Table], shard_map: ShardMap) -> dict[Table, tuple[str, ...]]:
+    unknown = [table.name for table in tables if table.name not in shard_map.tables]
+    if unknown:
+        raise UnknownTable(
+            f"the shard map of {shard_map.cluster!r} does not name {', '.join(map(repr, unknown))}",
+            hint="add each table to a keyspace: by its key, under reference, or in a keyspace without a partition",
+        )
+    return {table: shard_map.table(table.name).shards for table in tables}
+
+
+def _dialect_name(shard_map: ShardMap, settings: EngineSettings, given: GivenEngines) -> str:
+    """The dialect that statements are planned for: that of the masters."""
+    masters = [(name, shard.master) for name, shard in shard_map.shards.items()]
+    names = {
+        given[name, "master"].dialect.name if (name, "master") in given else endpoint.dialect
+        for name, endpoint in masters
+    }
+    if names == {"sqlite"}:
+        return "sqlite"
+    return settings.driver.partition("+")[0] if "+" in settings.driver else "mysql"
+
+
+_alive: weakref.WeakSet[Cluster] = weakref.WeakSet()
+_registered = threading.Event()
+
+
+def _survive_forks(cluster: Cluster) -> None:
+    _alive.add(cluster)
+    if not _registered.is_set():
+        _registered.set()
+        os.register_at_fork(after_in_child=_after_fork)
+
+
+def _after_fork() -> None:
+    for cluster in list(_alive):
+        cluster.after_fork()

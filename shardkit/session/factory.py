@@ -1,0 +1,99 @@
+"""Session factories: the two lines of an application that change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from sqlalchemy import orm
+from sqlalchemy.ext import asyncio as sa_asyncio
+
+from shardkit.cluster import Cluster
+from shardkit.errors import ShardkitError
+from shardkit.routing.route import ScatterPolicy
+from shardkit.session.session import ClusterSession, ReadFrom
+from shardkit.session.transaction import CommitMode
+
+
+def sessionmaker(
+    cluster: Cluster,
+    *,
+    read_from: ReadFrom = "master",
+    transactions: str = "single",
+    scatter: ScatterPolicy = "allow",
+    class_: type[orm.Session] = ClusterSession,
+    **session_options: Any,
+) -> orm.sessionmaker[ClusterSession]:
+    """A `sqlalchemy.orm.sessionmaker` whose sessions go to the shards of a cluster.
+
+    :param read_from: ``master``, or ``replica``: reads go to a replica that is fresh enough, as long as the transaction
+        has not written to that shard.
+    :param transactions: ``single``: a transaction may write to one shard, writing to a second raises
+        `SecondShardWritten` and rolls back; ``best_effort``: shards commit one after the other, a failure between them
+        raises `PartialCommit`.
+    :param scatter: what a read over several shards does: ``allow``, ``warn`` (a `ScatterWarning`) or ``refuse``.
+    :param class_: a `sqlalchemy.orm.Session` subclass of the application.
+    :param session_options: as for `sqlalchemy.orm.sessionmaker`: ``expire_on_commit=``, ``info=``, ...
+    :raises ShardkitError: for an option that a cluster's sessions cannot have.
+    """
+    check_options(read_from, transactions, scatter, session_options)
+    return orm.sessionmaker(
+        class_=_cluster_class(class_),
+        cluster=cluster,
+        read_from=read_from,
+        transactions=transactions,
+        scatter=scatter,
+        **session_options,
+    )
+
+
+def async_sessionmaker(
+    cluster: Cluster,
+    *,
+    read_from: ReadFrom = "master",
+    transactions: str = "single",
+    scatter: ScatterPolicy = "allow",
+    class_: type[sa_asyncio.AsyncSession] = sa_asyncio.AsyncSession,
+    sync_session_class: type[orm.Session] = ClusterSession,
+    **session_options: Any,
+) -> sa_asyncio.async_sessionmaker[sa_asyncio.AsyncSession]:
+    """`sessionmaker` for asyncio: a `sqlalchemy.ext.asyncio.async_sessionmaker`. The same code runs inside."""
+    check_options(read_from, transactions, scatter, session_options)
+    return sa_asyncio.async_sessionmaker(
+        class_=class_,
+        sync_session_class=_cluster_class(sync_session_class),
+        cluster=cluster,
+        read_from=read_from,
+        transactions=transactions,
+        scatter=scatter,
+        asynchronous=True,
+        **session_options,
+    )
+
+
+def _cluster_class(given: type[orm.Session]) -> type[ClusterSession]:
+    if issubclass(given, ClusterSession):
+        return given
+    return type(given.__name__, (given, ClusterSession), {})
+
+
+def check_options(read_from: str, transactions: str, scatter: str, session_options: Mapping[str, Any]) -> None:
+    """:raises ShardkitError: naming the option and what it may be."""
+    for name, value, allowed in (
+        ("read_from", read_from, get_args(ReadFrom)),
+        ("transactions", transactions, tuple(CommitMode)),
+        ("scatter", scatter, get_args(ScatterPolicy)),
+    ):
+        if value not in allowed:
+            raise ShardkitError(f"{name}={value!r} is not known", hint=f"it is one of {', '.join(allowed)}")
+    if transactions == CommitMode.ATOMIC:
+        raise ShardkitError(
+            "transactions='atomic' is not available yet: it comes with the next release",
+            hint="use transactions='single', or 'best_effort' where a partial commit can be repaired",
+        )
+    for name in ("bind", "binds", "twophase"):
+        if session_options.get(name):
+            raise ShardkitError(
+                f"{name}= is not an option of a cluster's sessions: the shard map says where tables are",
+                hint="take it out; databases outside the map need a sessionmaker of their own",
+            )

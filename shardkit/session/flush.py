@@ -1,0 +1,239 @@
+"""A flush over shards: which connection each object is written on, in an order that lets rows of one shard batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection
+from sqlalchemy.engine import CursorResult
+from sqlalchemy.orm import InstanceState, Mapper
+from sqlalchemy.orm.interfaces import RelationshipDirection
+
+from shardkit.errors import KeyChange, MissingKey, StaleShardMap
+from shardkit.session.homes import Home, check_generated, home_of
+from shardkit.snapshots import View
+
+if TYPE_CHECKING:
+    from shardkit.session.session import ClusterSession
+
+
+class Flush:
+    """One flush of one session.
+
+    :ivar placed: new objects, with the key that they were placed by.
+    """
+
+    def __init__(self, session: ClusterSession, view: View) -> None:
+        self._session = session
+        self._view = view
+        self._connections: dict[str | None, Any] = {}
+        self.placed: dict[InstanceState[Any], tuple[tuple[Any, ...] | None, str | None]] = {}
+
+    # --- before anything is sent
+
+    def prepare(self, new: Iterable[InstanceState[Any]], dirty: Iterable[InstanceState[Any]]) -> tuple[str, ...]:
+        """Fill in what decides where new objects live, refuse changed keys, and sort new objects by shard.
+
+        :returns: the shards that the objects at hand will be written on, as far as is known before the flush.
+        :raises KeyChange: when a key was assigned another value.
+        :raises MissingKey: when a new object has no key, and no related object that gives it one in the flush.
+        """
+        shards: dict[str, None] = {}
+        order: list[tuple[str, int, InstanceState[Any]]] = []
+        for state in sorted(new, key=_insert_order):
+            home = home_of(self._view, state.mapper)
+            self._fill(home, state)
+            shard = self._early_shard(home, state)
+            for name in home.info.shards if home.replicated else (shard,) if shard is not None else ():
+                shards[name] = None
+            order.append((shard or "\uffff", _insert_order(state), state))
+        order.sort(key=lambda entry: entry[:2])
+        for number, (_, _, state) in enumerate(order, 1):
+            state.insert_order = number
+        for state in dirty:
+            home = home_of(self._view, state.mapper)
+            home.refuse_key_change(state)
+            for name in home.info.shards if home.replicated else (self._shard_of_persistent(home, state),):
+                shards[name] = None
+        return tuple(shards)
+
+    def _fill(self, home: Home, state: InstanceState[Any]) -> None:
+        if home.generated is not None:
+            check_generated(home.table, self._view.planner.dialect_name)
+        home.fill(state, self._session.cluster.next_id)
+
+    def _early_shard(self, home: Home, state: InstanceState[Any]) -> str | None:
+        """The shard of a new object, where its key is known before the flush; None where the flush will give it."""
+        try:
+            return self._place(home, state)
+        except MissingKey:
+            parent = _key_of_parent(home, state)
+            if parent is None:
+                if _has_relationship_to_key(home, state.mapper):
+                    return None  # the other side of the relationship may hold the parent
+                raise
+        if parent[0] is None:
+            return None
+        placement = self._view.planner.place(home.table, {home.key[0].column: parent[0]})
+        return None if placement is None else placement.shard
+
+    def _place(self, home: Home, state: InstanceState[Any]) -> str | None:
+        key = home.key_of(state)
+        known = self.placed.get(state)
+        if known is not None and key is not None and known[0] == key:
+            return known[1]
+        shard = home.place_new(state)
+        self.placed[state] = (key, shard)
+        return shard
+
+    def _shard_of_persistent(self, home: Home, state: InstanceState[Any]) -> str:
+        token = None if state.key is None else state.key[2]
+        if isinstance(token, str) and token in home.info.shards:
+            return token
+        key = home.key_of(state)
+        if len(home.info.shards) == 1:
+            return home.info.shards[0]
+        if key is not None and home.key:
+            return self._view.map.placement_of(home.info.keyspace, key).shard
+        raise StaleShardMap(
+            f"the {state.class_.__name__} {state.key and state.key[1]} was loaded before the shard map changed, and its "
+            "shard is not known any more",
+            hint="load it again",
+        )
+
+    # --- while it runs
+
+    def connection_for(self, mapper: Mapper[Any], instance: Any) -> Any:
+        """SQLAlchemy's ``connection_callable``: the connection to write this object on."""
+        state: InstanceState[Any] = mapper.class_manager.state_getter()(instance)
+        home = home_of(self._view, state.mapper)
+        if home.replicated:
+            return self._replicated(home, state)
+        if state.key is not None:
+            home.refuse_key_change(state)
+            return self._connection(self._shard_of_persistent(home, state))
+        self._fill(home, state)
+        shard = self._place(home, state)
+        if home.tokened:
+            state.identity_token = shard
+        return self._connection(shard or home.info.shards[0])
+
+    def shards_of_item(self, home: Home, item: Any, *, is_state: bool) -> Sequence[str]:
+        """The shards that one item of a bulk operation is written on: a state, or a mapping by attribute name."""
+        if home.replicated:
+            return home.info.shards
+        if not home.key or len(home.info.shards) == 1:
+            return home.info.shards[:1]
+        if is_state:
+            if item.key is not None:
+                return (self._shard_of_persistent(home, item),)
+            self._fill(home, item)
+            return (self._place(home, item) or home.info.shards[0],)
+        row = {part.column: item[part.attribute] for part in home.key if part.attribute in item}
+        placement = self._view.planner.place(home.table, row)
+        return home.info.shards if placement is None else (placement.shard,)
+
+    def _connection(self, shard: str) -> Connection:
+        try:
+            found: Connection = self._connections[shard]
+        except KeyError:
+            found = self._connections[shard] = self._session.connection_to_write(shard)
+        return found
+
+    def _replicated(self, home: Home, state: InstanceState[Any]) -> ReplicatedConnection:
+        if state.key is None:
+            self._fill(home, state)
+            _require_identity(home, state)
+        key = home.info.name
+        if key not in self._connections:
+            self._session.admit_writes(home.info.shards)
+            self._connections[key] = ReplicatedConnection([self._connection(shard) for shard in home.info.shards])
+        found: ReplicatedConnection = self._connections[key]
+        return found
+
+    def verify(self, states: Iterable[InstanceState[Any]]) -> None:
+        """Once written: the rows are where their keys say, whatever event handlers did meanwhile.
+
+        :raises KeyChange: so that the flush is rolled back.
+        """
+        for state in states:
+            known = self.placed.get(state)
+            if known is None or state.key is not None:
+                continue
+            home = home_of(self._view, state.mapper)
+            if home.key and home.key_of(state) != known[0]:
+                raise KeyChange(
+                    f"the key of a new {state.class_.__name__} was changed to {home.key_of(state)} while it was being "
+                    f"written on shard {known[1]}",
+                    table=home.table.name,
+                    key=[part.column for part in home.key],
+                    hint="set keys before the flush, in a constructor or in before_flush, not in before_insert",
+                )
+
+
+class ReplicatedConnection:
+    """What a flush writes a reference table's rows on: every statement is sent to all shards; the first one answers."""
+
+    def __init__(self, connections: Sequence[Connection]) -> None:
+        self._connections = tuple(connections)
+
+    def execute(self, *args: Any, **options: Any) -> CursorResult[Any]:
+        """As `sqlalchemy.Connection.execute`, on every shard."""
+        return [connection.execute(*args, **options) for connection in self._connections][0]  # noqa: RUF015 - all run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connections[0], name)
+
+
+def _insert_order(state: InstanceState[Any]) -> int:
+    return state.insert_order or 0
+
+
+def _key_relationships(home: Home, mapper: Mapper[Any]) -> Iterable[tuple[Any, Callable[[Any], Any]]]:
+    """The many-to-one relationships that give an object its (single-column) key, with how to read the parent's side."""
+    if len(home.key) != 1:
+        return
+    (part,) = home.key
+    for relationship in mapper.relationships:
+        if relationship.direction is not RelationshipDirection.MANYTOONE:
+            continue
+        for local, remote in relationship.local_remote_pairs or ():
+            if local.name == part.column and local.table is home.table:
+                yield relationship, _reader(relationship.mapper, remote)
+
+
+def _reader(mapper: Mapper[Any], column: Any) -> Callable[[Any], Any]:
+    name = mapper.get_property_by_column(column).key
+    return lambda parent: parent.__dict__.get(name)
+
+
+def _key_of_parent(home: Home, state: InstanceState[Any]) -> tuple[Any] | None:
+    """The key that a new object will take from a related one; None where there is no such object (on this side)."""
+    for relationship, read in _key_relationships(home, state.mapper):
+        parent = state.dict.get(relationship.key)
+        if parent is not None:
+            return (read(parent),)
+    return None
+
+
+def _has_relationship_to_key(home: Home, mapper: Mapper[Any]) -> bool:
+    """Whether some relationship, on either side, may give the key in the flush."""
+    names = {part.column for part in home.key}
+    return any(key.parent.name in names for key in home.table.foreign_keys) or any(
+        True for _ in _key_relationships(home, mapper)
+    )
+
+
+def _require_identity(home: Home, state: InstanceState[Any]) -> None:
+    mapper = state.mapper
+    for column in mapper.primary_key:
+        if column.default is not None or column.server_default is not None:
+            continue
+        if state.dict.get(mapper.get_property_by_column(column).key) is None:
+            raise MissingKey(
+                f"a new row of the reference table {home.table.name!r} has no {column.name}: each shard would make one up",
+                table=home.table.name,
+                key=[column.name],
+                hint="assign the primary key, or set 'ids: generated' on its keyspace in the shard map",
+            )

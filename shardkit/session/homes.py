@@ -1,0 +1,244 @@
+"""Where the objects of a mapped class live: on the shard of their key, on one fixed shard, or on all of a keyspace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import BigInteger, Column, Table
+from sqlalchemy.orm import InstanceState, Mapper
+from sqlalchemy.orm.exc import UnmappedColumnError
+
+from shardkit.errors import KeyChange, MissingKey, RoutingError, UnknownTable
+from shardkit.shardmap import TableInfo
+from shardkit.snapshots import View
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True, slots=True)
+class KeyAttribute:
+    """One key column of a mapped class.
+
+    :param column: its name in the table, as the shard map has it.
+    :param attribute: its name on the object.
+    :param position: where it stands in the primary key; None where it is no part of it.
+    :param default: the column's default that Python computes, if any.
+    """
+
+    column: str
+    attribute: str
+    position: int | None
+    default: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where the objects of one mapped class live, on one version of the map.
+
+    :param key: the columns that say which shard; none for reference and vertical tables.
+    :param generated: the integer primary key that shardkit fills, by attribute and column name, where the keyspace has
+        ``ids: generated``.
+    :param tokened: whether objects carry their shard in their identity: the table's rows are spread over shards.
+    """
+
+    view: View
+    table: Table
+    info: TableInfo
+    key: tuple[KeyAttribute, ...] = ()
+    generated: KeyAttribute | None = None
+    tokened: bool = False
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every shard of the keyspace has every row."""
+        return self.info.kind == "reference"
+
+    @property
+    def key_in_identity(self) -> bool:
+        """Whether a primary key says which shard its row is on."""
+        return all(part.position is not None for part in self.key)
+
+    def shard_of_identity(self, identity: Sequence[Any]) -> str | None:
+        """The shard of a primary key; None where that does not tell.
+
+        A value of another type than the column's does not tell either: the database may find rows that compare equal.
+        """
+        if not self.tokened:
+            return None
+        row = {part.column: identity[part.position] for part in self.key if part.position is not None}
+        if len(row) < len(self.key):
+            return None
+        try:
+            placement = self.view.planner.place(self.table, row)
+        except MissingKey:
+            return None
+        return None if placement is None else placement.shard
+
+    def key_of(self, state: InstanceState[Any]) -> tuple[Any, ...] | None:
+        """The key values that an object has now; None where one is not loaded."""
+        values = state.dict
+        identity = None if state.key is None else state.key[1]
+        found = []
+        for part in self.key:
+            if part.attribute in values:
+                found.append(values[part.attribute])
+            elif identity is not None and part.position is not None:
+                found.append(identity[part.position])
+            else:
+                return None
+        return tuple(found)
+
+    def fill(self, state: InstanceState[Any], next_id: Any) -> None:
+        """Give a new object the values that decide where it lives: defaults that Python computes, a generated id."""
+        values = state.dict
+        for part in self.key:
+            if part.default is not None and part.attribute not in values:
+                setattr(state.obj(), part.attribute, _computed(part, self.table))
+        if self.generated is not None and values.get(self.generated.attribute) is None:
+            setattr(state.obj(), self.generated.attribute, next_id())
+
+    def place_new(self, state: InstanceState[Any]) -> str | None:
+        """The shard of a new object; None: all shards of a reference table.
+
+        :raises MissingKey: when a key column has no value.
+        """
+        if not self.key:
+            return None if self.replicated else self.info.shards[0]
+        values = state.dict
+        row = {}
+        for part in self.key:
+            value = values.get(part.attribute, _ABSENT)
+            if value is _ABSENT or (value is None and part.position is not None):
+                continue  # a primary key of None is one that the database would make up
+            row[part.column] = value
+        placement = self.view.planner.place(self.table, row)
+        return None if placement is None else placement.shard
+
+    def refuse_key_change(self, state: InstanceState[Any]) -> None:
+        """:raises KeyChange: when the object's key was assigned another value than it was loaded with."""
+        changed = state.committed_state
+        for part in self.key:
+            if part.attribute not in changed:
+                continue
+            old, new = changed[part.attribute], state.dict.get(part.attribute)
+            if old == new:
+                continue
+            known = part.position is not None and state.key is not None
+            if known and state.key is not None and state.key[1][part.position or 0] == new:
+                continue
+            raise KeyChange(
+                f"{state.class_.__name__}.{part.attribute} is the shard key of {self.table.name!r}: it cannot be changed "
+                f"to {new!r}",
+                table=self.table.name,
+                key=[column.column for column in self.key],
+                hint="make a new object with the new key, copy what it holds, and delete this one",
+            )
+
+
+def _computed(part: KeyAttribute, table: Table) -> Any:
+    default = part.default
+    if not default.is_callable:
+        return default.arg
+    try:
+        return default.arg(None)
+    except Exception as error:
+        raise MissingKey(
+            f"the default of {table.name}.{part.column} cannot be computed before its row is placed: {error}",
+            table=table.name,
+            key=[part.column],
+            hint="assign the key, or use a default without a context",
+        ) from error
+
+
+def home_of(view: View, mapper: Mapper[Any]) -> Home:
+    """Where a mapped class's objects live.
+
+    :raises UnknownTable: for a class whose table the map does not name.
+    :raises RoutingError: for a class over several tables that the map keeps apart, or that does not map the key.
+    """
+    try:
+        found: Home = view.homes[mapper]
+    except KeyError:
+        found = view.homes[mapper] = _find(view, mapper)
+    return found
+
+
+def _find(view: View, mapper: Mapper[Any]) -> Home:
+    tables = [table for table in mapper.tables if isinstance(table, Table)]
+    if not tables:
+        raise UnknownTable(
+            f"{mapper.class_.__name__} is not mapped to a table",
+            hint="shardkit routes classes that are mapped to tables",
+        )
+    infos = {table: view.map.table(table.name) for table in tables}
+    if len({(info.kind, *(keyspace.name for keyspace in info.keyspaces)) for info in infos.values()}) > 1:
+        raise RoutingError(
+            f"{mapper.class_.__name__} is mapped to {', '.join(table.name for table in tables)}, which are not kept together",
+            hint="put its tables into one keyspace, with the same key",
+        )
+    table = tables[0]
+    info = infos[table]
+    key = tuple(_key_attribute(mapper, table, name) for name in info.key)
+    return Home(
+        view=view,
+        table=table,
+        info=info,
+        key=key,
+        generated=_generated(mapper, table, info),
+        tokened=info.kind == "sharded" and len(view.map.shards) > 1,
+    )
+
+
+def _key_attribute(mapper: Mapper[Any], table: Table, name: str) -> KeyAttribute:
+    column = table.columns.get(name)
+    if column is None:
+        column = next((other for other in table.columns if other.name == name), None)
+    try:
+        attribute = None if column is None else mapper.get_property_by_column(column).key
+    except UnmappedColumnError:
+        attribute = None
+    if column is None or attribute is None:
+        raise RoutingError(
+            f"{mapper.class_.__name__} does not map {table.name}.{name}, the shard key",
+            table=table.name,
+            key=[name],
+            hint="map the column, or mend the key in the shard map",
+        )
+    return KeyAttribute(name, attribute, _position(mapper, column), _python_default(column))
+
+
+def _position(mapper: Mapper[Any], column: Column[Any]) -> int | None:
+    return mapper.primary_key.index(column) if column in mapper.primary_key else None
+
+
+def _python_default(column: Column[Any]) -> Any:
+    default = column.default
+    return default if default is not None and (default.is_scalar or default.is_callable) else None
+
+
+def _generated(mapper: Mapper[Any], table: Table, info: TableInfo) -> KeyAttribute | None:
+    column = table.autoincrement_column
+    if not info.keyspace.generated_ids or column is None or column not in mapper.primary_key:
+        return None
+    return KeyAttribute(column.name, mapper.get_property_by_column(column).key, _position(mapper, column))
+
+
+def check_generated(table: Table, dialect_name: str) -> None:
+    """:raises MissingKey: when the column for generated ids cannot hold them on a server."""
+    column = table.autoincrement_column
+    if column is not None and dialect_name != "sqlite" and not isinstance(column.type, BigInteger):
+        raise MissingKey(
+            f"{table.name}.{column.name} is to be filled with a 63-bit id, but is declared {column.type}",
+            table=table.name,
+            key=[column.name],
+            hint="declare it BigInteger",
+        )
+
+
+def rows_of(parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]]:
+    """A statement's parameters as rows."""
+    if parameters is None:
+        return ()
+    return [parameters] if isinstance(parameters, Mapping) else parameters

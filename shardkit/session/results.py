@@ -1,0 +1,70 @@
+"""Results made of several shards' results, as ordinary SQLAlchemy results.
+
+SQLAlchemy has no public way to make one with the metadata of another; what is used of its inside is pinned by
+tests/unit/test_session_hooks.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import Result
+from sqlalchemy.engine.result import IteratorResult, SimpleResultMetaData
+from sqlalchemy.sql.base import Executable
+
+from shardkit.routing.merge import MergePlan, merge_rows
+
+
+def merged(plan: MergePlan, results: Sequence[Result[Any]]) -> Result[Any]:
+    """One result of the rows of several shards. Needs at least one."""
+    first = results[0]
+    unique = first._unique_filter_state  # noqa: SLF001 - set by the ORM where joined collections need unique()
+    streams = results if unique is None else [result.unique() for result in results]
+    answer: Result[Any] = IteratorResult(_metadata(first, plan.visible), merge_rows(plan, streams))  # type: ignore[arg-type]
+    answer._attributes = first._attributes  # noqa: SLF001 - what Query looks at
+    answer._unique_filter_state = unique  # noqa: SLF001
+    return answer
+
+
+def _metadata(result: Result[Any], visible: int) -> SimpleResultMetaData:
+    """The metadata of the statement's own columns, without the hidden ones behind them."""
+    frozen: Any = result._metadata._for_freeze()  # noqa: SLF001
+    keys = list(frozen.keys)[:visible]
+    if len(keys) == len(frozen.keys):
+        return frozen  # type: ignore[no-any-return]
+    filters = frozen._create_unique_filters  # noqa: SLF001
+    return SimpleResultMetaData(
+        keys,
+        extra=[frozen._keymap[key][2] for key in keys],  # noqa: SLF001
+        _create_unique_filters=None if filters is None else lambda answer: filters(answer)[:visible],
+    )
+
+
+def empty(statement: Executable, rows: Iterator[Any] = iter(())) -> Result[Any]:
+    """The result of a SELECT that no shard had to be asked for."""
+    entities: Any = getattr(statement, "column_descriptions", None)
+    if entities is None:
+        keys = list(statement.selected_columns.keys())  # type: ignore[attr-defined]
+        return IteratorResult(SimpleResultMetaData(keys), rows)
+    answer: Result[Any] = IteratorResult(SimpleResultMetaData([entity["name"] for entity in entities]), rows)
+    mapped = [entity.get("entity") is not None and entity["expr"] is entity["entity"] for entity in entities]
+    answer._attributes = answer._attributes.union(  # noqa: SLF001
+        {"filtered": any(mapped), "is_single_entity": mapped == [True]}
+    )
+    return answer
+
+
+class WriteResult(IteratorResult[Any]):
+    """What a write over several shards (or none) answers: how many rows, and those it returned.
+
+    :ivar rowcount: rows that matched, over all shards; a reference table's rows count once.
+    """
+
+    def __init__(self, rowcount: int, returned: Result[Any] | None = None) -> None:
+        self.rowcount = rowcount
+        self.returns_rows = returned is not None
+        self.is_insert = False
+        metadata = SimpleResultMetaData([]) if returned is None else returned._metadata  # noqa: SLF001
+        rows: Iterator[Any] = iter(()) if returned is None else returned._raw_row_iterator()  # noqa: SLF001
+        super().__init__(metadata, rows)

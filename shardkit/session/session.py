@@ -1,0 +1,557 @@
+"""A SQLAlchemy Session over the shards of a cluster.
+
+What differs from `sqlalchemy.orm.Session`: each statement is planned and sent to the shards that its rows are on; each
+object is written on the shard of its key. The methods that replace SQLAlchemy's own are pinned by
+tests/unit/test_session_hooks.py.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+from sqlalchemy import Connection, Engine, Executable, Result
+from sqlalchemy import inspect as sa_inspect
+from sqlalchemy.exc import InvalidRequestError, MultipleResultsFound
+from sqlalchemy.orm import InstanceState, Mapper, ORMExecuteState, Session, SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.orm.base import PassiveFlag
+from sqlalchemy.orm.context import QueryContext
+from sqlalchemy.sql import coercions, roles
+from sqlalchemy.util import EMPTY_DICT, immutabledict
+
+from shardkit.cluster import Cluster
+from shardkit.errors import RoutingError, StaleShardMap, TransactionError
+from shardkit.routing.merge import merge_rows
+from shardkit.routing.route import Route, RouteOptions, ScatterPolicy, StatementKind
+from shardkit.session.flush import Flush
+from shardkit.session.homes import home_of
+from shardkit.session.parallel import run_blocking
+from shardkit.session.results import WriteResult, empty, merged
+from shardkit.session.scatter import select_from_several
+from shardkit.session.transaction import ClusterTransaction, CommitMode, ReplanNeeded
+from shardkit.snapshots import View
+
+T = TypeVar("T")
+ReadFrom = Literal["master", "replica"]
+
+#: The bind argument that says where a statement goes, once that is decided.
+TARGET = "shardkit_target"
+_LOAD_OPTIONS = "_sa_orm_load_options"
+_PARENT_LOAD = "sa_top_level_orm_context"  # set on the statements of selectin and other loaders
+
+
+class ScatterWarning(UserWarning):
+    """A read touched several shards under ``scatter="warn"``."""
+
+
+class Target(NamedTuple):
+    """Where one statement goes.
+
+    :param master: it changes or locks rows.
+    :param replica: it may read from a replica.
+    """
+
+    shard: str
+    master: bool
+    replica: bool
+
+
+class ClusterSession(Session):
+    """A `sqlalchemy.orm.Session` whose statements and objects go to the shards of their keys.
+
+    Made by `shardkit.sessionmaker`, which documents the options.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        read_from: ReadFrom = "master",
+        transactions: str = "single",
+        scatter: ScatterPolicy = "allow",
+        asynchronous: bool = False,
+        **options: Any,
+    ) -> None:
+        self.cluster = cluster
+        self.asynchronous = asynchronous
+        self.commit_mode = CommitMode(transactions)
+        self._read_from = read_from
+        self._route_options = RouteOptions(policy=scatter)
+        self._root: ClusterTransaction | None = None
+        self._carried: Target | None = None
+        self._flush_at_work: Flush | None = None
+        self._map_version = 0
+        super().__init__(**options)
+
+    # --- transactions
+
+    def _autobegin_t(self, begin: bool = False) -> SessionTransaction:
+        if self._transaction is not None:
+            return self._transaction
+        if not begin and not self.autobegin:
+            raise InvalidRequestError(
+                "Autobegin is disabled on this Session; please call session.begin() to start a new transaction"
+            )
+        origin = SessionTransactionOrigin.BEGIN if begin else SessionTransactionOrigin.AUTOBEGIN
+        self._root = ClusterTransaction(self, origin)
+        return self._root
+
+    def _outermost(self) -> ClusterTransaction:
+        if self._transaction is None:
+            self._autobegin_t()
+        return cast("ClusterTransaction", self._root)
+
+    def admit_writes(self, shards: Iterable[str]) -> None:
+        """Take note that the transaction writes to these shards; where it may not, roll it back.
+
+        :raises SecondShardWritten: under ``transactions="single"``.
+        """
+        try:
+            self._outermost().admit_writes(shards)
+        except TransactionError:
+            if not self._flushing:  # a flush rolls back by itself
+                self._deactivate()
+            raise
+
+    def _deactivate(self) -> None:
+        """Roll back as a failed flush does: the session asks for `rollback` before it goes on."""
+        transaction = self._transaction
+        if transaction is not None:
+            transaction._begin().rollback(_capture_exception=True)  # noqa: SLF001
+
+    def run_blocking(self, call: Callable[[], T]) -> T:
+        """A call that waits for something other than a database; an event loop goes on meanwhile."""
+        return run_blocking(call, asynchronous=self.asynchronous)
+
+    # --- statements
+
+    def _execute_internal(  # type: ignore[override]  # the base has overloads for _scalar_result
+        self,
+        statement: Executable,
+        params: Any = None,
+        *,
+        execution_options: Any = EMPTY_DICT,
+        bind_arguments: Any = None,
+        _parent_execute_state: ORMExecuteState | None = None,
+        _add_event: Any = None,
+        _scalar_result: bool = False,
+    ) -> Any:
+        if bind_arguments and (TARGET in bind_arguments or "bind" in bind_arguments):
+            return super()._execute_internal(
+                statement,
+                params,
+                execution_options=execution_options,
+                bind_arguments=bind_arguments,
+                _parent_execute_state=_parent_execute_state,
+                _add_event=_add_event,
+                _scalar_result=_scalar_result,  # type: ignore[call-overload]
+            )
+        if self.dispatch.do_orm_execute or _parent_execute_state is not None or _add_event is not None:
+            # handlers may change the statement: it is planned after the last of them
+            return super()._execute_internal(
+                statement,
+                params,
+                execution_options=execution_options,
+                bind_arguments=bind_arguments,
+                _parent_execute_state=_parent_execute_state,
+                _add_event=self._planned_after(_add_event),
+                _scalar_result=_scalar_result,  # type: ignore[call-overload]
+            )
+        if not isinstance(statement, Executable):
+            statement = coercions.expect(roles.StatementRole, statement)
+        result = self._route(statement, params, execution_options, bind_arguments, None, _scalar_result)
+        return result
+
+    def _planned_after(self, event: Callable[[ORMExecuteState], Any] | None) -> Callable[[ORMExecuteState], Any]:
+        def plan_and_run(state: ORMExecuteState) -> Any:
+            answer = None if event is None else event(state)
+            if answer is not None or TARGET in state.bind_arguments or "bind" in state.bind_arguments:
+                return answer
+            options = immutabledict(state.local_execution_options).union(state._update_execution_options)  # noqa: SLF001
+            return self._route(state.statement, state.parameters, options, state.bind_arguments, state, scalar=False)
+
+        return plan_and_run
+
+    def _route(
+        self,
+        statement: Any,
+        params: Any,
+        options: Mapping[str, Any],
+        bind_arguments: Mapping[str, Any] | None,
+        parent: ORMExecuteState | None,
+        scalar: bool,
+    ) -> Any:
+        try:
+            return self._plan_and_run(statement, params, options, bind_arguments, parent, scalar)
+        except ReplanNeeded:
+            return self._plan_and_run(statement, params, options, bind_arguments, parent, scalar)
+
+    def _plan_and_run(
+        self,
+        statement: Any,
+        params: Any,
+        options: Mapping[str, Any],
+        bind_arguments: Mapping[str, Any] | None,
+        parent: ORMExecuteState | None,
+        scalar: bool,
+    ) -> Any:
+        transaction = self._outermost()
+        transaction.begin_statement()
+        view = transaction.view
+        route_options, read_from = self._route_options, self._read_from
+        if options or statement._execution_options or self.execution_options:
+            load = options.get(_LOAD_OPTIONS)
+            if load is not None and load._identity_token is not None and _PARENT_LOAD not in options:
+                # get() and refresh of an object whose shard is known
+                target = Target(
+                    _existing(view, load._identity_token),
+                    statement._for_update_arg is not None,
+                    self._merged_options(statement, options).get("shardkit_read_from", read_from) == "replica",
+                )
+                return self._run(statement, params, options, {**(bind_arguments or {}), TARGET: target}, parent, scalar)
+            combined = self._merged_options(statement, options)
+            read_from = combined.get("shardkit_read_from", read_from)
+            route_options = RouteOptions.from_execution_options(combined, policy=route_options.policy)
+            if "identity_token" in combined and route_options.shard is None:
+                route_options = replace(route_options, shard=combined["identity_token"])
+        route = view.planner.plan(statement, params, route_options)
+        if len(route.shards) != 1 or route.merge is not None:
+            answer = self._run_on_several(route, view, options, bind_arguments, parent, read_from)
+            return answer.scalar() if scalar else answer
+        shard = route.shards[0]
+        if route.alternatives:
+            shard = self._stay(transaction, route)
+        target = Target(shard, route.writes or route.locking, read_from == "replica")
+        if statement._propagate_attrs and _tokened(view, route):
+            options = _with_token(options, shard, route.kind)
+        if route.shard_statements:
+            statement, params = route.statement_for(shard), route.parameters_for(shard)
+        arguments = {**bind_arguments, TARGET: target} if bind_arguments else {TARGET: target}
+        if not route.writes:
+            return self._run(statement, params, options, arguments, parent, scalar)
+        self.admit_writes(route.shards)
+        with self._carrying(target):
+            return self._run(statement, params, options, arguments, parent, scalar)
+
+    def _run(
+        self,
+        statement: Any,
+        params: Any,
+        options: Mapping[str, Any],
+        bind_arguments: dict[str, Any],
+        parent: ORMExecuteState | None,
+        scalar: bool,
+    ) -> Any:
+        return super()._execute_internal(
+            statement,
+            params,
+            execution_options=options,
+            bind_arguments=bind_arguments,
+            _parent_execute_state=parent,
+            _scalar_result=scalar,  # type: ignore[call-overload]
+        )
+
+    def _merged_options(self, statement: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the session, the statement and the call, the later over the earlier. Loaders inherit the read
+        options of the statement that they belong to."""
+        inherited: Mapping[str, Any] = EMPTY_DICT
+        if (context := options.get(_PARENT_LOAD)) is not None:
+            outer = {**context.query._execution_options, **context.execution_options}
+            inherited = {name: outer[name] for name in ("shardkit_read_from", "shardkit_scatter") if name in outer}
+        return {**self.execution_options, **inherited, **statement._execution_options, **options}
+
+    def _stay(self, transaction: ClusterTransaction, route: Route) -> str:
+        """A shard of several that would do: one that the transaction talks to already, where there is one."""
+        in_use = transaction.shards_in_use()
+        for shard in route.alternatives:
+            if shard in in_use:
+                return shard
+        return route.shards[0]
+
+    @contextmanager
+    def _carrying(self, target: Target) -> Iterator[None]:
+        """Bulk operations ask for their bind again, without the arguments that they were called with."""
+        before, self._carried = self._carried, target
+        try:
+            yield
+        finally:
+            self._carried = before
+
+    def _run_on_several(
+        self,
+        route: Route,
+        view: View,
+        options: Mapping[str, Any],
+        bind_arguments: Mapping[str, Any] | None,
+        parent: ORMExecuteState | None,
+        read_from: ReadFrom,
+    ) -> Any:
+        if route.warning:
+            warnings.warn(route.warning, ScatterWarning, stacklevel=5)
+        if not route.shards:
+            self._autoflush()
+            if route.kind is not StatementKind.SELECT:
+                return WriteResult(0)
+            return empty(route.statement, iter(()) if route.merge is None else merge_rows(route.merge, ()))
+        orm = route.statement._propagate_attrs.get("compile_state_plugin") == "orm"  # noqa: SLF001
+        tokened = orm and _tokened(view, route)
+        given = immutabledict(options)
+
+        def options_for(shard: str) -> immutabledict[str, Any]:
+            return _with_token(given, shard, route.kind) if tokened else given
+
+        def arguments_for(shard: str) -> dict[str, Any]:
+            target = Target(shard, route.writes or route.locking, read_from == "replica")
+            return {**(bind_arguments or {}), TARGET: target}
+
+        if route.kind is StatementKind.SELECT and not route.writes:
+            session_options = immutabledict(
+                {
+                    name: value
+                    for name, value in self.execution_options.items()
+                    if name not in route.statement._execution_options  # noqa: SLF001
+                }
+            )
+            return select_from_several(
+                self, route, lambda shard: session_options.union(options_for(shard)), arguments_for
+            )
+        self.admit_writes(route.shards)
+        results: list[Result[Any]] = []
+        for shard in route.shards:
+            arguments = arguments_for(shard)
+            own = options_for(shard)
+            if route.replicated and results:
+                own = own.union({"synchronize_session": False})  # objects follow the first shard's rows
+            with self._carrying(arguments[TARGET]):
+                statement, params = route.statement_for(shard), route.parameters_for(shard)
+                results.append(self._run(statement, params, own, arguments, parent, False))
+        return _combined_write(route, results)
+
+    # --- binds
+
+    def get_bind(  # type: ignore[override]  # with bind arguments of our own
+        self,
+        mapper: Any = None,
+        *,
+        clause: Any = None,
+        bind: Engine | Connection | None = None,
+        shardkit_target: Target | None = None,
+        shardkit_shard: str | None = None,
+        shardkit_key: Mapping[str, Any] | None = None,
+        **_others: Any,
+    ) -> Engine | Connection:
+        """The engine that a statement goes to. Bind arguments of ours: ``shardkit_shard``, or ``shardkit_key`` together
+        with a mapper."""
+        if bind is not None:
+            return bind
+        target = shardkit_target or self._carried
+        if target is None:
+            target = self._target_without_route(mapper, clause, shardkit_shard, shardkit_key)
+            if target.master and self._transaction is not None:
+                self.admit_writes((target.shard,))
+        return self._outermost().engine_for(target.shard, master=target.master, read_from_replica=target.replica)
+
+    def _target_without_route(
+        self, mapper: Any, clause: Any, shard: str | None, key: Mapping[str, Any] | None
+    ) -> Target:
+        """Who asks for a bind without a statement may do anything with it: so it is a master, and counts as written."""
+        view = self._outermost().view
+        if shard is not None:
+            return Target(_existing(view, shard), master=True, replica=False)
+        if len(view.map.shards) == 1:
+            return Target(next(iter(view.map.shards)), master=True, replica=False)
+        if clause is not None:
+            options = replace(self._route_options, key=key)
+            route = view.planner.plan(clause, None, options)
+            if len(route.shards) == 1:
+                return Target(route.shards[0], master=route.writes or route.locking, replica=False)
+        elif mapper is not None:
+            home = home_of(view, sa_inspect(mapper).mapper)
+            if key is not None:
+                return Target(view.map.locate(home.info.name, key).shard, master=True, replica=False)
+            if len(home.info.shards) == 1:
+                return Target(home.info.shards[0], master=True, replica=False)
+        raise RoutingError(
+            "a connection was asked for without saying to which shard",
+            hint="session.connection(bind_arguments={'shardkit_shard': 'shop-0'}); "
+            "a many-to-many table over several shards: map it as a class of its own",
+        )
+
+    def connection_to_read(self, bind_arguments: Mapping[str, Any]) -> Connection:
+        """The connection of this transaction that these bind arguments lead to."""
+        return self._connection_for_bind(self.get_bind(**bind_arguments))
+
+    def connection_to_write(self, shard: str) -> Connection:
+        """The connection of this transaction to a shard's master; the shard counts as written."""
+        self.admit_writes((shard,))
+        return self._connection_for_bind(self.get_bind(shardkit_target=Target(shard, master=True, replica=False)))
+
+    # --- identity
+
+    def _get_impl(self, entity: Any, primary_key_identity: Any, db_load_fn: Any, **options: Any) -> Any:
+        if options.get("identity_token") is None:
+            mapper = cast("Mapper[Any] | None", sa_inspect(entity))
+            if mapper is not None and mapper.is_mapper:
+                options["identity_token"] = self._shard_to_get(mapper, primary_key_identity, options)
+        return super()._get_impl(entity, primary_key_identity, db_load_fn, **options)
+
+    def _shard_to_get(self, mapper: Mapper[Any], identity: Any, options: Mapping[str, Any]) -> str | None:
+        given = options.get("execution_options") or self.execution_options
+        if given and (given.get("shardkit_shard") or given.get("shardkit_key")):
+            return None  # the planner reads them
+        values = identity if isinstance(identity, tuple | list) else (identity,)
+        if isinstance(identity, dict) or len(values) != len(mapper.primary_key):
+            return None  # SQLAlchemy makes it a tuple, or refuses it
+        return home_of(self._outermost().view, mapper).shard_of_identity(values)
+
+    def _identity_lookup(
+        self,
+        mapper: Mapper[Any],
+        primary_key_identity: Any,
+        identity_token: Any = None,
+        passive: PassiveFlag = PassiveFlag.PASSIVE_OFF,
+        lazy_loaded_from: InstanceState[Any] | None = None,
+        execution_options: Any = EMPTY_DICT,
+        bind_arguments: Any = None,
+    ) -> Any:
+        def look(token: str | None) -> Any:
+            return super(ClusterSession, self)._identity_lookup(
+                mapper,
+                primary_key_identity,
+                identity_token=token,
+                passive=passive,
+                lazy_loaded_from=lazy_loaded_from,
+                execution_options=execution_options,
+                bind_arguments=bind_arguments,
+            )
+
+        if identity_token is not None:
+            return look(identity_token)
+        if not self.identity_map._dict:  # noqa: SLF001 - nothing there: the usual case of a first get()
+            return None
+        home = home_of(self._outermost().view, mapper)
+        shard = home.shard_of_identity(tuple(primary_key_identity))
+        if shard is not None:
+            return look(shard)
+        tokens = home.info.shards if home.tokened else (None, *home.info.shards)
+        found = [instance for instance in map(look, tokens) if instance is not None]
+        if len(found) > 1 and home.tokened:
+            raise MultipleResultsFound(
+                f"several shards have a {mapper.class_.__name__} {tuple(primary_key_identity)}: its primary key does not "
+                f"hold the shard key of {home.table.name!r}"
+            )
+        return found[0] if found else None
+
+    def use_view(self, view: View) -> None:
+        """A transaction begins on this map: objects whose rows have moved meanwhile get their new shard."""
+        if view.map.version != self._map_version:
+            if self._map_version:
+                self._rehome(view)
+            self._map_version = view.map.version
+
+    def _rehome(self, view: View) -> None:
+        for state in self.identity_map.all_states():
+            home = home_of(view, state.mapper)
+            key = home.key_of(state) if home.key else None
+            if state.key is None or key is None:
+                continue
+            shard = view.map.placement_of(home.info.keyspace, key).shard if home.tokened else None
+            if shard != state.key[2]:
+                self.identity_map.safe_discard(state)
+                state.key = (state.key[0], state.key[1], shard)
+                state.identity_token = shard
+                self.identity_map.replace(state)
+
+    # --- flush
+
+    def _flush(self, objects: Sequence[Any] | None = None) -> None:
+        if not self._dirty_states and not self._deleted and not self._new:
+            super()._flush(objects)
+            return
+        flush = Flush(self, self._outermost().view)
+        carried, self._carried = self._carried, None
+        self._flush_at_work = flush
+        self.connection_callable = flush.connection_for  # type: ignore[assignment]
+        try:
+            touched = flush.prepare(self._new, [state for state in self._dirty_states if state not in self._deleted])
+            self._turn_to_masters(touched)
+            super()._flush(objects)
+        finally:
+            self.connection_callable = None
+            self._flush_at_work = None
+            self._carried = carried
+
+    def _turn_to_masters(self, shards: Iterable[str]) -> None:
+        """Objects that were read from a replica may be older than the master's rows: read them again there."""
+        transaction = self._outermost()
+        turning = {shard for shard in shards if transaction.reads_replica(shard)}
+        if not turning:
+            return
+        for state in self.identity_map.all_states():
+            if state.key is not None and state.key[2] in turning and not state.modified:
+                state._expire(state.dict, self.identity_map._modified)  # noqa: SLF001
+
+    def _register_persistent(self, states: set[InstanceState[Any]]) -> None:
+        if self._flush_at_work is not None:
+            self._flush_at_work.verify(states)
+        super()._register_persistent(states)
+
+    def _bulk_save_mappings(self, mapper: Any, mappings: Any, **options: Any) -> None:
+        home = home_of(self._outermost().view, sa_inspect(mapper).mapper)
+        groups: dict[str, list[Any]] = {}
+        flush = Flush(self, self._outermost().view)
+        for item in mappings:
+            for shard in flush.shards_of_item(home, item, is_state=options["isstates"]):
+                groups.setdefault(shard, []).append(item)
+        self.admit_writes(groups)
+        for shard, items in groups.items():
+            with self._carrying(Target(shard, master=True, replica=False)):
+                super()._bulk_save_mappings(mapper, items, **options)
+
+
+def _existing(view: View, shard: Any) -> str:
+    if shard not in view.map.shards:
+        raise StaleShardMap(
+            f"shard {shard!r} is not in the shard map (version {view.map.version})",
+            hint="load the object again: its rows have moved",
+        )
+    return str(shard)
+
+
+def _tokened(view: View, route: Route) -> bool:
+    """Whether objects of this statement carry their shard in their identity."""
+    try:
+        return view.tokens[route.tables]
+    except KeyError:
+        tables = view.map.tables
+        spread = any(name in tables and tables[name].kind == "sharded" for name in route.tables)
+        answer = view.tokens[route.tables] = spread and len(view.map.shards) > 1
+        return answer
+
+
+@lru_cache(maxsize=4096)
+def _load_options(shard: str) -> immutabledict[str, Any]:
+    """What makes the ORM give the objects it loads this shard as their identity token."""
+    return immutabledict({_LOAD_OPTIONS: QueryContext.default_load_options + {"_identity_token": shard}})
+
+
+def _with_token(options: Mapping[str, Any], shard: str, kind: StatementKind) -> immutabledict[str, Any]:
+    if kind is StatementKind.SELECT:
+        return immutabledict(options).union({"identity_token": shard}) if options else _load_options(shard)
+    return immutabledict(options).union({"identity_token": shard}).union(_load_options(shard))
+
+
+def _combined_write(route: Route, results: Sequence[Result[Any]]) -> WriteResult:
+    for replayed in results[1:] if route.replicated else ():
+        replayed.close()
+    counts = [getattr(result, "rowcount", -1) for result in results]
+    count = -1 if -1 in counts else counts[0] if route.replicated else sum(counts)
+    if route.merge is not None:
+        return WriteResult(count, merged(route.merge, results))
+    if route.replicated and getattr(results[0], "returns_rows", False):
+        return WriteResult(count, results[0])
+    return WriteResult(count)

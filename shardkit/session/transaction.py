@@ -1,0 +1,234 @@
+"""A session's transaction: one map version, one endpoint a shard, and the commit over what was written.
+
+The methods that replace SQLAlchemy's own are pinned by tests/unit/test_session_hooks.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, cast
+
+from sqlalchemy import Connection, Engine, exc
+from sqlalchemy.engine.base import Transaction
+from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.orm.session import SessionTransactionState
+from sqlalchemy.orm.state_changes import _StateChange
+
+from shardkit.cluster import Cluster
+from shardkit.engines import MAP_VERSION_STAMP
+from shardkit.errors import CommitUnknown, PartialCommit, SecondShardWritten, StaleShardMap
+from shardkit.snapshots import Pin, View
+from shardkit.topology import Role
+
+if TYPE_CHECKING:
+    from shardkit.session.session import ClusterSession
+
+logger = logging.getLogger(__name__)
+
+
+class CommitMode(StrEnum):
+    """What a transaction over several shards may do (``transactions=`` of `shardkit.sessionmaker`)."""
+
+    SINGLE = "single"
+    BEST_EFFORT = "best_effort"
+    ATOMIC = "atomic"
+
+
+class ReplanNeeded(StaleShardMap):
+    """A server asked for a newer map before anything was sent, and the transaction has it now: plan again."""
+
+
+class ClusterTransaction(SessionTransaction):
+    """The outermost transaction of a `ClusterSession`. Savepoints and flushes inside it are SQLAlchemy's own."""
+
+    def __init__(self, session: ClusterSession, origin: SessionTransactionOrigin) -> None:
+        self._cluster: Cluster = session.cluster
+        self._asynchronous = session.asynchronous
+        self._mode = session.commit_mode
+        self._pin: Pin | None = None
+        self._written: dict[str, None] = {}  # in order of the first write
+        self._on_master: set[str] = set()
+        self._replicas: dict[str, int] = {}  # shard -> the replica that it reads
+        self._shard_of: dict[Engine, str] = {}
+        self._masters: dict[str, Engine] = {}
+        self._began_empty = True
+        super().__init__(session, origin)
+
+    # --- the map
+
+    @property
+    def view(self) -> View:
+        """The map that this transaction runs on, from its first use to its end."""
+        if self._pin is None:
+            self._pin = self._cluster.pin()
+        return self._pin.view
+
+    def begin_statement(self) -> None:
+        """Note whether anything has been sent before this statement: if not, it may be planned again."""
+        self._began_empty = not self._connections
+
+    # --- endpoints
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The shards written to so far."""
+        return tuple(self._written)
+
+    def shards_in_use(self) -> frozenset[str]:
+        """The shards that this transaction talks to already."""
+        return frozenset(self._shard_of.values())
+
+    def admit_writes(self, shards: Iterable[str]) -> None:
+        """Take note that these shards are written, before anything is sent.
+
+        :raises SecondShardWritten: under ``single``, for a shard other than the first.
+        """
+        wanted = [shard for shard in shards if shard not in self._written]
+        if not wanted:
+            return
+        if self._mode is CommitMode.SINGLE and len(self._written) + len(wanted) > 1:
+            touched = [*self._written, *wanted]
+            raise SecondShardWritten(
+                f"the transaction would write to {len(touched)} shards: {', '.join(touched)}",
+                hint="use a transaction for each shard, or sessionmaker(transactions='best_effort'); "
+                "nothing has been committed",
+            )
+        for shard in wanted:
+            self._written[shard] = None
+            self._on_master.add(shard)
+
+    def engine_for(self, shard: str, *, master: bool, read_from_replica: bool) -> Engine:
+        """The endpoint of a shard for one statement.
+
+        A shard's reads stay on one replica until the transaction needs its master, and then on the master.
+        """
+        role, number = Role.MASTER, 0
+        if master:
+            self._on_master.add(shard)
+        elif read_from_replica and shard not in self._on_master:
+            chosen = self._replicas.get(shard)
+            if chosen is None:
+                chosen = self._cluster.choose_replica(shard, asynchronous=self._asynchronous)
+            if chosen is None:
+                self._on_master.add(shard)
+            else:
+                self._replicas[shard] = chosen
+                role, number = Role.REPLICA, chosen
+        engine = self._cluster.core_engine(shard, role, number, asynchronous=self._asynchronous)
+        self._shard_of[engine] = shard
+        if role is Role.MASTER:
+            self._masters[shard] = engine
+        return engine
+
+    def reads_replica(self, shard: str) -> bool:
+        """Whether this transaction has read this shard's rows from a replica and not yet turned to the master."""
+        return shard in self._replicas and shard not in self._on_master
+
+    def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
+        if bind in self._connections:
+            return super()._connection_for_bind(bind, execution_options)
+        connection = super()._connection_for_bind(bind, execution_options)
+        required = connection.info.get(MAP_VERSION_STAMP, 0)
+        if required > self.view.map.version:
+            self._renew_map(required)
+        return connection
+
+    def _renew_map(self, required: int) -> None:
+        """A server asks for a newer map than this transaction's."""
+        began_with = self.view.map.version
+        self._session.run_blocking(lambda: self._cluster.require(required))
+        if self._began_empty and not self._written:
+            if self._pin is not None:
+                self._pin.release()
+            self._pin = self._cluster.pin()
+            raise ReplanNeeded("the shard map has changed")
+        raise StaleShardMap(
+            f"a server asks for version {required} of the shard map; this transaction began with {began_with}",
+            hint="roll back and run the transaction again: the map has been refreshed",
+        )
+
+    @property
+    def _session(self) -> ClusterSession:
+        return cast("ClusterSession", self.session)
+
+    # --- ending
+
+    @_StateChange.declare_states(
+        (SessionTransactionState.ACTIVE, SessionTransactionState.PREPARED), SessionTransactionState.CLOSED
+    )
+    def commit(self, _to_root: bool = False) -> None:
+        """As SQLAlchemy's, but what was written is committed first and in order, and a failure says what is durable.
+
+        :raises PartialCommit: under ``best_effort``, when some shards committed and others did not.
+        :raises CommitUnknown: when the first shard's answer was lost, with others still to be committed.
+        """
+        if self._state is not SessionTransactionState.PREPARED:
+            with self._expect_state(SessionTransactionState.PREPARED):
+                self._prepare_impl()
+        self._commit_connections()
+        self._state = SessionTransactionState.COMMITTED
+        self.session.dispatch.after_commit(self.session)
+        self._remove_snapshot()
+        with self._expect_state(SessionTransactionState.CLOSED):
+            self.close()
+
+    def _commit_connections(self) -> None:
+        held = set(self._connections.values())
+        if len(held) == 1:
+            ((_, transaction, should_commit, _),) = held
+            if should_commit:
+                transaction.commit()
+            return
+        writers: list[tuple[str, Transaction]] = []
+        for shard in self._written:
+            entry = self._connections.get(self._masters[shard])
+            if entry is not None:
+                writers.append((shard, entry[1]))
+                held.discard(entry)
+        self._commit_writers(writers)
+        for connection, transaction, *_ in held:
+            _end_reading(connection, transaction)
+
+    def _commit_writers(self, writers: list[tuple[str, Transaction]]) -> None:
+        committed: list[str] = []
+        failed: dict[str, BaseException] = {}
+        for shard, transaction in writers:
+            try:
+                transaction.commit()
+            except exc.DBAPIError as error:
+                if not committed and not failed:
+                    self._first_commit_failed(shard, error, alone=len(writers) == 1)
+                failed[shard] = error
+            else:
+                committed.append(shard)
+        if failed:
+            raise PartialCommit(committed, failed)
+
+    def _first_commit_failed(self, shard: str, error: exc.DBAPIError, *, alone: bool) -> None:
+        """Nothing is durable yet, unless the answer to this very COMMIT was lost."""
+        if alone or not error.connection_invalidated:
+            raise error
+        raise CommitUnknown(
+            f"the answer to COMMIT on shard {shard} was lost: its part may or may not be durable; "
+            "the other shards are rolled back",
+            hint="look for the rows on that shard before running the transaction again",
+        ) from error
+
+    def close(self, invalidate: bool = False) -> None:
+        """End the transaction and let go of its map."""
+        try:
+            super().close(invalidate)
+        finally:
+            if self._pin is not None:
+                self._pin.release()
+
+
+def _end_reading(connection: Connection, transaction: Transaction) -> None:
+    """End a transaction that wrote nothing. Its server may be gone: what was read stays read."""
+    try:
+        transaction.rollback()
+    except exc.DBAPIError as error:
+        logger.info("a connection that only read was lost at the end of its transaction: %s", error)
+        connection.invalidate(error)
