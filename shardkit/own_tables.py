@@ -35,7 +35,8 @@ HOP_PREFIX = "hop:"
 
 LOCK_TIMEOUT = 60  # seconds
 
-_sqlite_lock = threading.Lock()
+# alembic keeps the migration at hand in module globals, so one process runs one at a time, whatever the database.
+_one_migration = threading.Lock()
 
 
 def ascii_name(length: int) -> sa.String:
@@ -199,7 +200,7 @@ def upgrade(engine: sa.Engine) -> None:
         if _is_current(connection, script):
             return
         connection.rollback()
-        with _lock(connection):
+        with _one_migration, _lock(connection):
             if not _is_current(connection, script):
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
@@ -223,9 +224,8 @@ def _is_current(connection: sa.Connection, script: ScriptDirectory) -> bool:
 def _lock(connection: sa.Connection) -> Iterator[None]:
     """Only one process at a time works on one database's tables."""
     if connection.dialect.name == "sqlite":
-        with _sqlite_lock:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            yield
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield
         return
     database = connection.scalar(sa.text("SELECT DATABASE()"))
     name = "shardkit:tables:" + hashlib.sha1(str(database).encode(), usedforsecurity=False).hexdigest()
