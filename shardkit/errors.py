@@ -172,6 +172,27 @@ class CommitUnknown(TransactionError):
     """The answer to COMMIT was lost: the transaction may or may not be durable. Never replayed by shardkit."""
 
 
+class CommitPending(TransactionError):
+    """The transaction over shards is decided and will be committed everywhere, but some shards have yet to do it.
+
+    The janitor (in the relay, or ``shardkit doctor --transactions``) finishes them; until then their rows stay locked
+    and unseen. Do not run the transaction again.
+
+    :param transaction: its name in ``shardkit_decision``.
+    :param shards: the shards that have yet to commit.
+    """
+
+    exit_code = 5
+
+    def __init__(self, transaction: str, shards: Sequence[str]) -> None:
+        self.transaction = transaction
+        self.shards = tuple(shards)
+        super().__init__(
+            f"transaction {transaction} is decided, but {', '.join(self.shards)} could not be told yet",
+            hint="the relay's janitor commits it there; do not run it again",
+        )
+
+
 # --- servers and operations --------------------------------------------------------------------------------------
 
 
