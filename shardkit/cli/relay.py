@@ -1,0 +1,162 @@
+"""``shardkit relay``: copy every master's changes to its staging database and replicas, and see how that goes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from shardkit.cli.options import map_option, map_store, output_option
+from shardkit.cli.output import Column, Output
+
+if TYPE_CHECKING:
+    from shardkit_cdc.relay import Hop
+
+
+@click.group()
+def relay() -> None:
+    """Copy every master's changes to its replicas (query off-loading)."""
+
+
+@relay.command()
+@map_option
+@click.option("--shard", "shards", multiple=True, metavar="SHARD", help="Serve this shard only; may be repeated.")
+@click.option(
+    "--from-start",
+    is_flag=True,
+    help="Begin new hops at the source's first transaction, although it has tables older than its log.",
+)
+@click.option(
+    "--log",
+    "log_format",
+    type=click.Choice(["console", "json"]),
+    default="console",
+    show_default=True,
+    help="How log lines look, on standard error.",
+)
+@click.option("--metrics-port", type=int, metavar="PORT", help="Serve Prometheus metrics on this port of 127.0.0.1.")
+def run(map_source: str, shards: tuple[str, ...], from_start: bool, log_format: str, metrics_port: int | None) -> None:
+    """Relay until told to stop (Ctrl-C or SIGTERM).
+
+    Every hop goes on from the position in its target, so it may be killed and started again at any time. Several
+    daemons may serve the same shards: with the map in ZooKeeper one of them runs each hop and the others stand by.
+    """
+    from shardkit.cli.failures import explain  # these import the drivers, which --help does not need
+    from shardkit.credentials import from_environment
+    from shardkit.errors import PreconditionFailed, RelayError
+    from shardkit_cdc.daemon import Relay
+    from shardkit_cdc.relay import HopOptions
+
+    _log_to_stderr(log_format)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with map_store(map_source) as store:
+        daemon = Relay(
+            store,
+            from_environment(),
+            shards=shards,
+            options=HopOptions(from_start=from_start),
+            on_change=lambda _hop: None,
+        )
+        daemon.start()
+        try:
+            if metrics_port is not None:
+                from prometheus_client import start_http_server
+
+                start_http_server(metrics_port, addr="127.0.0.1", registry=daemon.metrics.registry)
+            refused = daemon.refused()
+            if refused:
+                first, *others = refused
+                failure = explain(first)
+                more = "".join(f"; {explain(error).message}" for error in others)
+                raise PreconditionFailed(failure.message + more, hint=failure.hint)
+            while not stop.is_set() and not daemon.wait(0.2):
+                pass
+            ended = [hop for hop in daemon.hops if hop.report.error is not None] if not stop.is_set() else []
+        finally:
+            daemon.stop()
+    if ended:
+        raise RelayError(_summed_up(ended), hint=ended[0].report.error.hint if ended[0].report.error else None)
+
+
+def _summed_up(ended: list[Hop]) -> str:
+    return "; ".join(str(hop.report.error.message) for hop in ended if hop.report.error is not None)
+
+
+@relay.command()
+@map_option
+@click.option("--shard", "shards", multiple=True, metavar="SHARD", help="This shard only; may be repeated.")
+@output_option
+def status(map_source: str, shards: tuple[str, ...], out: Output) -> int:
+    """How every hop stands: state, lag, position. Asks the databases, so it works from any machine.
+
+    Exit code 1 when a hop has failed or cannot be seen.
+    """
+    from shardkit.credentials import from_environment
+    from shardkit.errors import UnknownTable
+    from shardkit_cdc.status import hop_status
+
+    with map_store(map_source) as store:
+        current = store.load()
+    unknown = set(shards) - set(current.shards)
+    if unknown:
+        raise UnknownTable(
+            f"the shard map has no shard {', '.join(sorted(unknown))}",
+            hint=f"its shards are {', '.join(sorted(current.shards))}",
+        )
+    wanted = [shard for name, shard in current.shards.items() if not shards or name in shards]
+    hops = hop_status(wanted, from_environment())
+    out.result({"hops": hops})
+    out.table(
+        ["hop", "from", "state", Column("lag s", right=True), Column("behind", right=True), "position"],
+        [
+            [
+                hop.hop,
+                hop.source,
+                hop.state,
+                None if hop.lag_seconds is None else f"{hop.lag_seconds:.2f}",
+                hop.behind,
+                hop.position if len(hop.position) <= 60 else f"{hop.position[:57]}...",
+            ]
+            for hop in hops
+        ],
+    )
+    if not hops:
+        out.note("no shard has a staging database or replicas that the relay fills")
+    for hop in hops:
+        if hop.error:
+            out.warning(f"{hop.hop}: {hop.error}")
+    return 1 if any(hop.state in {"failed", "unreachable"} for hop in hops) else 0
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line: time (ISO 8601, UTC offset), level, logger, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def _log_to_stderr(log_format: str) -> None:
+    """A daemon's log is its output: shown from INFO on, without ``-v``."""
+    handler = logging.StreamHandler(sys.stderr)
+    if log_format == "json":
+        handler.setFormatter(_JsonLines())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for name in ("shardkit", "shardkit_cdc"):
+        logging.getLogger(name).setLevel(logging.INFO)
