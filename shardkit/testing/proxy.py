@@ -245,15 +245,19 @@ class TcpProxy:
             link.cut()
             return
         part, cut_all = self._cut_short(direction, packet)
+        # Sealed before the last packet leaves: its answer must not slip through.
+        doomed = self._open_links() if cut_all else [link] if action is Action.CUT_AFTER else []
+        for other in doomed:
+            other.seal()
         if part:
-            sink.sendall(part)
+            # Counted before it is sent: who has received something finds it counted.
             with self._changed:
                 self._forwarded[direction] += len(part)
+            sink.sendall(part)
+        for other in doomed:
+            other.cut()
         if cut_all:
-            self.cut()
             self.tripped.set()
-        elif action is Action.CUT_AFTER:
-            link.cut()
 
     def _wait_for_passage(self, link: _Link, direction: Direction, arrived: float) -> bool:
         with self._changed:
@@ -334,8 +338,12 @@ class _Link:
         for thread in self._threads:
             thread.start()
 
-    def cut(self) -> None:
+    def seal(self) -> None:
+        """Pass nothing on any more; the sockets are still open."""
         self._cut.set()
+
+    def cut(self) -> None:
+        self.seal()
         for end in self._sockets:
             with contextlib.suppress(OSError):  # the other side was faster
                 end.shutdown(socket.SHUT_RDWR)
