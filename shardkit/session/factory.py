@@ -86,11 +86,6 @@ def check_options(read_from: str, transactions: str, scatter: str, session_optio
     ):
         if value not in allowed:
             raise ShardkitError(f"{name}={value!r} is not known", hint=f"it is one of {', '.join(allowed)}")
-    if transactions == CommitMode.ATOMIC:
-        raise ShardkitError(
-            "transactions='atomic' is not available yet: it comes with the next release",
-            hint="use transactions='single', or 'best_effort' where a partial commit can be repaired",
-        )
     for name in ("bind", "binds", "twophase"):
         if session_options.get(name):
             raise ShardkitError(

@@ -18,7 +18,8 @@ from sqlalchemy.orm.state_changes import _StateChange
 
 from shardkit.cluster import Cluster
 from shardkit.engines import MAP_VERSION_STAMP
-from shardkit.errors import CommitUnknown, PartialCommit, SecondShardWritten, StaleShardMap
+from shardkit.errors import CommitPending, CommitUnknown, PartialCommit, SecondShardWritten, StaleShardMap
+from shardkit.session.twophase import TwoPhaseTransaction, two_phase_for
 from shardkit.snapshots import Pin, View
 from shardkit.topology import Role
 
@@ -54,6 +55,7 @@ class ClusterTransaction(SessionTransaction):
         self._shard_of: dict[Engine, str] = {}
         self._masters: dict[str, Engine] = {}
         self._began_empty = True
+        self._two_phase = two_phase_for(session) if self._mode is CommitMode.ATOMIC else None
         super().__init__(session, origin)
 
     # --- the map
@@ -133,7 +135,17 @@ class ClusterTransaction(SessionTransaction):
         required = connection.info.get(MAP_VERSION_STAMP, 0)
         if required > self.view.map.version:
             self._renew_map(required)
+        if self._two_phase is not None:
+            self._join_two_phase(bind, connection, self._two_phase)
         return connection
+
+    def _join_two_phase(self, engine: Engine, connection: Connection, two_phase: TwoPhaseTransaction) -> None:
+        shard = self._shard_of[engine]
+        if self._masters.get(shard) is not engine:
+            return  # a replica is no part of the commit
+        held, transaction, *rest = self._connections[engine]
+        entry = (held, cast("Transaction", two_phase.join(shard, connection, transaction)), *rest)
+        self._connections[connection] = self._connections[engine] = cast("Any", entry)
 
     def _renew_map(self, required: int) -> None:
         """A server asks for a newer map than this transaction's."""
@@ -162,25 +174,31 @@ class ClusterTransaction(SessionTransaction):
         """As SQLAlchemy's, but what was written is committed first and in order, and a failure says what is durable.
 
         :raises PartialCommit: under ``best_effort``, when some shards committed and others did not.
-        :raises CommitUnknown: when the first shard's answer was lost, with others still to be committed.
+        :raises CommitUnknown: when the first shard's answer was lost, with others still to be committed; under
+            ``atomic``, when the deciding answer was lost and cannot be looked up.
+        :raises CommitPending: under ``atomic``, when it is decided, but a shard could not be told.
         """
         if self._state is not SessionTransactionState.PREPARED:
             with self._expect_state(SessionTransactionState.PREPARED):
                 self._prepare_impl()
-        self._commit_connections()
+        pending = self._commit_connections()
         self._state = SessionTransactionState.COMMITTED
         self.session.dispatch.after_commit(self.session)
         self._remove_snapshot()
         with self._expect_state(SessionTransactionState.CLOSED):
             self.close()
+        if pending is not None:
+            raise pending
 
-    def _commit_connections(self) -> None:
+    def _commit_connections(self) -> CommitPending | None:
         held = set(self._connections.values())
         if len(held) == 1:
             ((_, transaction, should_commit, _),) = held
             if should_commit:
                 transaction.commit()
-            return
+            return None
+        if self._two_phase is not None and self._two_phase.spans:
+            return self._commit_two_phase(self._two_phase, held)
         writers: list[tuple[str, Transaction]] = []
         for shard in self._written:
             entry = self._connections.get(self._masters[shard])
@@ -190,6 +208,14 @@ class ClusterTransaction(SessionTransaction):
         self._commit_writers(writers)
         for connection, transaction, *_ in held:
             _end_reading(connection, transaction)
+        return None
+
+    def _commit_two_phase(self, two_phase: TwoPhaseTransaction, held: set[Any]) -> CommitPending | None:
+        pending = two_phase.commit(self._written)
+        for connection, transaction, *_ in held:
+            if transaction.is_active:  # the decider's has ended
+                _end_reading(connection, transaction)
+        return CommitPending(two_phase.name, pending) if pending else None
 
     def _commit_writers(self, writers: list[tuple[str, Transaction]]) -> None:
         committed: list[str] = []

@@ -13,16 +13,25 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
-from sqlalchemy import Connection, exc
+from sqlalchemy import Connection, Engine, exc
 from sqlalchemy.engine.base import Transaction
 
+from shardkit import own_tables
 from shardkit.decisions import TABLE, BranchId, Verdict, abort_undecided, new_transaction
 from shardkit.decisions import Connection as PlainConnection
-from shardkit.errors import CommitUnknown, ShardkitError
+from shardkit.errors import CommitUnknown
+from shardkit.session.parallel import runner_for
+
+if TYPE_CHECKING:
+    from shardkit.session.session import ClusterSession
 
 logger = logging.getLogger(__name__)
+
+_LOOK_UPS = 5  # each waits a second for the decider's row lock
 
 #: Runs calls on several connections at once and gives their answers in order.
 Runner = Callable[[Sequence[Callable[[], None]]], Any]
@@ -81,7 +90,7 @@ class TwoPhaseTransaction:
     """The masters of one session transaction under ``transactions="atomic"``.
 
     :param ready: called with the decider's shard before anything is prepared: makes sure that it can hold decisions.
-    :param plain: shard -> a new DBAPI connection in autocommit mode, to look a decision up with.
+    :param settle: shard and transaction -> what holds there, after putting a tombstone where nothing was decided.
     :param together: how statements on several connections run at once.
     """
 
@@ -89,44 +98,48 @@ class TwoPhaseTransaction:
         self,
         *,
         ready: Callable[[str], None],
-        plain: Callable[[str], PlainConnection],
+        settle: Callable[[str, str], Verdict | None],
         together: Callable[[Sequence[Connection]], Runner],
     ) -> None:
         self._ready = ready
-        self._plain = plain
+        self._settle = settle
         self._together = together
-        self._name = new_transaction()
-        self._decider: tuple[str, Connection] | None = None
+        self._decider: tuple[str, Connection, Transaction] | None = None
         self._branches: dict[str, _Branch] = {}
         self._decided = False
 
-    def join(self, shard: str, connection: Connection) -> None:
-        """Take in a master's connection on which nothing has run yet."""
+    def join(self, shard: str, connection: Connection, transaction: Transaction) -> Transaction | BranchTransaction:
+        """Take in a master's connection on which nothing has run yet.
+
+        :returns: what the session is to end in place of ``transaction``.
+        """
         if self._decider is None:
-            self._decider = (shard, connection)
-            return
-        branch = _Branch(BranchId(self._decider[0], self._name, shard, _connection_id(connection)), connection)
+            self._decider = (shard, connection, transaction)
+            return transaction
+        branch = _Branch(BranchId(self._decider[0], self.name, shard, _connection_id(connection)), connection)
         connection.exec_driver_sql(f"XA START {branch.id.literal}")
         self._branches[shard] = branch
+        return BranchTransaction(self, branch, transaction)
 
-    def rollback(self) -> None:
-        """Drop every branch that is still open. What has been decided stays decided."""
-        if self._decided:
-            return
-        for branch in self._branches.values():
-            if branch.state is _State.DONE:
-                continue
-            try:
-                branch.rollback()
-            except exc.DBAPIError as error:
-                logger.info("a branch on %s was lost at rollback: %s", branch.id.shard, error)
-                branch.abandon(error)
+    @cached_property
+    def name(self) -> str:
+        """Its name in ``shardkit_decision``; made up when a second master takes part."""
+        return new_transaction()
 
-    def commit(self, written: Collection[str], decider: Transaction) -> tuple[str, ...]:
+    @property
+    def decided(self) -> bool:
+        """Whether the deciding COMMIT has been sent: from there on no branch is rolled back from here."""
+        return self._decided
+
+    @property
+    def spans(self) -> bool:
+        """Whether more than one master takes part."""
+        return bool(self._branches)
+
+    def commit(self, written: Collection[str]) -> tuple[str, ...]:
         """Commit what was written, everywhere or nowhere.
 
         :param written: the shards that were written to.
-        :param decider: the decider's transaction.
         :returns: shards that are decided but could not be told; empty when all is done.
         :raises CommitUnknown: when the decider's answer was lost and it cannot be asked.
         """
@@ -134,7 +147,7 @@ class TwoPhaseTransaction:
         self._drop(branch for shard, branch in self._branches.items() if shard not in written)
         if self._decider is None:
             return ()  # no master took part
-        shard, connection = self._decider
+        shard, connection, decider = self._decider
         if not writers:
             decider.commit()
             return ()
@@ -160,7 +173,7 @@ class TwoPhaseTransaction:
 
     def _decide(self, shard: str, connection: Connection, decider: Transaction) -> None:
         connection.exec_driver_sql(
-            f"INSERT INTO {TABLE} (transaction_id, verdict) VALUES ('{self._name}', '{Verdict.COMMIT.value}')"
+            f"INSERT INTO {TABLE} (transaction_id, verdict) VALUES ('{self.name}', '{Verdict.COMMIT.value}')"
         )
         self._decided = True  # from here on nobody but the decision row says what becomes of the branches
         try:
@@ -174,10 +187,9 @@ class TwoPhaseTransaction:
     def _look_up(self, shard: str, error: exc.DBAPIError) -> None:
         """The answer to the deciding COMMIT was lost. A tombstone under its key settles it either way."""
         try:
-            with closing(self._plain(shard)) as connection:
-                found = abort_undecided(connection, self._name)
-        except (exc.SQLAlchemyError, OSError, ShardkitError, *_driver_errors(error)) as again:
-            logger.warning("the decision of transaction %s could not be looked up on %s: %s", self._name, shard, again)
+            found = self._settle(shard, self.name)
+        except Exception as again:  # noqa: BLE001 - whatever it was, the decision is not known, and the caller is told
+            logger.warning("the decision of transaction %s could not be looked up on %s: %s", self.name, shard, again)
             found = None
         if found is Verdict.COMMIT:
             return
@@ -187,7 +199,7 @@ class TwoPhaseTransaction:
         for branch in self._branches.values():
             branch.abandon(error)
         raise CommitUnknown(
-            f"the answer to the COMMIT on shard {shard} that decides transaction {self._name} was lost",
+            f"the answer to the COMMIT on shard {shard} that decides transaction {self.name} was lost",
             hint=f"it is durable everywhere if {TABLE} on {shard} holds it, and nowhere if not: the relay's janitor "
             "ends it within its period; look there before running it again",
         ) from error
@@ -199,7 +211,7 @@ class TwoPhaseTransaction:
             try:
                 branch.commit()
             except exc.DBAPIError as error:
-                logger.warning("transaction %s is decided, but %s: %s", self._name, branch.id.shard, error)
+                logger.warning("transaction %s is decided, but %s: %s", self.name, branch.id.shard, error)
                 branch.abandon(error)
                 pending.append(branch.id.shard)
 
@@ -209,16 +221,87 @@ class TwoPhaseTransaction:
         self._together([branch.connection for branch in writers])([telling(branch) for branch in writers])
         return tuple(pending)
 
-    def let_go(self) -> None:
-        """Before the connections go back to their pools: none may carry an open branch."""
-        for branch in self._branches.values():
-            if branch.state is not _State.DONE:
-                branch.abandon()
+
+class BranchTransaction:
+    """Stands for a branch's SQLAlchemy transaction where a session ends it: XA has to be ended first.
+
+    A plain ROLLBACK inside a branch is refused by the server (1399).
+    """
+
+    def __init__(self, owner: TwoPhaseTransaction, branch: _Branch, transaction: Transaction) -> None:
+        self._owner = owner
+        self._branch = branch
+        self._transaction = transaction
+
+    @property
+    def is_active(self) -> bool:
+        """As of the transaction that it stands for."""
+        return self._transaction.is_active
+
+    def rollback(self) -> None:
+        """Roll the branch back, unless it is done or decided."""
+        self._leave()
+        self._transaction.rollback()
+
+    def close(self) -> None:
+        """The same, where the session is closed."""
+        self._leave()
+        self._transaction.close()
+
+    def commit(self) -> None:
+        """The branch has been committed or dropped already: end the transaction that it stands for."""
+        self._leave()
+        self._transaction.commit()
+
+    def _leave(self) -> None:
+        if self._branch.state is _State.DONE:
+            return
+        if self._owner.decided:
+            self._branch.abandon()
+            return
+        try:
+            self._branch.rollback()
+        except exc.DBAPIError as error:
+            logger.info("a branch on %s was lost at rollback: %s", self._branch.id.shard, error)
+            self._branch.abandon(error)
 
 
-def _driver_errors(error: exc.DBAPIError) -> tuple[type[BaseException], ...]:
-    """The driver's own error classes, as far as this error's class tells them: PEP 249's ``Error`` is the root."""
-    return tuple(kind for kind in type(error.orig).__mro__ if kind.__name__ == "Error")
+def two_phase_for(session: ClusterSession) -> TwoPhaseTransaction:
+    """The two-phase side of a session's new transaction. Costs nothing until a second master takes part."""
+    cluster = session.cluster
+
+    def settle(shard: str, transaction: str) -> Verdict | None:
+        with closing(_plain_connection(cluster.engine(shard))) as connection:
+            for _ in range(_LOOK_UPS):  # the server may still be at work on the very COMMIT
+                found = abort_undecided(connection, transaction)
+                if found is not None:
+                    return found
+        return None
+
+    return TwoPhaseTransaction(
+        ready=lambda shard: session.run_blocking(lambda: _hold_decisions(cluster.engine(shard))),
+        settle=lambda shard, transaction: session.run_blocking(lambda: settle(shard, transaction)),
+        together=lambda connections: runner_for(connections, asynchronous=session.asynchronous),
+    )
+
+
+_with_decisions: WeakSet[Engine] = WeakSet()
+
+
+def _hold_decisions(engine: Engine) -> None:
+    """Make sure, once for each engine, that shardkit's own tables are there."""
+    if engine not in _with_decisions:
+        own_tables.upgrade(engine)
+        _with_decisions.add(engine)
+
+
+def _plain_connection(engine: Engine) -> PlainConnection:
+    """A DBAPI connection of its own, in autocommit mode."""
+    pooled = engine.raw_connection()
+    connection: Any = pooled.driver_connection
+    pooled.detach()
+    connection.autocommit(True)
+    return cast("PlainConnection", connection)
 
 
 def _connection_id(connection: Connection) -> int:
