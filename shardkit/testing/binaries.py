@@ -15,6 +15,8 @@ from shardkit.errors import MissingServer
 
 # Debian keeps servers in sbin, which is not on the PATH of ordinary users.
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
+# Where Debian's packages put their jars.
+_JARS = Path("/usr/share/java")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +167,9 @@ def _zookeeper_class_path(environ: Mapping[str, str]) -> str | None:
     home = environ.get("ZOOKEEPER_HOME")
     if home and (Path(home) / "lib").is_dir():
         return f"{home}/lib/*:{home}/*"
-    jars = Path("/usr/share/java")
-    if (jars / "zookeeper.jar").exists():
+    if (_JARS / "zookeeper.jar").exists():
         # Debian's jar names what it needs in its manifest, all but a place for the log to go.
-        return f"{jars}/zookeeper.jar:{jars}/slf4j-simple.jar"
+        return f"{_JARS}/zookeeper.jar:{_JARS}/slf4j-simple.jar"
     return None
 
 
