@@ -234,12 +234,12 @@ class GroupStart:
     """A GTID event: the group that follows it.
 
     :param standalone: it is one statement by itself (MariaDB says so; MySQL does not: always false).
-    :param prepared_xa: it ends with XA PREPARE instead of a commit (MariaDB; on MySQL the group's end says it).
+    :param xid: the XA branch that it prepares, as ``x'6162',x'',1`` (MariaDB; on MySQL an XA START query says it).
     """
 
     gtid: MariaDBGtid | MySQLGtid
     standalone: bool = False
-    prepared_xa: bool = False
+    xid: str = ""
 
 
 _STANDALONE = 0x01
@@ -259,18 +259,20 @@ def mariadb_group(event: Event) -> GroupStart:
         raise BadEvent("a MariaDB Gtid event ends too early")
     sequence, domain, flags = _MARIADB_GTID_BODY.unpack_from(data, HEADER_BYTES)
     gtid = MariaDBGtid(domain, event.server_id, sequence)
-    _refuse_split_alter(Cursor(data, "Gtid", HEADER_BYTES + _MARIADB_GTID_BODY.size), flags, gtid)
-    return GroupStart(gtid, bool(flags & _STANDALONE), bool(flags & _PREPARED_XA))
-
-
-def _refuse_split_alter(cursor: Cursor, flags: int, gtid: MariaDBGtid) -> None:
+    if len(data) == HEADER_BYTES + _MARIADB_GTID_BODY.size:
+        return GroupStart(gtid, bool(flags & _STANDALONE))
+    cursor = Cursor(data, "Gtid", HEADER_BYTES + _MARIADB_GTID_BODY.size)
     if flags & _GROUP_COMMIT_ID:
         cursor.take(8)
+    xid = ""
     if flags & (_PREPARED_XA | _COMPLETED_XA):
-        cursor.take(4)
-        lengths = cursor.take(2)
-        cursor.take(lengths[0] + lengths[1])
-    extra = cursor.integer(1) if cursor.left else 0
+        form, (first, second) = cursor.integer(4), cursor.take(2)
+        xid = f"x'{cursor.take(first).hex()}',x'{cursor.take(second).hex()}',{form}"
+    _refuse_split_alter(cursor.integer(1) if cursor.left else 0, gtid)
+    return GroupStart(gtid, bool(flags & _STANDALONE), xid if flags & _PREPARED_XA else "")
+
+
+def _refuse_split_alter(extra: int, gtid: MariaDBGtid) -> None:
     if extra & (_EXTRA_START_ALTER | _EXTRA_COMMIT_ALTER | _EXTRA_ROLLBACK_ALTER):
         raise BadEvent(
             "an ALTER TABLE was logged in two phases",

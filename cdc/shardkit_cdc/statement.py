@@ -117,7 +117,7 @@ _SERVER_KINDS = _words("USER ROLE SERVER EVENT TABLESPACE UNDO LOGFILE RESOURCE 
 _OBJECT_KINDS = _words("TABLE INDEX VIEW TRIGGER PROCEDURE FUNCTION SEQUENCE LIBRARY PACKAGE DATABASE SCHEMA")
 #: Words that may stand between CREATE, ALTER or DROP and the kind of object.
 _BEFORE_KIND = _words(
-    "OR REPLACE TEMPORARY UNIQUE FULLTEXT SPATIAL ONLINE OFFLINE IGNORE AGGREGATE SQL SECURITY INVOKER "
+    "OR REPLACE TEMPORARY UNIQUE FULLTEXT SPATIAL ONLINE OFFLINE IGNORE AGGREGATE SQL SECURITY INVOKER DEFINER "
     "UNDEFINED MERGE TEMPTABLE MATERIALIZED VECTOR JSON RELATIONAL DUALITY EXTERNAL"
 )
 
@@ -222,9 +222,7 @@ def _kind(reader: _Reader) -> tuple[str | None, bool]:
     temporary = False
     while not reader.done():
         word = reader.peek()
-        if word in {"DEFINER", "ALGORITHM"}:
-            reader.at += 1
-            reader.skip("=")
+        if reader.skip("DEFINER", "=") or reader.skip("ALGORITHM", "="):
             _account(reader)
         elif word in _SERVER_KINDS and not (word == "SPATIAL" and reader.peek(1) == "INDEX"):
             return word, temporary

@@ -53,7 +53,7 @@ class Transaction:
     :param rows: its row events in order.
     :param size: their bytes.
     :param statements: what it holds besides row events: the schema change that it is or begins with, mostly none.
-    :param xid: of XA groups, the text behind ``XA START`` / ``XA COMMIT``: the branch's name.
+    :param xid: of XA groups the branch's name, as ``x'6162',x'',1``.
     :param first: it is a whole group or the first part of one.
     :param last: it is a whole group or the last part of one; only then `outcome` holds.
     """
@@ -129,7 +129,7 @@ class Assembler:
         mariadb = self._flavour is Flavour.MARIADB
         group = events.mariadb_group(event) if mariadb else events.mysql_group(event)
         self._group = group
-        self._transaction = Transaction(group.gtid, event.timestamp)
+        self._transaction = Transaction(group.gtid, event.timestamp, xid=group.xid)
         # MariaDB's GTID event stands for BEGIN; on MySQL a BEGIN query follows it, or a lone statement.
         self._begun = mariadb and not group.standalone
         self._tables.clear()
@@ -230,7 +230,7 @@ class Assembler:
         if verb in {"START", "BEGIN"}:
             self._begun = True
         if verb in {"START", "BEGIN", "COMMIT", "ROLLBACK"}:
-            transaction.xid = words[2].strip() if len(words) > 2 else ""
+            transaction.xid = words[2].strip().lower() if len(words) > 2 else ""
         if verb in {"COMMIT", "ROLLBACK"}:
             if transaction.rows or not transaction.first:
                 raise self._bad(f"XA {verb} behind rows")

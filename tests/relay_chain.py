@@ -1,0 +1,172 @@
+"""Master, staging and replica for the relay's tests: three servers shared by a process, a database of its own per test. The fixtures are in
+`tests.relay_fixtures`: name that module in ``pytest_plugins``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+
+from shardkit.testing.database import LocalDatabaseServer
+from shardkit.topology import Role
+from shardkit_cdc.gtid import Flavour, Position, parse_position
+from shardkit_cdc.relay import Hop, HopOptions, HopSpec, State
+
+DEADLINE = 60.0  # seconds: generous, only a hang reaches it
+
+
+def wait_for(condition: Callable[[], bool], what: str, *, deadline: float = DEADLINE) -> None:
+    """Wait until the condition holds; fail with ``what`` when it does not in time."""
+    end = time.monotonic() + deadline
+    while not condition():
+        if time.monotonic() > end:
+            pytest.fail(f"{what}: not within {deadline:.0f} s")
+        time.sleep(0.01)
+
+
+class Chain:
+    """master -> staging -> replica on one database, relayed by threads of the test process.
+
+    :param servers: as many as there are links, plus one.
+    """
+
+    def __init__(self, servers: Sequence[LocalDatabaseServer], database: str) -> None:
+        self.servers = list(servers)
+        self.database = database
+        self.flavour = Flavour(servers[0].flavour)
+        self.shard = "shop-0"
+        self.hops: list[Hop] = []
+        self._threads: list[threading.Thread] = []
+        self.options = HopOptions(retry_seconds=(0.05, 0.5))
+
+    @property
+    def master(self) -> LocalDatabaseServer:
+        return self.servers[0]
+
+    @property
+    def last(self) -> LocalDatabaseServer:
+        return self.servers[-1]
+
+    @property
+    def specs(self) -> list[HopSpec]:
+        ends = [server.endpoint(self.database) for server in self.servers]
+        roles = [Role.STAGING, Role.REPLICA]
+        return [
+            HopSpec(self.shard, source, target, roles[min(index, 1)], index == 0)
+            for index, (source, target) in enumerate(itertools.pairwise(ends))
+        ]
+
+    def hop(self, index: int, **changes: object) -> Hop:
+        """One hop, not started."""
+        settings: dict[str, object] = {"cluster": "test", "runner": "pytest", "options": self.options}
+        return Hop(self.specs[index], self.master.credentials, **settings | changes)  # type: ignore[arg-type]
+
+    def start(self) -> None:
+        """Start all hops."""
+        for index in range(len(self.servers) - 1):
+            self.run(self.hop(index))
+
+    def run(self, hop: Hop) -> None:
+        thread = threading.Thread(target=hop.run, name=hop.spec.name)
+        thread.start()
+        self.hops.append(hop)
+        self._threads.append(thread)
+
+    def stop(self) -> None:
+        """Stop all hops and wait for them."""
+        for hop in self.hops:
+            hop.stop()
+        for thread in self._threads:
+            thread.join(DEADLINE)
+            assert not thread.is_alive(), f"{thread.name} does not end"
+        self.hops.clear()
+        self._threads.clear()
+
+    def sql(self, *statements: str, server: LocalDatabaseServer | None = None) -> None:
+        """Run statements in the database, each committed by itself; on the master by default."""
+        connection = (server or self.master).connect(self.database, autocommit=True)
+        try:
+            with connection.cursor() as cursor:
+                for statement in statements:
+                    cursor.execute(statement)
+        finally:
+            connection.close()
+
+    def end_of_log(self, server: LocalDatabaseServer | None = None) -> Position:
+        variable = "gtid_binlog_pos" if self.flavour is Flavour.MARIADB else "gtid_executed"
+        return parse_position(self.flavour, str((server or self.master).execute(f"SELECT @@global.{variable}")[0][0]))
+
+    def reached(self, server: LocalDatabaseServer) -> Position:
+        """The master position that a server's data has."""
+        rows = server.execute(
+            "SELECT gtid FROM shardkit_position WHERE hop = %s", f"history:{self.shard}", database=self.database
+        )
+        return parse_position(self.flavour, rows[0][0] if rows else "")
+
+    def settle(self) -> None:
+        """Wait until the last server has everything that the master's log holds for the database.
+
+        A last own transaction carries the position over other databases' ones, which do not move it by themselves.
+        """
+        self.sql(
+            "CREATE TABLE IF NOT EXISTS settled (id INT PRIMARY KEY AUTO_INCREMENT)", "INSERT INTO settled VALUES ()"
+        )
+        end = self.end_of_log()
+
+        def arrived() -> bool:
+            for hop in self.hops:
+                if hop.report.state in {State.FAILED, State.FENCED}:
+                    pytest.fail(f"{hop.spec.name} is {hop.report.state}: {hop.report.error}")
+            try:
+                return self.reached(self.last).covers(end)
+            except Exception:  # noqa: BLE001 - its tables may not be there yet
+                return False
+
+        wait_for(arrived, f"{self.last.name} reaches {end}; hops: {[hop.report for hop in self.hops]}")
+
+    def contents(self, server: LocalDatabaseServer) -> Mapping[str, tuple[object, ...]]:
+        """Every table, view and routine with its definition and, of tables, its checksum; shardkit's own left out."""
+        found: dict[str, tuple[object, ...]] = {}
+        for name, kind in server.execute(
+            "SELECT table_name, table_type FROM information_schema.tables WHERE table_schema = %s", self.database
+        ):
+            if name.startswith("shardkit_"):
+                continue
+            if kind == "VIEW":
+                found[name] = server.execute(f"SHOW CREATE VIEW `{name}`", database=self.database)[0][1:2]
+                continue
+            created = server.execute(f"SHOW CREATE TABLE `{name}`", database=self.database)[0][1]
+            if kind == "SEQUENCE":
+                found[name] = (created,)
+                continue
+            checksum = server.execute(f"CHECKSUM TABLE `{name}`", database=self.database)[0][1]
+            found[name] = (created.split(" AUTO_INCREMENT=")[0], checksum)
+        for (name,) in server.execute(
+            "SELECT routine_name FROM information_schema.routines WHERE routine_schema = %s", self.database
+        ):
+            found[f"routine {name}"] = ()
+        for name, event, table in server.execute(
+            "SELECT trigger_name, event_manipulation, event_object_table FROM information_schema.triggers "
+            "WHERE trigger_schema = %s",
+            self.database,
+        ):
+            found[f"trigger {name}"] = (event, table)
+        return found
+
+    def assert_equal(self) -> None:
+        """Every server holds what the master holds."""
+        expected = self.contents(self.master)
+        assert expected, "the master has no tables: nothing would be compared"
+        for server in self.servers[1:]:
+            assert self.contents(server) == expected, server.name
+
+    def failed(self, index: int = 0) -> BaseException:
+        """Wait until a hop has stopped by itself, and give its error."""
+        hop = self.hops[index]
+        wait_for(lambda: hop.report.state in {State.FAILED, State.FENCED, State.BLOCKED}, f"{hop.spec.name} stops")
+        assert hop.report.error is not None
+        return hop.report.error
