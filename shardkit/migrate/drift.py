@@ -41,7 +41,7 @@ def describe(diff: Sequence[Any]) -> Iterator[str]:
         case ("remove_constraint" | "remove_fk", constraint):
             yield f"constraint {_name(constraint)} is in the database and not in the models"
         case (str() as what, _, table, column, _, old, new) if what in _MODIFIED:
-            yield f"the {_MODIFIED[what]} of {table}.{column} is {old!r} in the database and {new!r} in the models"
+            yield f"the {_MODIFIED[what]} of {table}.{column} is {old} in the database and {new} in the models"
         case (what, *rest):
             yield f"{what}: {', '.join(str(part) for part in rest)}"
 

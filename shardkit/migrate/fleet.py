@@ -338,6 +338,7 @@ class Fleet:
             section=self._tree.section,
             sys_path=tuple(sys.path),
             lock_timeout=self._lock_timeout,
+            wait=self._wait,
         )
 
     @contextmanager

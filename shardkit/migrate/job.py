@@ -54,6 +54,7 @@ class Job:
     section: str = "alembic"
     sys_path: tuple[str, ...] = ()
     lock_timeout: int = LOCK_TIMEOUT
+    wait: float = 0.0
     restart_revision: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -79,6 +80,7 @@ class Job:
             version_table=self.version_table,
             driver=self.driver,
             lock_timeout=self.lock_timeout,
+            wait=self.wait,
             restart_revision=self.restart_revision,
             compare_only=self.task in {Task.CHECK, Task.REVISION},
         )

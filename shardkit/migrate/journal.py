@@ -51,6 +51,14 @@ _ROWS_BEHIND_WITH = re.compile(r"\)\s*(?:UPDATE|DELETE)\b", re.IGNORECASE)
 _COMMENTS = re.compile(r"\A(?:\s+|--[^\n]*(?:\n|\Z)|#[^\n]*(?:\n|\Z)|/\*(?![!M]).*?\*/|\()*", re.DOTALL)
 _WORD = re.compile(r"[A-Za-z]+")
 
+#: DDL that can be run twice without an error and does something else the second time: another index or constraint under
+#: a generated name, or rows that have come since.
+_NOT_TWICE = re.compile(
+    r"\bADD\s+(?:CONSTRAINT\s+)?(?:(?:UNIQUE|FULLTEXT|SPATIAL)\s*)?(?:INDEX|KEY|FOREIGN\s+KEY|CHECK|UNIQUE)?\s*\("
+    r"|\ATRUNCATE\b",
+    re.IGNORECASE,
+)
+
 #: What the servers answer to DDL whose work is done: table exists, unknown table, duplicate column, duplicate key name,
 #: multiple primary key, cannot drop what does not exist, table does not exist, unknown column, duplicate foreign key,
 #: unknown or duplicate constraint, view, trigger, procedure or event.
@@ -286,8 +294,10 @@ class Journal:
             self._running = self._start(statement, text, values, rows=rows)
             return statement, parameters
         if known.state is StepState.STARTED:
-            if rows:
-                raise self._not_resumable("it was cut off in a statement that may have been completed", known)
+            if rows or _NOT_TWICE.search(statement):
+                raise self._not_resumable(
+                    "it was cut off in a statement of which nobody can tell whether it was completed", known
+                )
             if not self._completed_before(cursor, statement, parameters):
                 self._running = known
                 return statement, parameters
