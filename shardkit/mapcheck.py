@@ -227,6 +227,8 @@ class _Checker:
                 self._fault(
                     (*path, "tables"), "a horizontal keyspace names each table's key: write {table: key_column}"
                 )
+            if not all(written.tables):
+                self._fault((*path, "tables"), "a table has no name")
             return dict.fromkeys(written.tables, ())
         if written.partition is None:
             self._fault(
@@ -236,7 +238,9 @@ class _Checker:
         tables = {table: (key,) if isinstance(key, str) else tuple(key) for table, key in written.tables.items()}
         widths = {table: len(key) for table, key in tables.items()}
         for table, key in tables.items():
-            if not key or len(set(key)) != len(key) or not all(key):
+            if not table:
+                self._fault((*path, "tables", table), "a table has no name")
+            elif not key or len(set(key)) != len(key) or not all(key):
                 self._fault((*path, "tables", table), "needs key columns, each once")
             elif partition is not None and len(key) > 1 and not isinstance(partition, HashPartition):
                 self._fault((*path, "tables", table), f"a {partition.by} partition has one key column, not {len(key)}")

@@ -68,10 +68,8 @@ def _said(path: Path, fault: Mapping[str, Any], written: Any) -> tuple[Path, str
     if kind == "extra_forbidden":
         return path, "is not a field of the map: remove it or mend its spelling"
     if kind == "string_pattern_mismatch" or fault["loc"][-1:] == ("[key]",):
-        return (
-            path,
-            f"{given!r} is not a name: use letters, digits, '_', '-' and '.', at most 63, quoted if it is a number",
-        )
+        quoted = "" if isinstance(given, str) else ", in quotes"
+        return path, f"{given!r} is not a name: use letters, digits, '_', '-' and '.', at most 63{quoted}"
     if path == ("format",):
         return path, f"this shardkit reads format {FORMAT}, not {given!r}"
     return path, f"must be {_form(path, written)}, not {shown(given)}"

@@ -108,7 +108,7 @@ class _Reader:
                 self._faults.append(YamlFault((), "is empty: start with 'format: 1'"))
                 return None
             self._note(loader, node, ())
-            return loader.construct_document(node)
+            return None if self._faults else loader.construct_document(node)
         finally:
             loader.dispose()
 

@@ -6,11 +6,10 @@ fixed for ever (docs/reference/keys.md lists it); changing it would lose rows.
 
 from __future__ import annotations
 
-import contextlib
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime, time
+from datetime import date, datetime
 from decimal import Decimal
 from enum import Enum, StrEnum
 from functools import cached_property
@@ -19,7 +18,6 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
-from sqlalchemy.engine import default
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -75,48 +73,12 @@ _KEY_TYPES: tuple[tuple[type[TypeEngine[Any]], KeyType], ...] = (
 )
 
 
-def key_value(column_type: TypeEngine[Any], value: Any) -> Any:
-    """The value that a column of this type stores, where Python has several ways to write it.
-
-    `canonical_text` sees values without their column. This puts a value into the form that the column's own values
-    have: the stored name of an `sqlalchemy.Enum`'s member, what a `sqlalchemy.TypeDecorator` makes of its value, a UUID
-    for a UUID written as text, a date for midnight in a DATE column.
-
-    :raises TypeError: for a value that the column cannot hold.
-    """
-    if isinstance(column_type, sa.types.TypeDecorator):
-        with contextlib.suppress(NotImplementedError):  # it has no conversion of its own
-            value = column_type.process_bind_param(value, default.DefaultDialect())
-        return key_value(column_type.impl_instance, value)
-    if value is None:
-        return None
-    if isinstance(column_type, sa.Enum):
-        return _stored_enum(column_type, value)
-    match key_type_of(column_type), value:
-        case KeyType.UUID, str():
-            return _read(UUID, value)
-        case KeyType.DATE, datetime() if value.time() == time():
-            return value.date()
-        case KeyType.DATETIME, date() if not isinstance(value, datetime):
-            return datetime(value.year, value.month, value.day)  # noqa: DTZ001 - DATETIME columns store no zone
-    return value
-
-
-def _stored_enum(column_type: sa.Enum, value: Any) -> Any:
-    if column_type.enum_class is None or not isinstance(value, Enum):
-        return value
-    names = column_type.enum_class.__members__
-    stored = dict(zip(names.values(), column_type.enums, strict=False))
-    if value not in stored:
-        raise TypeError(f"{value!r} is not of the column's enumeration {column_type.enum_class.__name__}")
-    return stored[value]
-
-
 def canonical_text(value: Any) -> str | None:
     """The text that a key value is hashed and compared by; None for NULL.
 
+    Values are taken as the column stores them (`shardkit.routing.keyvalues` brings values of statements to that).
     An enumeration's member counts as its value where that is a string or an integer (`enum.StrEnum`, `enum.IntEnum`),
-    else as its name; `key_value` knows what an `sqlalchemy.Enum` column stores.
+    else as its name.
 
     :raises TypeError: for a type that cannot be a key (float, time with zone, containers, ...).
     """
@@ -324,16 +286,21 @@ def _equals_any(columns: Sequence[KeyColumn], keys: Iterable[Key]) -> sa.ColumnE
 
 
 def _equals(column: KeyColumn, value: Any) -> sa.ColumnElement[bool]:
-    """Never NULL. The value goes in as the column's kind, so that no server compares ``'42abc'`` with 42."""
+    """Never NULL. The value goes in as the column's kind, so that no server compares ``'42abc'`` with 42.
+
+    Not by IS NOT DISTINCT FROM: SQLAlchemy 2.1 loses ``literal_binds`` inside it, and triggers have no parameters.
+    """
+    value = typed_value(column.kind, value)
+    if value is None:
+        return column.expression.is_(None)
     if column.kind in {KeyType.UUID, KeyType.BYTES}:  # stored in many ways: compare what they have in common
-        text = canonical_text(typed_value(column.kind, value))
-        return _text_expression(column).is_not_distinct_from(text)
-    return column.expression.is_not_distinct_from(_literal(column.kind, typed_value(column.kind, value)))
+        same = _text_expression(column) == sa.literal(canonical_text(value), sa.String())
+    else:
+        same = column.expression == _literal(column.kind, value)
+    return sa.and_(column.expression.is_not(None), same)
 
 
 def _literal(kind: KeyType, value: Any) -> sa.ColumnElement[Any]:
-    if value is None:
-        return sa.null()
     return sa.literal(value, _LITERAL_TYPES[kind])
 
 
@@ -480,6 +447,7 @@ class RangePartition:
     def bucket_of(self, key: Key) -> Bucket | None:
         (value,) = key
         canonical_text(value)  # refuses what cannot be a key
+        _order(value)  # and what no column can hold
         try:
             return next((bucket for bucket, (low, high) in self.bounds.items() if _inside(value, low, high)), None)
         except TypeError:

@@ -143,6 +143,8 @@ class ShardMap:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise InvalidShardMap([f"cannot be read: {error.strerror}"], source=str(path)) from None
+        except UnicodeDecodeError as error:
+            raise InvalidShardMap([f"is not UTF-8 text: byte {error.start}"], source=str(path)) from None
         return cls.parse(text, source=str(path))
 
     @classmethod

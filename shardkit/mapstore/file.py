@@ -72,7 +72,7 @@ class FileMapStore:
 
     def _read(self) -> ShardMap:
         try:
-            text = self._path.read_text(encoding="utf-8")
+            self._path.stat()
         except FileNotFoundError:
             raise MapNotFound(
                 f"there is no shard map at {self._path}",
@@ -82,7 +82,7 @@ class FileMapStore:
             raise MapStoreUnavailable(
                 f"the shard map {self._path} cannot be read: {error.strerror}", hint="mend the path or its permissions"
             ) from None
-        found = ShardMap.parse(text, source=str(self._path))
+        found = ShardMap.load(self._path)
         return found.with_version(max(found.version, 1))
 
     def _refresh(self) -> None:

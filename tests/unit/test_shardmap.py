@@ -1,0 +1,264 @@
+"""The shard map: reading, asking, changing, comparing."""
+
+# ruff: noqa: DTZ001 - key columns store no time zone
+
+from __future__ import annotations
+
+import copy
+import pickle
+from datetime import date, datetime
+from decimal import Decimal
+from uuid import UUID
+
+import pytest
+
+from shardkit.errors import InvalidShardMap, MissingKey, UnknownTable
+from shardkit.partition import HashPartition, ListPartition
+from shardkit.shardmap import Move, Placement, ShardMap
+from shardkit.topology import Endpoint, ReplicationKind, Role
+
+SHOP = """
+format: 1
+cluster: shop
+keyspaces:
+  orders:
+    partition: {by: hash, buckets: 4096}
+    tables: {users: id, orders: user_id, order_lines: user_id}
+    reference: [countries]
+    ids: generated
+    placement: {shop-0: "0-2047", shop-1: "2048-4095"}
+  stores:
+    partition: {by: list, buckets: {seoul: [서울], daegu: [대구], daejeon: [대전, null]}}
+    tables: {stores: region, visits: region}
+    reference: [countries]
+    placement: {shop-0: [seoul], shop-1: [daegu, daejeon]}
+  members:
+    partition: {by: range, buckets: {teens: [10, 20], twenties: [20, 30], thirties: [30, null]}}
+    tables: {members: age}
+    placement: {shop-0: [teens], shop-1: [twenties, thirties]}
+  billing:
+    tables: [invoices, payments]
+    placement: billing-0
+shards:
+  shop-0:
+    master: mysql://10.0.0.1:3306/shop
+    staging: mysql://10.0.0.2:3306/shop
+    replicas: [mysql://10.0.0.3:3306/shop, mysql://10.0.0.4:3306/shop]
+  shop-1: {master: mysql://10.0.1.1:3306/shop, replication: native}
+  billing-0: {master: mysql://10.0.2.1:3306/billing}
+"""
+
+
+@pytest.fixture(scope="module")
+def shop() -> ShardMap:
+    return ShardMap.parse(SHOP)
+
+
+def test_the_map_of_the_design_is_read(shop: ShardMap) -> None:
+    assert shop.cluster == "shop"
+    assert shop.version == 0
+    assert list(shop.keyspaces) == ["orders", "stores", "members", "billing"]
+    assert shop.keyspace("orders").generated_ids
+    assert shop.keyspace("orders").shards == ("shop-0", "shop-1")
+    assert shop.keyspace("stores").buckets_on("shop-1") == ("daegu", "daejeon")
+    assert shop.shard("shop-0").with_role(Role.REPLICA) == (
+        Endpoint("10.0.0.3", 3306, "shop"),
+        Endpoint("10.0.0.4", 3306, "shop"),
+    )
+    assert shop.shard("shop-1").replication is ReplicationKind.NATIVE
+
+
+def test_tables_know_their_place(shop: ShardMap) -> None:
+    assert shop.table("orders").key == ("user_id",)
+    assert shop.table("orders").kind == "sharded"
+    assert shop.table("invoices").kind == "vertical"
+    assert shop.table("invoices").shards == ("billing-0",)
+    assert shop.table("countries").kind == "reference"
+    assert [keyspace.name for keyspace in shop.table("countries").keyspaces] == ["orders", "stores"]
+    assert shop.table("countries").shards == ("shop-0", "shop-1")
+
+
+def test_a_key_is_located_by_hash(shop: ShardMap) -> None:
+    # CRC32 of "42" is 841265288, and 841265288 mod 4096 is 136: fixed for ever
+    assert shop.locate("users", {"id": 42}) == Placement("orders", 136, "shop-0")
+    assert shop.locate("orders", [42]).shard == shop.locate("users", {"id": 42}).shard
+    assert shop.locate("users", {"id": None}) == Placement("orders", 0, "shop-0")
+
+
+def test_a_key_is_located_by_list(shop: ShardMap) -> None:
+    assert shop.locate("stores", {"region": "서울"}) == Placement("stores", "seoul", "shop-0")
+    assert shop.locate("visits", {"region": None}) == Placement("stores", "daejeon", "shop-1")
+
+
+@pytest.mark.parametrize(("age", "bucket"), [(10, "teens"), (19, "teens"), (20, "twenties"), (99, "thirties")])
+def test_a_key_is_located_by_range(shop: ShardMap, age: int, bucket: str) -> None:
+    assert shop.locate("members", {"age": age}).bucket == bucket
+
+
+def test_a_vertical_table_needs_no_key(shop: ShardMap) -> None:
+    assert shop.locate("invoices") == Placement("billing", "all", "billing-0")
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "message"),
+    [
+        ("users", {}, "'users' is sharded by id, not by nothing"),
+        ("users", {"user_id": 5}, "'users' is sharded by id, not by user_id"),
+        ("users", [1, 2], "'users' is sharded by id: 2 values were given"),
+        ("users", {"id": 1.5}, "a float cannot be a shard key"),
+        ("stores", {"region": "부산"}, "no bucket of keyspace 'stores' takes the key '부산'"),
+        ("members", {"age": 9}, "no bucket of keyspace 'members' takes the key 9"),
+        ("members", {"age": "15"}, "'15' cannot be compared with the ranges' int"),
+        ("members", {"age": None}, "takes the key None"),
+    ],
+)
+def test_a_key_that_has_no_place_is_refused(shop: ShardMap, table: str, key: object, message: str) -> None:
+    with pytest.raises(MissingKey, match=message) as refused:
+        shop.locate(table, key)  # type: ignore[arg-type]
+    assert refused.value.table == table
+
+
+def test_unknown_names_come_with_the_known_ones(shop: ShardMap) -> None:
+    with pytest.raises(UnknownTable, match=r"does not name the table 'user'.*countries, invoices, members"):
+        shop.table("user")
+    with pytest.raises(UnknownTable, match=r"no keyspace 'order'.*it has billing, members, orders, stores"):
+        shop.keyspace("order")
+    with pytest.raises(UnknownTable, match=r"no shard 'shop-2'.*it has billing-0, shop-0, shop-1"):
+        shop.shard("shop-2")
+    with pytest.raises(UnknownTable, match="is a reference table"):
+        shop.locate("countries", {"code": "KR"})
+
+
+# --- writing
+
+
+def test_a_map_survives_yaml_json_pickle_and_copy(shop: ShardMap) -> None:
+    published = shop.with_version(7)
+    assert ShardMap.parse(published.dump()) == published
+    assert ShardMap.from_json(published.to_json()) == published
+    assert pickle.loads(pickle.dumps(published)) == published
+    assert copy.deepcopy(published) == published
+
+
+def test_yaml_is_readable(shop: ShardMap) -> None:
+    text = shop.dump()
+    assert "서울" in text
+    assert "shop-0: 0-2047" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "probe"),
+    [
+        ([42, 43], 42),
+        (["42", "43"], "42"),
+        (["01234", "12:30", "1e3", "NO", "null", "true", "2024-01-31", "~", ""], "01234"),
+        (["서울", "대구\n", " padded ", "'quoted'", "émoji 🛫"], "서울"),
+        ([date(2024, 1, 31), date(1, 1, 1)], date(2024, 1, 31)),
+        ([datetime(2024, 1, 31, 12, 30, 0, 5), datetime(2024, 1, 31)], datetime(2024, 1, 31, 12, 30, 0, 5)),
+        ([None, 1], None),
+        ([b"\x00\xff"], b"\x00\xff"),
+        ([UUID(int=5)], UUID(int=5)),
+        ([Decimal("1.50"), Decimal("-0.0")], Decimal("1.5")),
+    ],
+)
+def test_key_values_keep_their_type_in_every_form(values: list[object], probe: object) -> None:
+    listed = _with_partition({"by": "list", "buckets": {"x": values[:1], "y": values[1:] or ["other"]}})
+    pinned = _with_partition({"by": "hash", "buckets": 16, "exceptions": dict.fromkeys(values, "x")})
+    for original in (listed, pinned):
+        for again in (ShardMap.parse(original.dump()), ShardMap.from_json(original.to_json())):
+            assert again == original
+            assert again.locate("t", [probe]).bucket == "x"
+
+
+def test_42_and_its_text_share_one_canonical_text_but_not_one_list() -> None:
+    as_number = _with_partition({"by": "list", "buckets": {"x": [42], "y": [7]}})
+    partition = as_number.keyspaces["k"].partition
+    assert isinstance(partition, ListPartition)
+    assert partition.values["x"] == (42,)
+    assert type(ShardMap.parse(as_number.dump()).keyspaces["k"].partition.values["x"][0]) is int  # type: ignore[union-attr]
+
+
+def _with_partition(partition: dict[str, object]) -> ShardMap:
+    buckets = ["0-15", "x"] if partition["by"] == "hash" else ["x", "y"]
+    return ShardMap.parse(
+        {
+            "format": 1,
+            "cluster": "c",
+            "keyspaces": {"k": {"partition": partition, "tables": {"t": "key"}, "placement": {"a": buckets}}},
+            "shards": {"a": {"master": "mysql://h/a"}},
+        }
+    )
+
+
+def test_a_json_text_of_another_kind_is_refused() -> None:
+    for text in (b"\x00", "[]", "5", "{", '{"$pairs": 5}', '{"$pairs": [[[], 1]]}', '{"$date": "x"}', "null"):
+        with pytest.raises(InvalidShardMap):
+            ShardMap.from_json(text)
+
+
+# --- changing
+
+
+def test_moving_buckets_makes_a_new_map(shop: ShardMap) -> None:
+    moved = shop.with_placement("orders", dict.fromkeys(range(10), "shop-1"))
+    assert moved.locate("users", {"id": None}).shard == "shop-1"
+    assert shop.locate("users", {"id": None}).shard == "shop-0"
+    assert shop.diff(moved).lines == ("keyspace orders: 10 buckets shop-0 -> shop-1: 0-9",)
+    assert moved.diff(shop).lines == ("keyspace orders: 10 buckets shop-1 -> shop-0: 0-9",)
+
+
+def test_a_placement_on_nothing_is_refused(shop: ShardMap) -> None:
+    with pytest.raises(InvalidShardMap, match="there is no shard 'shop-9'"):
+        shop.with_placement("orders", {5: "shop-9"})
+    with pytest.raises(InvalidShardMap, match="no bucket 5000"):
+        shop.with_placement("orders", {5000: "shop-1"})
+    with pytest.raises(UnknownTable):
+        shop.with_placement("nothing", {})
+
+
+def test_a_shard_that_holds_buckets_cannot_be_dropped(shop: ShardMap) -> None:
+    with pytest.raises(InvalidShardMap, match="there is no shard 'shop-1'"):
+        shop.with_shards({"shop-0": shop.shard("shop-0"), "billing-0": shop.shard("billing-0")})
+
+
+def test_jobs_at_work_are_part_of_the_map(shop: ShardMap) -> None:
+    move = Move("7", "orders", (1, 2, 3), "shop-0", "shop-1")
+    moving = shop.with_moves([move])
+    assert moving.moves_of("orders") == (move,)
+    assert moving.moves_of("stores") == ()
+    assert ShardMap.parse(moving.dump()) == moving
+    assert shop.diff(moving).lines == ("move 7 added",)
+    assert moving.diff(shop.with_moves([Move("7", "orders", (1,), "shop-0", "shop-1")])).lines == ("move 7 changed",)
+
+
+def test_a_diff_names_every_kind_of_change(shop: ShardMap) -> None:
+    changed = ShardMap.parse(
+        SHOP.replace("buckets: 4096", "buckets: 4096, exceptions: {42: hot}")
+        .replace('shop-1: "2048-4095"', 'shop-1: "2048-4095, hot"')
+        .replace("order_lines: user_id", "order_lines: line_id, carts: user_id")
+        .replace("    ids: generated\n", "")
+        .replace("    reference: [countries]\n    ids", "    ids")
+        .replace(", replication: native", "")
+        .replace("10.0.0.4", "10.0.0.5")
+        .replace("  billing:\n", "  invoicing:\n")
+        + "  spare: {master: mysql://10.0.9.9/shop}\n"
+    )
+    assert shop.diff(changed).lines == (
+        "shard spare added",
+        "shard shop-0: replica mysql://10.0.0.5:3306/shop added",
+        "shard shop-0: replica mysql://10.0.0.4:3306/shop removed",
+        "shard shop-1: replication native -> relay",
+        "keyspace invoicing added",
+        "keyspace billing removed",
+        "keyspace orders: the partition changes: every row may have to move",
+        "keyspace orders: table carts added",
+        "keyspace orders: table order_lines keyed by line_id, was user_id: every row may have to move",
+        "keyspace orders: generated ids off",
+    )
+    assert not shop.diff(shop.with_version(99))
+
+
+def test_the_hash_partition_of_a_map_is_format_1(shop: ShardMap) -> None:
+    partition = shop.keyspaces["orders"].partition
+    assert isinstance(partition, HashPartition)
+    assert partition.count == 4096
