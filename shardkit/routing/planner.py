@@ -7,17 +7,23 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.sql.base import Executable
+from sqlalchemy.sql.selectable import CompoundSelect
 
-from shardkit.routing.route import Parameters, Route, RouteOptions
+from shardkit.routing.anatomy import dialect_of
+from shardkit.routing.keyvalues import Untrusted
+from shardkit.routing.reads import Reads
+from shardkit.routing.route import Parameters, Route, RouteOptions, StatementKind
+from shardkit.routing.shapes import Shapes
 from shardkit.shardmap import Placement, ShardMap
 
 _DEFAULT_OPTIONS = RouteOptions()
+_MISSING = object()
 
 
 class Planner:
     """Plans statements against one map; keeps what it learned about each shape of statement.
 
-    A cluster holds one for its current map, and makes a new one with each new map.
+    A cluster holds one for its current map, and makes a new one with each new map. Threads may share it.
 
     :param shard_map: the map that every route is planned on.
     :param dialect_name: ``mysql``, ``mariadb`` or ``sqlite``.
@@ -26,6 +32,9 @@ class Planner:
     def __init__(self, shard_map: ShardMap, *, dialect_name: str = "mysql") -> None:
         self.shard_map = shard_map
         self.dialect_name = dialect_name
+        dialect = dialect_of(dialect_name)
+        self._shapes = Shapes(shard_map, dialect)
+        self._reads = Reads(shard_map, self._shapes, dialect)
 
     def plan(
         self, statement: Executable, parameters: Parameters = None, options: RouteOptions = _DEFAULT_OPTIONS
@@ -36,7 +45,50 @@ class Planner:
             MissingKey, KeyChange, ScatterRefused, CrossShardJoin).
         :raises UnknownTable: for a table that the map does not name.
         """
+        if isinstance(statement, sa.Select | CompoundSelect):
+            return self._quick(statement, parameters, options) or self._reads.route(statement, parameters, options)
         raise NotImplementedError
+
+    def _quick(self, statement: Any, parameters: Parameters, options: RouteOptions) -> Route | None:
+        """The commonest SELECT: a shape seen before, whose one key is one bound parameter."""
+        key = statement._generate_cache_key()  # noqa: SLF001 - memoized: SQLAlchemy asks for it anyway
+        shape = None if key is None else self._shapes.find(key.key)
+        if shape is None or shape.quick is None or options.shard is not None or options.key is not None or key.params:
+            return None
+        read, slot, keyspace, reasons = shape.quick
+        value = _MISSING
+        if parameters:
+            if not isinstance(parameters, dict):
+                return None
+            value = parameters.get(slot.key, _MISSING)
+            if value is _MISSING:
+                value = parameters.get(slot.name, _MISSING)
+        if value is _MISSING:
+            bind = slot.bind if slot.position is None else key.bindparams[slot.position]
+            if bind.required:
+                return None
+            value = bind.effective_value
+        value = read(value)
+        if value is None or isinstance(value, Untrusted) or keyspace.partition is None:
+            return None
+        try:
+            bucket = keyspace.partition.bucket_of((value,))
+        except TypeError:
+            return None
+        if bucket is None:
+            return None
+        return Route(
+            StatementKind.SELECT,
+            statement,
+            parameters,
+            (keyspace.placement[bucket],),
+            shape.keyspace,
+            shape.tables,
+            frozenset((bucket,)),
+            False,
+            shape.locking,
+            reasons=reasons,
+        )
 
     def place(self, table: sa.Table, row: Mapping[str, Any]) -> Placement | None:
         """Where one row belongs: for objects in a flush.

@@ -1,0 +1,226 @@
+"""What stands inside expressions: subqueries, functions, windows, aggregates, and what cannot be looked into.
+
+Only elements that are known are taken for what they are. Raw SQL is not read here: ``AND`` does not put parentheses
+around ``text("a = 1 OR b = 2")``, so even beside ``user_id = 5`` such a text can mean any row of any table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeAlias
+
+import sqlalchemy as sa
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import (
+    AbstractTextClause,
+    AggregateOrderBy,
+    BinaryExpression,
+    BindParameter,
+    BooleanClauseList,
+    Case,
+    Cast,
+    ClauseElement,
+    ClauseList,
+    CollationClause,
+    ColumnClause,
+    ElementList,
+    ExpressionClauseList,
+    Extract,
+    False_,
+    FunctionFilter,
+    Grouping,
+    Label,
+    Null,
+    Over,
+    Slice,
+    True_,
+    TypeClause,
+    TypeCoerce,
+    UnaryExpression,
+)
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.operators import custom_op
+from sqlalchemy.sql.selectable import CompoundSelect, Exists, ScalarSelect, SelectStatementGrouping
+
+from shardkit.routing.functions import AGGREGATES, OF_THE_CONNECTION, PURE, VOLATILE
+
+#: Where an expression stands: in an AND of a predicate, under an OR of one, or where its value is used.
+Place: TypeAlias = Literal["and", "or", "value"]
+
+
+@dataclass(frozen=True, slots=True)
+class Subselect:
+    """A subquery in an expression.
+
+    :param member: the ``x`` of ``x IN (subquery)``, where that is asked of the rows (not under NOT).
+    """
+
+    select: Any
+    place: Place
+    member: ClauseElement | None = None
+
+
+@dataclass
+class Contents:
+    """What expressions hold, subqueries' own contents not counted.
+
+    :param functions: the names of the functions called.
+    :param unknown: those of them that are not named in `shardkit.routing.functions`.
+    """
+
+    subqueries: list[Subselect] = field(default_factory=list)
+    functions: set[str] = field(default_factory=set)
+    unknown: set[str] = field(default_factory=set)
+    unreadable: list[str] = field(default_factory=list)
+    windows: bool = False
+    aggregates: bool = False
+
+    @property
+    def may_aggregate(self) -> bool:
+        """Whether many rows may become one."""
+        return self.aggregates or bool(self.unknown)
+
+
+def contents_of(elements: Iterable[ClauseElement], place: Place = "value") -> Contents:
+    """Look through expressions.
+
+    :param place: where they stand.
+    """
+    contents = Contents()
+    for element in elements:
+        _look(element, place, contents)
+    return contents
+
+
+_LEAVES = (BindParameter, Null, True_, False_, TypeClause, CollationClause)
+_CONTAINERS = (
+    AggregateOrderBy,
+    Case,
+    Cast,
+    ClauseList,
+    ElementList,
+    ExpressionClauseList,
+    Extract,
+    FunctionFilter,
+    Label,
+    Slice,
+    TypeCoerce,
+    UnaryExpression,
+)
+_SELECTS = (sa.Select, CompoundSelect, ScalarSelect, SelectStatementGrouping)
+#: Operators of `ColumnElement.op` that bind as tightly as a comparison and say nothing else.
+_PLAIN_OPERATORS: Final = frozenset(
+    {"REGEXP", "RLIKE", "LIKE", "GLOB", "DIV", "MOD", "&", "|", "^", "<<", ">>", "%", "<=>", "->", "->>"}
+    | {"+", "-", "*", "/", "=", "!=", "<>", "<", ">", "<=", ">="}
+)
+_ONE_NAME: Final = re.compile(
+    r"(?:[A-Za-z_]\w*|`[^`]+`)(?:\.(?:[A-Za-z_]\w*|`[^`]+`))*|\d+(?:\.\d+)?|'[^'\\]*'|\*", re.ASCII
+)
+_PLAIN_TEXT: Final = re.compile(
+    r"""\s*(?!(?:select|exists|not|case|or|xor|and)\b)[\w.`]+\s*
+        (?:=|<=>|<>|!=|<=|>=|<|>|\blike\b|\bis\b(?:\s+not)?)\s*
+        (?::\w+|-?\d+(?:\.\d+)?|'[^'\\]*'|null|true|false|[A-Za-z_][\w.`]*)\s*""",
+    re.ASCII | re.IGNORECASE | re.VERBOSE,
+)
+
+
+def _look(element: Any, place: Place, contents: Contents) -> None:
+    match element:
+        case ColumnClause():
+            if element.is_literal and not _ONE_NAME.fullmatch(element.name):
+                contents.unreadable.append("literal_column() with more than a name or a number")
+        case AbstractTextClause():
+            _text(element, place, contents)
+        case Grouping():
+            _look(element.element, place, contents)
+        case Exists():
+            contents.subqueries.append(Subselect(element.element, place))
+        case BooleanClauseList():
+            inner: Place = "value" if place == "value" else place if element.operator is operators.and_ else "or"
+            for clause in element.clauses:
+                _look(clause, inner, contents)
+        case BinaryExpression():
+            _binary(element, place, contents)
+        case Over():
+            _window(element, contents)
+        case FunctionElement():
+            _function(element, contents)
+        case _ if isinstance(element, _SELECTS):
+            contents.subqueries.append(Subselect(element, "value"))
+        case _ if isinstance(element, _LEAVES):
+            pass
+        case _ if element.__visit_name__ in {"label_reference", "textual_label_reference"}:
+            _children(element, contents)
+        case _ if isinstance(element, _CONTAINERS):
+            _children(element, contents)
+        case _:
+            contents.unreadable.append(f"a {type(element).__name__}")
+
+
+def _children(element: ClauseElement, contents: Contents) -> None:
+    for child in element.get_children():
+        if isinstance(child, ClauseElement):
+            _look(child, "value", contents)
+
+
+def _text(element: AbstractTextClause, place: Place, contents: Contents) -> None:
+    text = getattr(element, "text", "")
+    pattern = _ONE_NAME if place == "value" else _PLAIN_TEXT
+    if not isinstance(element, sa.TextClause) or not pattern.fullmatch(text):
+        contents.unreadable.append("text()")
+
+
+def _binary(element: BinaryExpression[Any], place: Place, contents: Contents) -> None:
+    operator = element.operator
+    if isinstance(operator, custom_op) and operator.opstring.upper().strip() not in _PLAIN_OPERATORS:
+        contents.unreadable.append(f"the operator {operator.opstring!r}")
+    right: Any = element.right
+    while isinstance(right, Grouping):
+        right = right.element
+    if operator is operators.in_op and place != "value" and isinstance(right, _SELECTS):
+        _look(element.left, "value", contents)
+        contents.subqueries.append(Subselect(right, place, member=element.left))
+        return
+    _look(element.left, "value", contents)
+    _look(right, "value", contents)
+
+
+def _window(element: Over[Any], contents: Contents) -> None:
+    contents.windows = True
+    for child in element.get_children():
+        # the function itself is no aggregate here, but its arguments may hold some
+        _arguments(child, contents) if child is element.element else _look_if_clause(child, contents)
+
+
+def _arguments(function: Any, contents: Contents) -> None:
+    if isinstance(function, FunctionElement):
+        for argument in function.clauses:
+            _look(argument, "value", contents)
+    else:
+        _look(function, "value", contents)
+
+
+def _look_if_clause(child: Any, contents: Contents) -> None:
+    if isinstance(child, ClauseElement):
+        _look(child, "value", contents)
+
+
+def _function(element: FunctionElement[Any], contents: Contents) -> None:
+    arguments: Sequence[ClauseElement] = tuple(element.clauses)
+    for argument in arguments:
+        _look(argument, "value", contents)
+    if type(element).__module__.startswith("shardkit."):
+        return
+    name = _name(element)
+    contents.functions.add(name)
+    if name in AGGREGATES and not (name in {"max", "min"} and len(arguments) > 1):  # SQLite's scalar MAX(a, b)
+        contents.aggregates = True
+    elif name not in PURE and name not in VOLATILE and name not in OF_THE_CONNECTION:
+        contents.unknown.add(name)
+
+
+def _name(function: FunctionElement[Any]) -> str:
+    packages = tuple(getattr(function, "packagenames", ()))
+    return ".".join((*packages, str(getattr(function, "name", type(function).__name__)))).lower()

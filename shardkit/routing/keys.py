@@ -1,0 +1,526 @@
+"""Predicates + parameters -> the key values that rows can have: exact values, intervals, or unknown.
+
+What a predicate says is read once a shape of statement (`facts_of`), into conditions over bound parameters; what it
+means for one execution is worked out from the parameters' values (`KeyPin.buckets`). AND intersects, OR unites (an OR
+with a branch that says nothing is unknown), NOT says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, Final, TypeAlias
+
+from sqlalchemy import exc as sa_exc
+from sqlalchemy.engine import Dialect
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import (
+    BinaryExpression,
+    BindParameter,
+    BooleanClauseList,
+    ClauseElement,
+    ClauseList,
+    ExpressionClauseList,
+    False_,
+    Grouping,
+    Null,
+    Tuple,
+)
+from sqlalchemy.types import TupleType, TypeEngine
+
+from shardkit.partition import Bucket, KeyType, RangePartition
+from shardkit.routing.anatomy import Slot
+from shardkit.routing.keyvalues import Reader, Untrusted, reader_of, sends_alike
+from shardkit.shardmap import Keyspace
+
+#: A column of one occurrence of a table: (number of the occurrence, column name).
+Term: TypeAlias = tuple[int, str]
+#: More combinations than this of a composite key's values are not worked out.
+MOST_KEYS: Final = 10_000
+
+
+# --- values ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """The values that a column can have: some exact ones (None for NULL), and closed intervals (None: open end)."""
+
+    values: frozenset[Any] = frozenset()
+    spans: tuple[tuple[Any, Any], ...] = ()
+
+    def __or__(self, other: Allowed) -> Allowed:
+        return Allowed(self.values | other.values, self.spans + other.spans)
+
+    def __and__(self, other: Allowed) -> Allowed:
+        values = {value for value in self.values if other.takes(value)}
+        values.update(value for value in other.values if self.takes(value))
+        spans = tuple(_overlap(one, two) for one in self.spans for two in other.spans)
+        return Allowed(frozenset(values), spans)
+
+    def takes(self, value: Any) -> bool:
+        """Whether the column can have this value."""
+        return value in self.values or (value is not None and any(_within(value, span) for span in self.spans))
+
+
+def _within(value: Any, span: tuple[Any, Any]) -> bool:
+    low, high = span
+    try:
+        return (low is None or _order(low) <= _order(value)) and (high is None or _order(value) <= _order(high))
+    except TypeError:
+        return True  # not comparable here: the database decides
+
+
+def _overlap(one: tuple[Any, Any], two: tuple[Any, Any]) -> tuple[Any, Any]:
+    try:
+        low = one[0] if two[0] is None else two[0] if one[0] is None else max(one[0], two[0], key=_order)
+        high = one[1] if two[1] is None else two[1] if one[1] is None else min(one[1], two[1], key=_order)
+    except TypeError:
+        return one
+    return low, high
+
+
+def _order(value: Any) -> Any:
+    return value.encode() if isinstance(value, str) else value
+
+
+class Binds:
+    """The values of one execution's parameters."""
+
+    __slots__ = ("_extracted", "_given")
+
+    def __init__(self, given: Mapping[str, Any] | None, extracted: Sequence[BindParameter[Any]]) -> None:
+        """:param given: parameters given at execution; :param extracted: those of the statement's own cache key."""
+        self._given = given
+        self._extracted = extracted
+
+    def __getitem__(self, slot: Slot) -> Any:
+        """The value that the statement is sent with, before bind processing.
+
+        :raises sqlalchemy.exc.InvalidRequestError: when a required parameter was not given, as at execution.
+        """
+        if self._given:
+            if slot.key in self._given:
+                return self._given[slot.key]
+            if slot.name in self._given:
+                return self._given[slot.name]
+        return _own_value(slot.bind if slot.position is None else self._extracted[slot.position])
+
+    def of(self, bind: BindParameter[Any]) -> Any:
+        """The value of a parameter that stands in this very statement, not in another one of its shape.
+
+        :raises sqlalchemy.exc.InvalidRequestError: as above.
+        """
+        if self._given and bind.key in self._given:
+            return self._given[bind.key]
+        return _own_value(bind)
+
+
+def _own_value(bind: BindParameter[Any]) -> Any:
+    if bind.required:
+        raise sa_exc.InvalidRequestError(f"A value is required for bind parameter {bind.key!r}")
+    return bind.effective_value
+
+
+# --- conditions --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A bound value, or a list of them.
+
+    :param part: which part of each value counts, in a list of tuples.
+    """
+
+    slot: Slot
+    many: bool = False
+    part: int | None = None
+
+    def raw(self, binds: Binds) -> Iterable[Any]:
+        """The values of this execution."""
+        value = binds[self.slot]
+        if not self.many:
+            return (value,)
+        return value if self.part is None else [row[self.part] for row in value]
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """``= value`` or ``IN (values)``. NULL among them matches nothing, unless the comparison is the NULL-safe one."""
+
+    sources: tuple[Source, ...]
+    null_safe: bool = False
+    rejects_null = property(lambda self: not self.null_safe)
+
+    def allowed(self, read: Reader, binds: Binds) -> Allowed | None:
+        values = set()
+        for source in self.sources:
+            for raw in source.raw(binds):
+                value = read(raw)
+                if isinstance(value, Untrusted):
+                    return None
+                if value is not None or self.null_safe:
+                    values.add(value)
+        return Allowed(frozenset(values))
+
+
+@dataclass(frozen=True, slots=True)
+class IsNull:
+    """``IS NULL``."""
+
+    rejects_null = False
+
+    def allowed(self, read: Reader, binds: Binds) -> Allowed | None:  # noqa: ARG002 - every condition is asked the same way
+        return Allowed(frozenset({None}))
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """``low <= column <= high``; strict comparisons are widened, which only ever adds a bucket."""
+
+    low: Source | None
+    high: Source | None
+    rejects_null = True
+
+    def allowed(self, read: Reader, binds: Binds) -> Allowed | None:
+        ends: list[Any] = []
+        for source in (self.low, self.high):
+            if source is None:
+                ends.append(None)
+                continue
+            value = read(binds[source.slot])
+            if isinstance(value, Untrusted):
+                return None
+            if value is None:
+                return Allowed()  # a comparison with NULL is never true
+            ends.append(value)
+        return Allowed(spans=((ends[0], ends[1]),))
+
+
+@dataclass(frozen=True, slots=True)
+class Either:
+    """An OR all of whose branches say something about the column: each branch is an AND of conditions."""
+
+    branches: tuple[tuple[Condition, ...], ...]
+    rejects_null = property(lambda self: all(any(each.rejects_null for each in branch) for branch in self.branches))
+
+    def allowed(self, read: Reader, binds: Binds) -> Allowed | None:
+        union = Allowed()
+        for branch in self.branches:
+            one = intersection(each.allowed(read, binds) for each in branch)
+            if one is None:
+                return None
+            union |= one
+        return union
+
+
+Condition: TypeAlias = OneOf | IsNull | Between | Either
+
+
+def intersection(parts: Iterable[Allowed | None]) -> Allowed | None:
+    """What all of them allow; those that are None (unknown) say nothing."""
+    result: Allowed | None = None
+    for part in parts:
+        if part is not None:
+            result = part if result is None else result & part
+    return result
+
+
+# --- facts -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class KnownColumn:
+    """A column of a table in the map whose lineage is known.
+
+    :param kind: what it stores; columns of one kind that are equal hash to the same bucket.
+    :param name: ``table.column``, for people.
+    """
+
+    term: Term
+    type: TypeEngine[Any]
+    kind: KeyType
+    name: str
+
+
+Resolve: TypeAlias = Callable[[ClauseElement], KnownColumn | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """``column`` fulfils ``condition``. ``text`` says it for people, without values."""
+
+    column: KnownColumn
+    condition: Condition
+    text: str
+
+
+@dataclass
+class Facts:
+    """What is true of every row combination that passes a predicate.
+
+    :param known: conditions on single columns.
+    :param equal: pairs of columns with equal values, neither NULL.
+    :param impossible: nothing passes.
+    :param within: the outer joins on whose nullable side these facts stand.
+    :param join: the outer join whose nullable side's own facts these are, as a number.
+    """
+
+    known: list[Fact] = field(default_factory=list)
+    equal: list[tuple[KnownColumn, KnownColumn]] = field(default_factory=list)
+    impossible: bool = False
+    within: frozenset[int] = frozenset()
+    join: int | None = None
+
+    @classmethod
+    def of_nullable_side(cls, within: frozenset[int]) -> Facts:
+        """For the nullable side of one more outer join."""
+        facts = cls()
+        facts.join = id(facts)
+        facts.within = within | {id(facts)}
+        return facts
+
+    def add(self, other: Facts) -> None:
+        """Both hold."""
+        self.known += other.known
+        self.equal += other.equal
+        self.impossible = self.impossible or other.impossible
+
+    def not_null(self) -> Iterator[Term]:
+        """The columns that are certainly not NULL."""
+        yield from (fact.column.term for fact in self.known if fact.condition.rejects_null)
+        for one, other in self.equal:
+            yield one.term
+            yield other.term
+
+
+def facts_of(predicate: ClauseElement, resolve: Resolve, slots: Mapping[BindParameter[Any], Slot]) -> Facts:
+    """Read a predicate. What it does not understand says nothing.
+
+    :param resolve: finds the lineage of a column expression, or None.
+    """
+    return _Reading(resolve, slots).facts(predicate)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    resolve: Resolve
+    slots: Mapping[BindParameter[Any], Slot]
+
+    def facts(self, predicate: Any) -> Facts:
+        match predicate:
+            case Grouping():
+                return self.facts(predicate.element)
+            case False_():
+                return Facts(impossible=True)
+            case BooleanClauseList() if predicate.operator is operators.and_:
+                both = Facts()
+                for clause in predicate.clauses:
+                    both.add(self.facts(clause))
+                return both
+            case BooleanClauseList() if predicate.operator is operators.or_:
+                return _either([self.facts(clause) for clause in predicate.clauses])
+            case BinaryExpression():
+                return self._comparison(predicate)
+            case _:
+                return Facts()
+
+    def _comparison(self, expression: BinaryExpression[Any]) -> Facts:
+        left, right = _bare(expression.left), _bare(expression.right)
+        operator: Any = expression.operator
+        if operator is operators.in_op and isinstance(left, Tuple):
+            return self._tuple_in(left, right)
+        column = self.resolve(left)
+        if column is None:
+            column, other = self.resolve(right), left
+            operator = _MIRRORED.get(operator)
+        else:
+            other = right
+        if column is None or operator is None:
+            return Facts()
+        if operator is operators.eq and (second := self.resolve(other)) is not None:
+            return Facts(equal=[(column, second)]) if column.kind is second.kind else Facts()
+        condition = self._condition(column, operator, other)
+        if condition is None:
+            return Facts()
+        return Facts([Fact(column, condition, f"{column.name} {_WORDS[operator]}")])
+
+    def _condition(self, column: KnownColumn, operator: Any, other: ClauseElement) -> Condition | None:
+        if operator is operators.is_:
+            return IsNull() if isinstance(other, Null) else None
+        if operator is operators.is_not_distinct_from and isinstance(other, Null):
+            return IsNull()
+        if operator is operators.between_op and isinstance(other, ExpressionClauseList):
+            low, high = (self._source(column, clause) for clause in other.clauses)
+            return Between(low, high) if low and high else None
+        if operator is operators.in_op:
+            sources = self._list(column, other)
+            return None if sources is None else OneOf(sources)
+        source = self._source(column, other)
+        if source is None:
+            return None
+        if operator in (operators.eq, operators.is_not_distinct_from):
+            return OneOf((source,), null_safe=operator is operators.is_not_distinct_from)
+        if operator in (operators.lt, operators.le):
+            return Between(None, source)
+        if operator in (operators.gt, operators.ge):
+            return Between(source, None)
+        return None
+
+    def _source(self, column: KnownColumn, element: ClauseElement) -> Source | None:
+        element = _bare(element)
+        if not isinstance(element, BindParameter) or element.expanding or not sends_alike(element.type, column.type):
+            return None
+        slot = self.slots.get(element)
+        return None if slot is None else Source(slot)
+
+    def _list(self, column: KnownColumn, element: ClauseElement) -> tuple[Source, ...] | None:
+        if isinstance(element, BindParameter) and element.expanding:
+            slot = self.slots.get(element)
+            return (Source(slot, many=True),) if slot and sends_alike(element.type, column.type) else None
+        if not isinstance(element, ClauseList | ExpressionClauseList):
+            return None
+        sources = [self._source(column, clause) for clause in element.clauses]
+        known = tuple(source for source in sources if source is not None)
+        return known if len(known) == len(sources) else None
+
+    def _tuple_in(self, left: Tuple, right: ClauseElement) -> Facts:
+        if not isinstance(right, BindParameter) or not right.expanding or not isinstance(right.type, TupleType):
+            return Facts()
+        slot = self.slots.get(right)
+        if slot is None or len(right.type.types) != len(left.clauses):
+            return Facts()
+        found = Facts()
+        for part, clause in enumerate(left.clauses):
+            column = self.resolve(_bare(clause))
+            if column is not None and sends_alike(right.type.types[part], column.type):
+                condition = OneOf((Source(slot, many=True, part=part),))
+                found.known.append(Fact(column, condition, f"{column.name} in a list"))
+        return found
+
+
+def _bare(element: Any) -> Any:
+    while isinstance(element, Grouping):
+        element = element.element
+    return element
+
+
+_MIRRORED: Final[Mapping[Any, Any]] = {
+    operators.eq: operators.eq,
+    operators.is_not_distinct_from: operators.is_not_distinct_from,
+    operators.lt: operators.gt,
+    operators.le: operators.ge,
+    operators.gt: operators.lt,
+    operators.ge: operators.le,
+}
+_WORDS: Final[Mapping[Any, str]] = {
+    operators.eq: "= value",
+    operators.is_not_distinct_from: "= value",
+    operators.is_: "is NULL",
+    operators.in_op: "in a list",
+    operators.between_op: "in a range",
+    operators.lt: "in a range",
+    operators.le: "in a range",
+    operators.gt: "in a range",
+    operators.ge: "in a range",
+}
+
+
+def _either(branches: Sequence[Facts]) -> Facts:
+    open_branches = [branch for branch in branches if not branch.impossible]
+    if not open_branches:
+        return Facts(impossible=True)
+    found = Facts()
+    first, *others = open_branches
+    for column in {fact.column.term: fact.column for fact in first.known}.values():
+        if all(any(fact.column.term == column.term for fact in other.known) for other in others):
+            ands = [
+                tuple(f.condition for f in branch.known if f.column.term == column.term) for branch in open_branches
+            ]
+            found.known.append(Fact(column, Either(tuple(ands)), f"{column.name} in every branch of an OR"))
+    return found
+
+
+# --- pins --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeyPin:
+    """What is known about the key of one table's rows.
+
+    :param columns: for each key column, in the map's order, what it has to fulfil, each with the reader of the column
+        that the condition stands on.
+    :param impossible: no row passes.
+    """
+
+    keyspace: Keyspace
+    columns: tuple[tuple[tuple[Reader, Condition], ...], ...]
+    impossible: bool = False
+
+    def buckets(self, binds: Binds) -> frozenset[Bucket] | None:
+        """The only buckets that matching rows can be in; None: any."""
+        if self.impossible:
+            return frozenset()
+        partition = self.keyspace.partition
+        if partition is None or not self.columns:
+            return None
+        allowed = [intersection(each.allowed(read, binds) for read, each in column) for column in self.columns]
+        if any(one is not None and not one.values and not one.spans for one in allowed):
+            return frozenset()
+        try:
+            if len(allowed) == 1 and allowed[0] is not None:
+                return self._of_one_column(allowed[0])
+            return self._of_combinations(allowed)
+        except (TypeError, ValueError):  # a value that cannot be compared or hashed as this key: unknown
+            return None
+
+    def _of_one_column(self, allowed: Allowed) -> frozenset[Bucket] | None:
+        partition = self.keyspace.partition
+        assert partition is not None  # noqa: S101 - narrowed by the caller
+        found: set[Bucket | None] = {partition.bucket_of((value,)) for value in allowed.values}
+        for low, high in allowed.spans:
+            if not isinstance(partition, RangePartition):
+                return None
+            found.update(partition.overlapping(low, high))
+        return frozenset(bucket for bucket in found if bucket is not None)
+
+    def _of_combinations(self, allowed: Sequence[Allowed | None]) -> frozenset[Bucket] | None:
+        partition = self.keyspace.partition
+        assert partition is not None  # noqa: S101 - narrowed by the caller
+        values: list[frozenset[Any]] = []
+        count = 1
+        for one in allowed:
+            if one is None or one.spans:
+                return None
+            values.append(one.values)
+            count *= len(one.values)
+        if count > MOST_KEYS:
+            return None
+        found = {partition.bucket_of(key) for key in product(*values)}
+        return frozenset(bucket for bucket in found if bucket is not None)
+
+    @property
+    def single(self) -> tuple[Reader, Slot] | None:
+        """The one parameter that decides, in the commonest case: one key column, ``= value``."""
+        if self.impossible or len(self.columns) != 1 or len(self.columns[0]) != 1 or self.keyspace.partition is None:
+            return None
+        read, condition = self.columns[0][0]
+        if not isinstance(condition, OneOf) or condition.null_safe or len(condition.sources) != 1:
+            return None
+        source = condition.sources[0]
+        return None if source.many else (read, source.slot)
+
+
+class Readers:
+    """The reader of each column type, made once."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self._made: dict[TypeEngine[Any], Reader | None] = {}
+
+    def of(self, column_type: TypeEngine[Any]) -> Reader | None:
+        """How values of this type are read; None for a type that cannot be a key."""
+        if column_type not in self._made:
+            self._made[column_type] = reader_of(column_type, self._dialect)
+        return self._made[column_type]

@@ -1,0 +1,261 @@
+"""SELECT -> Route."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Dialect
+from sqlalchemy.sql.base import Executable
+from sqlalchemy.sql.selectable import CompoundSelect
+
+from shardkit.errors import CrossShardJoin, RoutingError, ScatterRefused
+from shardkit.routing.hints import Hint, hint_of
+from shardkit.routing.keys import Binds
+from shardkit.routing.merge import MergePlan
+from shardkit.routing.moving import moves_on, restricted
+from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStatement, StatementKind
+from shardkit.routing.shapes import Pinned, Shape, Shapes
+from shardkit.routing.splitting import SplitContext, merge_plan
+from shardkit.routing.spread import Everywhere, Parted, Refused
+from shardkit.shardmap import ShardMap
+
+
+class Reads:
+    """Plans SELECTs on one map."""
+
+    def __init__(self, shard_map: ShardMap, shapes: Shapes, dialect: Dialect) -> None:
+        self._map = shard_map
+        self._shapes = shapes
+        self._dialect = dialect
+
+    def route(self, statement: Executable, parameters: Parameters, options: RouteOptions) -> Route:
+        """Decide where a SELECT runs.
+
+        :raises RoutingError: when it cannot be answered as one database would.
+        """
+        given = one_set(parameters)
+        shape, binds = self._shapes.of(statement, given)
+        route = Route(
+            StatementKind.SELECT,
+            statement,
+            parameters,
+            (),
+            shape.keyspace,
+            shape.tables,
+            locking=shape.locking,
+            reasons=shape.reasons,
+        )
+        hint = hint_of(options, self._map, shape.infos, shape.lineage.occurrences, shape.lineage.readers)
+        try:
+            if hint is not None:
+                return self._hinted(route, shape, binds, hint)
+            return self._planned(route, shape, binds, options)
+        except Refused as refused:
+            sharded = next((info for info in shape.infos if info.kind == "sharded"), None)
+            raise refused.over(
+                len({shard for info in shape.infos for shard in info.shards}), sharded.key if sharded else ()
+            ) from None
+
+    # --- one shard
+
+    def _planned(self, route: Route, shape: Shape, binds: Binds, options: RouteOptions) -> Route:
+        if not shape.sharded:
+            return self._anywhere(route, shape)
+        pinned = shape.pinned(binds)
+        shards = _distinct(pinned)
+        if len(shards) == 1:
+            return self._on_one(route, shape, shards[0], pinned)
+        if shards or shape.unreadable:
+            return self._spread(route, shape, options)
+        if self._is_empty(shape, binds):
+            return replace(route, shards=(), buckets=frozenset())
+        return self._on_one(route, shape, self._home(shape), pinned)
+
+    def _anywhere(self, route: Route, shape: Shape) -> Route:
+        """Reference tables only, or no table at all: any shard that has them answers."""
+        shards = tuple(shard for shard in self._map.shards if all(shard in info.shards for info in shape.infos))
+        if not shards:
+            raise Refused(
+                CrossShardJoin,
+                f"the reference tables {', '.join(shape.tables)} stand on no shard together",
+                "add them to the same keyspace",
+            )
+        if len(shards) > 1:
+            self._check_readable(shape)
+        reason = f"{', '.join(shape.tables)}: the same on every shard" if shape.tables else "no table"
+        return replace(route, shards=shards[:1], alternatives=shards, reasons=(reason,))
+
+    def _on_one(self, route: Route, shape: Shape, shard: str, pinned: Sequence[Pinned]) -> Route:
+        missing = next((info for info in shape.infos if shard not in info.shards), None)
+        if missing is not None:
+            raise Refused(
+                CrossShardJoin,
+                f"the other tables are pinned to shard {shard!r}, where {missing.name!r} does not stand",
+                "read one after the other",
+                table=missing.name,
+            )
+        buckets = None
+        if all(each.buckets is not None for each in pinned):
+            buckets = frozenset(bucket for each in pinned for bucket in each.buckets or ())
+        return replace(route, shards=(shard,), buckets=buckets)
+
+    def _is_empty(self, shape: Shape, binds: Binds) -> bool:
+        """Whether no row can come out. An aggregate over nothing still makes one."""
+        if shape.query.collapses or shape.query.branches:
+            return False
+        try:
+            spread = shape.spread
+        except Refused:
+            return False
+        return isinstance(spread, Parted) and not shape.anchored(binds).shards
+
+    def _home(self, shape: Shape) -> str:
+        """A shard that has every table, for a statement that no row matches."""
+        for shard in self._map.shards:
+            if all(shard in info.shards for info in shape.infos):
+                return shard
+        raise Refused(
+            CrossShardJoin, f"{', '.join(shape.tables)} stand on no shard together", "read one after the other"
+        )
+
+    def _hinted(self, route: Route, shape: Shape, binds: Binds, hint: Hint) -> Route:
+        buckets = None if hint.bucket is None else frozenset({hint.bucket})
+        found = replace(route, shards=(hint.shard,), buckets=buckets, reasons=(hint.reason,))
+        keyspaces = [info.keyspace for info in shape.infos if info.kind == "sharded"]
+        moves = moves_on(self._map, keyspaces, (hint.shard,))
+        pinned = shape.pinned(binds)
+        if not moves or (all(each.buckets is not None for each in pinned) and _distinct(pinned) == (hint.shard,)):
+            return found
+        self._check_readable(shape)
+        wide = self._shapes.of(_without_limit(route.statement), one_set(route.parameters))[0]
+        own = self._own_rows(route.statement, wide, (hint.shard,), moves[0].job)
+        return replace(found, shard_statements=_per_shard(own, route.parameters))
+
+    # --- several shards
+
+    def _check_readable(self, shape: Shape) -> None:
+        if shape.unreadable:
+            raise Refused(
+                RoutingError,
+                f"the router cannot look into {', '.join(shape.unreadable)}",
+                "name the shard with shardkit_shard or the key with shardkit_key",
+                table=shape.tables[0] if shape.tables else None,
+            )
+        if shape.unknown_functions:
+            raise Refused(
+                RoutingError,
+                f"the router does not know what {', '.join(shape.unknown_functions)}() does over several shards",
+                "name the shard with shardkit_shard or the key with shardkit_key",
+                table=shape.tables[0] if shape.tables else None,
+            )
+
+    def _spread(self, route: Route, shape: Shape, options: RouteOptions) -> Route:
+        self._check_readable(shape)
+        statement: Any = route.statement
+        given = one_set(route.parameters)
+        binds = self._shapes.of(statement, given)[1]
+        # LIMIT is ours to cut after the merge; with it an ORM statement may hide its tables in a subquery
+        whole = _without_limit(statement)
+        wide, wide_binds = (shape, binds) if whole is statement else self._shapes.of(whole, given)
+        spread = wide.spread
+        if isinstance(spread, Everywhere):
+            raise Refused(
+                CrossShardJoin,
+                f"{', '.join(spread.names) or 'a statement without FROM'} around a subquery over several shards",
+                "tie the two by their keys, or run the subquery first and pass its values",
+            )
+        where = wide.anchored(wide_binds)
+        found = replace(route, shards=where.shards, buckets=where.buckets)
+        if len(where.shards) == 1:
+            return found
+        if not where.shards:
+            if wide.query.collapses or wide.query.branches:
+                return replace(found, shards=(self._home(shape),))
+            return found
+        if shape.locking:
+            raise Refused(RoutingError, "FOR UPDATE over several shards", "pin it to one key, or to one shard")
+        warning = _check_policy(shape, options, len(where.shards))
+        plan = self._merge(statement, wide, binds)
+        found = replace(found, merge=plan, warning=warning)
+        moves = self._map.moves_of(spread.keyspace.name)
+        if moves:
+            own = self._own_rows(plan.statement, wide, where.shards, moves[0].job)
+            found = replace(found, shard_statements=_per_shard(own, route.parameters))
+        return found
+
+    def _merge(self, statement: Any, wide: Shape, binds: Binds) -> MergePlan:
+        if isinstance(statement, CompoundSelect):
+            return _merged_union(statement)
+        context = SplitContext(
+            query=wide.query,
+            binds=binds,
+            dialect=self._dialect,
+            keyed_groups=wide.query.grouped and wide.keyed_groups,
+            keyed_rows=wide.query.distinct and wide.keyed_rows,
+            is_key=wide.is_key,
+        )
+        return merge_plan(statement, context)
+
+    def _own_rows(self, statement: Any, shape: Shape, shards: Sequence[str], job: str) -> Any:
+        if not isinstance(statement, sa.Select) or not isinstance(shape.spread, Parted):
+            raise Refused(
+                RoutingError,
+                f"rebalance job {job} is moving rows, and this statement cannot be told to take each row once",
+                "pin it to one key, or run it again when the job has ended (shardkit rebalance status)",
+            )
+        return restricted(statement, shape.lineage, shape.spread, shards, job)
+
+
+def one_set(parameters: Parameters) -> Any:
+    """The parameters of a statement that takes one set of them.
+
+    :raises RoutingError: when several sets were given.
+    """
+    if parameters is None or isinstance(parameters, dict):
+        return parameters
+    if isinstance(parameters, Sequence):
+        if len(parameters) > 1:
+            raise RoutingError("a SELECT was given several sets of parameters", hint="execute it once for each")
+        return parameters[0] if parameters else None
+    return dict(parameters)
+
+
+def _distinct(pinned: Sequence[Pinned]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(shard for each in pinned for shard in each.shards))
+
+
+def _without_limit(statement: Any) -> Any:
+    if isinstance(statement, sa.Select) and statement._has_row_limiting_clause:  # noqa: SLF001 - no public reader
+        return statement.limit(None).offset(None)
+    return statement
+
+
+def _check_policy(shape: Shape, options: RouteOptions, shards: int) -> str | None:
+    table = next((info for info in shape.infos if info.kind == "sharded"), None)
+    name, key = (table.name, table.key) if table else (None, ())
+    what = f"{name} is read on {shards} shards: nothing pins {' and '.join(key)}"
+    if options.scatter is False or (options.scatter is None and options.policy == "refuse"):
+        raise ScatterRefused(
+            what, hint="add a condition on the key, or shardkit_scatter=True", table=name, key=key, shards=shards
+        )
+    return what if options.scatter is None and options.policy == "warn" else None
+
+
+def _merged_union(statement: CompoundSelect[Any]) -> MergePlan:
+    if statement._order_by_clauses or statement._has_row_limiting_clause or statement._group_by_clauses:  # noqa: SLF001 - no public reader
+        raise Refused(
+            RoutingError,
+            "UNION ALL with ORDER BY, LIMIT or GROUP BY over several shards",
+            "run its parts as statements of their own, or pin them to one shard",
+        )
+    first = statement.selects[0]
+    while not isinstance(first, sa.Select):
+        first = first.selects[0] if isinstance(first, CompoundSelect) else first.element  # type: ignore[attr-defined]
+    return MergePlan(statement, len(first.column_descriptions))
+
+
+def _per_shard(statements: Any, parameters: Parameters) -> dict[str, ShardStatement]:
+    return {shard: ShardStatement(statement, parameters) for shard, statement in statements.items()}

@@ -1,0 +1,226 @@
+"""Sort keys: hidden columns that make the merge sort, group and tell apart as the database does, not as Python would.
+
+MySQL and MariaDB compare strings by their collation, which only the server knows: ``WEIGHT_STRING()`` gives the bytes
+it compares. Collations that pad need it padded to one length (or 'a' sorts before 'a\\t'). SQLite compares by storage
+class, then by value: NULL, numbers, text by bytes, blobs by bytes (https://www.sqlite.org/datatype3.html#comparisons).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from enum import StrEnum
+from typing import Any, Final, TypeAlias
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.elements import ColumnClause, ColumnElement, Grouping, Label
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import NullType
+
+from shardkit.errors import RoutingError
+from shardkit.routing.functions import NO_LONGER, NUMERIC
+from shardkit.routing.keyvalues import stored_type
+from shardkit.routing.spread import Refused
+
+#: The longest text that every server still sorts as a whole: ``max_sort_length`` (1024 bytes) at four bytes each.
+LONGEST_TEXT: Final = 256
+LONGEST_BYTES: Final = 1024
+
+
+class Comparison(StrEnum):
+    """How values of a hidden column compare."""
+
+    NUMBER = "number"
+    BYTES = "bytes"
+    SQLITE = "sqlite"
+
+
+@dataclass(frozen=True, slots=True)
+class SortKey:
+    """One hidden column to compare by.
+
+    :param index: its place in the row.
+    :param nulls_first: whether NULLs come before all values.
+    """
+
+    index: int
+    comparison: Comparison
+    descending: bool = False
+    nulls_first: bool = True
+
+
+#: A row -> something that compares as the database's own order does.
+Ordering: TypeAlias = Callable[[tuple[Any, ...]], Any]
+
+
+class _Reversed:
+    """Compares the other way round."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __lt__(self, other: _Reversed) -> bool:
+        return bool(other.value < self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Reversed) and bool(self.value == other.value)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def ordering(keys: tuple[SortKey, ...]) -> Ordering:
+    """The key function of a sort by these columns."""
+
+    def order(row: tuple[Any, ...]) -> tuple[Any, ...]:
+        parts: list[Any] = []
+        for key in keys:
+            value = row[key.index]
+            if value is None:
+                parts.append((0 if key.nulls_first else 2,))
+            else:
+                known = comparable(value, key.comparison)
+                parts.append((1, _Reversed(known) if key.descending else known))
+        return tuple(parts)
+
+    return order
+
+
+def identity(keys: tuple[SortKey, ...]) -> Ordering:
+    """A hashable value that is equal for rows that the database takes as equal in these columns."""
+
+    def same(row: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(None if row[key.index] is None else comparable(row[key.index], key.comparison) for key in keys)
+
+    return same
+
+
+def comparable(value: Any, comparison: Comparison) -> Any:
+    """A value that is not NULL, as something that compares as it does in the database.
+
+    :raises RoutingError: for a value that the column's type did not promise: its order is not known.
+    """
+    match comparison:
+        case Comparison.NUMBER if isinstance(value, _NUMBERS):
+            return value
+        case Comparison.BYTES if isinstance(value, bytes | bytearray | memoryview):
+            return bytes(value)
+        case Comparison.SQLITE:
+            if isinstance(value, int | float):
+                return (1, value)
+            return (2, value.encode()) if isinstance(value, str) else (3, bytes(value))
+    raise RoutingError(
+        f"a shard sent a {type(value).__name__} where a {comparison} was to be sorted by",
+        hint="the model's column type is not the database's; correct it, or sort in the application",
+    )
+
+
+_NUMBERS = (int, float, Decimal)
+
+
+# --- which hidden column sorts an expression ---------------------------------------------------------------------
+
+
+class WeightString(FunctionElement[bytes]):
+    """The bytes that the server compares a text by: text, and its longest length in characters."""
+
+    type = sa.LargeBinary()
+    inherit_cache = True
+
+
+@compiles(WeightString)
+def _weight_string(element: WeightString, compiler: SQLCompiler, **kw: Any) -> str:
+    text, length = element.clauses
+    sql = compiler.process(text, **kw)
+    padded = f"weight_string({sql} AS CHAR({int(length.name)}))"
+    percent = "%%" if compiler.preparer._double_percents else "%"  # noqa: SLF001 - as SQLAlchemy's own literals do
+    # without padding: MariaDB's *_nopad_*, MySQL's *_0900_* and uca1400 nopad, and binary
+    plain = " OR ".join(
+        f"collation({sql}) {test}"
+        for test in (f"LIKE '{percent}nopad{percent}'", f"LIKE '{percent}0900{percent}'", "= 'binary'")
+    )
+    return f"if({plain}, weight_string({sql}), {padded})"
+
+
+def raw(expression: ColumnElement[Any]) -> ColumnElement[Any]:
+    """The value as the driver gives it, with no result processing."""
+    return sa.type_coerce(expression, NullType())
+
+
+def sort_column(expression: ColumnElement[Any], dialect: Dialect) -> tuple[ColumnElement[Any], Comparison]:
+    """The hidden column that sorts by an expression, and how its values compare.
+
+    :raises Refused: where the database's order cannot be told from outside.
+    """
+    expression = bare(expression)
+    if dialect.name == "sqlite":
+        collation = getattr(stored_type(expression.type, dialect), "collation", None)
+        if collation is not None and collation.upper() != "BINARY":
+            raise _unsortable(expression, f"it has the collation {collation}")
+        return raw(expression), Comparison.SQLITE
+    return _on_server(expression, stored_type(expression.type, dialect), dialect)
+
+
+def _on_server(expression: Any, stored: Any, dialect: Dialect) -> tuple[ColumnElement[Any], Comparison]:
+    name = getattr(expression, "name", "") if isinstance(expression, FunctionElement) else ""
+    match stored:
+        case sa.Enum():
+            if not isinstance(expression, ColumnClause):
+                raise _unsortable(expression, "an expression over an ENUM sorts as text")
+            if not stored.native_enum:
+                return _text(expression, stored.length)
+            return raw(expression + sa.literal_column("0")), Comparison.NUMBER
+        case sa.Boolean() | sa.Integer() | sa.Double() | sa.Numeric():
+            return raw(expression), Comparison.NUMBER
+        case sa.Float():
+            return raw(expression + sa.literal_column("0e0")), Comparison.NUMBER  # FLOAT is sent rounded: as DOUBLE
+        case sa.Date() | sa.DateTime() | sa.Time():
+            return raw(sa.type_coerce(expression, sa.Integer()) + sa.literal_column("0")), Comparison.NUMBER
+        case sa.Uuid() if dialect.name == "mysql":
+            return WeightString(expression, sa.literal_column("32")), Comparison.BYTES
+        case sa.LargeBinary() | sa.BINARY() | sa.VARBINARY():
+            length = getattr(stored, "length", None)
+            if length is None or length > LONGEST_BYTES:
+                raise _unsortable(expression, f"it may be longer than max_sort_length ({LONGEST_BYTES} bytes)")
+            return raw(expression), Comparison.BYTES
+        case sa.String():
+            return _text(expression, getattr(stored, "length", None))
+        case NullType() if name.lower() in NUMERIC:
+            return raw(expression), Comparison.NUMBER
+        case _:
+            raise _unsortable(expression, f"nothing is known of how {stored!r} sorts")
+
+
+def _text(expression: ColumnElement[Any], length: int | None) -> tuple[ColumnElement[Any], Comparison]:
+    inner: Any = expression
+    while isinstance(inner, FunctionElement) and getattr(inner, "name", "").lower() in NO_LONGER:
+        inner = bare(next(iter(inner.clauses)))
+    if not isinstance(inner, ColumnClause):
+        raise _unsortable(expression, "the longest length of its text is not known")
+    if length is None or length > LONGEST_TEXT:
+        raise _unsortable(expression, f"it may be longer than max_sort_length ({LONGEST_TEXT} characters)")
+    return WeightString(expression, sa.literal_column(str(length))), Comparison.BYTES
+
+
+def bare(expression: Any) -> Any:
+    """An expression without label and parentheses."""
+    while isinstance(expression, Label | Grouping):
+        expression = expression.element
+    return expression
+
+
+def _unsortable(expression: Any, why: str) -> Refused:
+    name = getattr(expression, "name", None) or type(expression).__name__
+    table = getattr(getattr(expression, "table", None), "name", None)
+    shown = f"{table}.{name}" if table else str(name)
+    return Refused(
+        RoutingError,
+        f"rows of several shards cannot be sorted or told apart by {shown}: {why}",
+        "declare the column's type and length, sort by another column, or pin one shard",
+        table=table,
+    )
