@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardkit.testing.cluster import LocalCluster
     from shardkit.testing.mariadb import LocalMariaDB
     from shardkit.testing.mysql import LocalMySQL
     from shardkit.testing.ports import free_port
@@ -16,9 +17,19 @@ if TYPE_CHECKING:
     from shardkit.testing.server import LocalServer, start_together
     from shardkit.testing.zookeeper import LocalZooKeeper
 
-__all__ = ["LocalMariaDB", "LocalMySQL", "LocalServer", "LocalZooKeeper", "TcpProxy", "free_port", "start_together"]
+__all__ = [
+    "LocalCluster",
+    "LocalMariaDB",
+    "LocalMySQL",
+    "LocalServer",
+    "LocalZooKeeper",
+    "TcpProxy",
+    "free_port",
+    "start_together",
+]
 
 _WHERE = {
+    "LocalCluster": "cluster",
     "LocalMariaDB": "mariadb",
     "LocalMySQL": "mysql",
     "LocalServer": "server",

@@ -9,6 +9,7 @@ import random
 import socket
 import tempfile
 import threading
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -21,7 +22,7 @@ LOOPBACK = "127.0.0.1"
 _FIRST, _LAST = 20_000, 32_000
 
 _lock = threading.Lock()
-_reserved: dict[int, int] = {}  # port -> descriptor of its locked file, open as long as the reservation holds
+_reserved: set[int] = set()
 
 
 def free_port() -> int:
@@ -31,10 +32,9 @@ def free_port() -> int:
 
     :raises PreconditionFailed: when no port from 20000 to 32000 is free.
     """
-    directory = _lock_directory()
     start = random.randrange(_FIRST, _LAST)  # noqa: S311 - spreads processes over the range; nothing secret about it
     for candidate in chain(range(start, _LAST), range(_FIRST, start)):
-        if _reserve(directory / str(candidate), candidate):
+        if _reserve(candidate):
             return candidate
     raise PreconditionFailed(
         f"no free TCP port from {_FIRST} to {_LAST} on {LOOPBACK}", hint="stop servers that are no longer needed"
@@ -44,24 +44,24 @@ def free_port() -> int:
 def release_port(port: int) -> None:
     """Give a port of `free_port` back. Nothing happens for a port that was not reserved here."""
     with _lock:
-        descriptor = _reserved.pop(port, None)
-    if descriptor is not None:
-        os.close(descriptor)
+        if port in _reserved:
+            _reserved.remove(port)
+            fcntl.lockf(_lock_file(), fcntl.LOCK_UN, 1, port)
 
 
-def _reserve(lock_file: Path, port: int) -> bool:
-    descriptor = os.open(lock_file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return False
-    if not _nobody_listens(port):
-        os.close(descriptor)
-        return False
+def _reserve(port: int) -> bool:
     with _lock:
-        _reserved[port] = descriptor
-    return True
+        if port in _reserved:
+            return False
+        try:
+            fcntl.lockf(_lock_file(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+        except (BlockingIOError, PermissionError):  # POSIX leaves the choice between EAGAIN and EACCES
+            return False
+        if not _nobody_listens(port):
+            fcntl.lockf(_lock_file(), fcntl.LOCK_UN, 1, port)
+            return False
+        _reserved.add(port)
+        return True
 
 
 def _nobody_listens(port: int) -> bool:
@@ -75,7 +75,12 @@ def _nobody_listens(port: int) -> bool:
     return True
 
 
-def _lock_directory() -> Path:
-    directory = Path(tempfile.gettempdir()) / f"shardkit-ports-{getpass.getuser()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    return directory
+@cache
+def _lock_file() -> int:
+    """One empty file whose byte N is locked by the process that has port N.
+
+    Record locks (fcntl(2)) belong to a process, are not inherited by its children, and end with it. They also end when
+    the process closes any descriptor of the file, so it is opened once and never closed.
+    """
+    path = Path(tempfile.gettempdir()) / f"shardkit-{getpass.getuser()}.ports"
+    return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)

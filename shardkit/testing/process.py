@@ -71,6 +71,9 @@ class Watchdog:
 
 WATCHDOG = Watchdog()
 
+# Kept, because subprocess warns about a Popen object that goes away before its process does.
+_LEFT_RUNNING: list[subprocess.Popen[bytes]] = []
+
 
 class ServerProcess:
     """One server program on this machine.
@@ -183,6 +186,11 @@ class ServerProcess:
     def cleanup_commands(self) -> list[list[str]]:
         """Nothing beyond the process itself has to be cleaned up."""
         return []
+
+    def detach(self) -> None:
+        """Leave the process running when this one ends."""
+        if self._child is not None:
+            _LEFT_RUNNING.append(self._child)
 
     def close(self) -> None:
         """Forget the process, which has ended."""

@@ -18,6 +18,7 @@ from typing import Protocol, Self
 from shardkit.errors import PreconditionFailed
 from shardkit.testing.ports import LOOPBACK, free_port, release_port
 from shardkit.testing.process import WATCHDOG
+from shardkit.testing.watchdog import PREFIX, Entry
 
 _numbers = itertools.count(1)
 _open_lock = threading.Lock()
@@ -41,6 +42,7 @@ class Run(Protocol):
     def resume(self) -> None: ...
     def log_tail(self, lines: int = ...) -> str: ...
     def cleanup_commands(self) -> list[list[str]]: ...
+    def detach(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -180,6 +182,21 @@ class LocalServer(abc.ABC):
             release_port(self._port)
             self._port = None
 
+    def detach(self) -> None:
+        """Leave the running server behind when this process ends, with its data; `close` no longer does anything.
+
+        `cleanup_entry` says what there is to clean up later.
+
+        :raises PreconditionFailed: when it does not run.
+        """
+        if self._run is None or not self._run.running:
+            raise PreconditionFailed(f"{self.name} does not run, so it cannot be left running", hint="start it first")
+        self._run.detach()
+        with _open_lock:
+            _open.remove(self)
+        WATCHDOG.drop(self._key)
+        self._owner = 0
+
     def log_tail(self, lines: int = 30) -> str:
         """The last lines of the server's log."""
         return self._run.log_tail(lines) if self._run is not None else ""
@@ -205,22 +222,23 @@ class LocalServer(abc.ABC):
         return f"{self.kind}#{self._number}"
 
     def _lay_out(self) -> Run:
-        self._directory = Path(tempfile.mkdtemp(prefix=f"shardkit-{self.kind}-", dir=self._parent_directory()))
+        self._directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{self.kind}-", dir=self._parent_directory()))
         with _open_lock:
             _open.append(self)
         self._keep()
         return self._prepare(self._directory)
 
     def _keep(self) -> None:
+        WATCHDOG.keep(self._key, self.cleanup_entry())
+
+    def cleanup_entry(self) -> Entry:
+        """What `watchdog.clean` has to clean up after this server as it is now."""
         identity = self.identity
-        WATCHDOG.keep(
-            self._key,
-            {
-                "processes": [identity] if identity is not None else [],
-                "directories": [str(self._directory)] if self._directory is not None else [],
-                "commands": self._run.cleanup_commands() if self._run is not None else [],
-            },
-        )
+        return {
+            "processes": [identity] if identity is not None else [],
+            "directories": [str(self._directory)] if self._directory is not None else [],
+            "commands": self._run.cleanup_commands() if self._run is not None else [],
+        }
 
 
 def open_servers() -> tuple[LocalServer, ...]:

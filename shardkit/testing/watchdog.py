@@ -21,10 +21,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TypedDict
 
+#: How the names of all throw-away directories begin: nothing else is ever removed.
+PREFIX = "shardkit-"
+
 _POLL = 0.5  # seconds between looks at the parent; the end of the pipe is seen at once
+_DEATH = 10.0  # seconds that a process may take to end after SIGKILL: its memory has to be given back first
 
 
 class Entry(TypedDict):
@@ -38,7 +43,8 @@ class Entry(TypedDict):
 def start_time(pid: int) -> str | None:
     """When the process with this number was started, as an opaque text; None when there is none, or only a zombie.
 
-    A number together with its start time names one process for good: numbers are used again, start times are not.
+    A number together with its start time names one process for good, also over a reboot: numbers are used again, start
+    times are not.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
@@ -51,7 +57,12 @@ def start_time(pid: int) -> str | None:
     # proc(5): the second field is the program's name in parentheses and may hold anything; state is field 3, and
     # the start time in clock ticks since boot is field 22.
     fields = text.rpartition(")")[2].split()
-    return None if fields[0] in {"Z", "X"} else fields[19]
+    return None if fields[0] in {"Z", "X"} else f"{_boot()}:{fields[19]}"
+
+
+def _boot() -> str:
+    """Names the time since the machine was last started: proc_sys_kernel(5)."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").partition("-")[0]
 
 
 def _start_time_by_ps(pid: int) -> str | None:
@@ -76,12 +87,22 @@ def send_signal(pid: int, started: str, number: int) -> bool:
 def clean(entry: Entry) -> None:
     """Kill the processes, run the commands, remove the directories."""
     for pid, started in entry["processes"]:
-        send_signal(pid, started, signal.SIGKILL)
+        if send_signal(pid, started, signal.SIGKILL):
+            _wait_for_death(pid, started)
     for command in entry["commands"]:
         with contextlib.suppress(OSError):  # the program is gone as well: nothing is left to do it with
             subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)  # noqa: S603 - built by shardkit.testing
     for directory in entry["directories"]:
+        if not Path(directory).name.startswith(PREFIX):
+            raise ValueError(f"{directory} was not made by shardkit.testing")
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _wait_for_death(pid: int, started: str) -> None:
+    # It may still be writing to the directories that are to be removed.
+    deadline = time.monotonic() + _DEATH
+    while start_time(pid) == started and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def watch() -> None:
