@@ -13,6 +13,9 @@ from shardkit.engines import Engines, EngineSettings
 from shardkit.errors import PreconditionFailed
 from shardkit.topology import Endpoint, Role
 
+#: Shards that are worked on at a time.
+PARALLEL = 4
+
 #: Seconds that reaching a server may take.
 CONNECT_TIMEOUT = 10
 

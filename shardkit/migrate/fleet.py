@@ -16,14 +16,14 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy.exc import DBAPIError
 
 from shardkit.credentials import CredentialSource, from_environment
-from shardkit.errors import PreconditionFailed, ShardError, ShardkitError
+from shardkit.errors import PreconditionFailed, ShardError
 from shardkit.mapstore import MapStore
-from shardkit.migrate.connect import error_line, migration_engine
+from shardkit.migrate.connect import PARALLEL, error_line, migration_engine
 from shardkit.migrate.environment import LOCK_TIMEOUT
 from shardkit.migrate.job import Job, Task
 from shardkit.migrate.journal import unfinished
 from shardkit.migrate.lock import LockKind, migration_lock
-from shardkit.migrate.process import Listener, Outcome, Processes, ensure_own_tables
+from shardkit.migrate.process import Listener, Outcome, Processes
 from shardkit.migrate.report import (
     CheckReport,
     Ending,
@@ -34,12 +34,8 @@ from shardkit.migrate.report import (
 )
 from shardkit.migrate.scope import Scope, offline_range, pending, refuse_while_moving, scopes, targets
 from shardkit.migrate.tree import Tree
-from shardkit.topology import Endpoint, Role
 
 T = TypeVar("T")
-
-#: Shards that are worked on at a time.
-PARALLEL = 4
 
 
 class Fleet:
@@ -100,9 +96,12 @@ class Fleet:
 
     # --- looking
 
-    def current(self, revision: str = "heads") -> tuple[Standing, ...]:
-        """Where each shard stands on its way to ``revision``. Changes nothing; a shard out of reach is said to be."""
-        return self._each(lambda scope: self._standing(scope, revision))
+    def current(self, revision: str = "heads", *, downgrade: bool = False) -> tuple[Standing, ...]:
+        """Where each shard stands on its way to ``revision``. Changes nothing; a shard out of reach is said to be.
+
+        :param downgrade: the way leads back.
+        """
+        return self._each(lambda scope: self._standing(scope, revision, downgrade=downgrade))
 
     def check(self) -> CheckReport:
         """Compare every shard with the tree, and with the models that ``env.py`` names. Changes nothing."""
@@ -179,28 +178,6 @@ class Fleet:
         """Take every shard back to ``revision``; otherwise as `upgrade`."""
         return self._change(Task.DOWNGRADE, revision, first, keep_going, restart_revision)
 
-    def upgrade_own_tables(self) -> tuple[tuple[str, Role, Endpoint, str | None], ...]:
-        """Bring shardkit's own tables up to date on every server of the shards: (shard, role, endpoint, error).
-
-        The relay does not carry their DDL: masters, staging databases and replicas are migrated one by one.
-        """
-        places = [
-            (scope.shard, role, endpoint)
-            for scope in self._scopes
-            for role, endpoint in self._map.shard(scope.shard).endpoints()
-        ]
-
-        def upgrade(place: tuple[str, Role, Endpoint]) -> tuple[str, Role, Endpoint, str | None]:
-            shard, role, endpoint = place
-            try:
-                ensure_own_tables(shard, endpoint, self._credentials, driver=self._driver)
-            except ShardkitError as error:
-                return shard, role, endpoint, str(error)
-            return shard, role, endpoint, None
-
-        with ThreadPoolExecutor(self._parallel) as pool:
-            return tuple(pool.map(upgrade, places))
-
     def _change(
         self, task: Task, revision: str, first: str | None, keep_going: bool, restart_revision: bool
     ) -> MigrationReport:
@@ -236,7 +213,7 @@ class Fleet:
     def _preflight(self, task: Task, revision: str) -> dict[str, Standing]:
         """Everything that can be known before: nothing is half done because of it."""
         refuse_while_moving(self._store.load(), self._scopes)
-        standings = self._each(lambda scope: self._standing(scope, revision, downgrade=task is Task.DOWNGRADE))
+        standings = self.current(revision, downgrade=task is Task.DOWNGRADE)
         if faults := [standing for standing in standings if standing.problem is not None]:
             raise PreconditionFailed(
                 "nothing was changed: " + "; ".join(f"{fault.shard}: {fault.problem}" for fault in faults),

@@ -280,7 +280,7 @@ class Journal:
         self._skipping = None
         if self._revision is None or self._mine(statement):
             return statement, parameters
-        kind = _kind(statement)
+        kind = statement_kind(statement)
         if kind == "PREPARE":
             self._prepared = statement
         if kind in _REPEATED:
@@ -408,7 +408,7 @@ class Journal:
             self._report(self.done, step.statement or "", skipped)
 
 
-def _kind(statement: str) -> str:
+def statement_kind(statement: str) -> str:
     """A statement's first word; of ``WITH ... UPDATE``, the second."""
     leading = _COMMENTS.match(statement)
     word = _WORD.match(statement, leading.end() if leading else 0)

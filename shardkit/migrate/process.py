@@ -71,6 +71,7 @@ class Processes:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
+                    process_group=0,  # Ctrl-C is for the command: it lets each process complete its revision
                     text=True,
                     encoding="utf-8",
                 )

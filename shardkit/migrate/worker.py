@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -37,7 +36,6 @@ def main() -> int:
 
     :returns: the exit code: 0 when it is done, 1 when an event says why not.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the command decides
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever env.py prints is not an event
 
