@@ -75,6 +75,7 @@ class Cluster:
         initial = store.load()
         self._snapshots = Snapshots(initial, _dialect_name(initial, settings, given or {}), store.announce)
         self._check_given(given or {})
+        self._credentials = settings.credentials
         self._engines = Engines(settings, given, self.refresh_soon)
         self._cores: dict[tuple[str, Role, int, bool], Engine] = {}
         self._health = ReplicaHealth(
@@ -132,6 +133,11 @@ class Cluster:
         """Where the map is kept."""
         return self._store
 
+    @property
+    def credentials(self) -> CredentialSource:
+        """How this process logs on to an endpoint."""
+        return self._credentials
+
     def pin(self) -> Pin:
         """Hold the current map, as a transaction does: until it is released, the process counts as running on it."""
         return self._snapshots.pin()
@@ -160,6 +166,9 @@ class Cluster:
             self._refreshing.clear()
 
     def _accept(self, new: ShardMap) -> None:
+        before = self.map
+        if new.version > before.version and (new.moves != before.moves or before.diff(new).moved):
+            self._engines.renew()  # before the store is told that this process runs on the new map
         if self._snapshots.accept(new):
             self._engines.keep(new.shards.values())
             self._cores = {}

@@ -127,7 +127,7 @@ class Engines:
         return engine
 
     def probe(self, shard: str, role: Role, endpoint: Endpoint, number: int = 0) -> Engine:
-        """An engine for one short question now and then: one connection, outside of transactions, that gives up soon."""
+        """An engine for one short question now and then: one connection, without transactions, that gives up soon."""
         given = self._given_for(shard, role, number, Engine)
         if isinstance(given, Engine):
             return given
@@ -203,6 +203,18 @@ class Engines:
             engines = [self._made.pop(slot) for slot in dropped]
         for engine in engines:
             _core(engine).dispose()
+
+    def renew(self) -> None:
+        """Have every later transaction open a connection of its own time; connections in use end when returned.
+
+        A rebalance job closes what is older than the map that names it. Nobody notices who has renewed before that.
+        """
+        with self._lock:
+            engines = [*self._made.values(), *self._given.values()]
+        for engine in engines:
+            if _core(engine).dialect.name != "sqlite":
+                # an AsyncEngine's idle connections can only be closed inside its event loop: they are let go of
+                _core(engine).dispose(close=not isinstance(engine, AsyncEngine))
 
     def dispose(self) -> None:
         """Close the pooled connections of every engine made here."""

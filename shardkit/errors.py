@@ -308,5 +308,11 @@ class RebalanceError(ShardkitError):
         self.job = job
 
 
+class JobStopped(RebalanceError):
+    """A rebalance job was told to stop, and did so at a safe point. The same command goes on from there."""
+
+    exit_code = 130
+
+
 class BucketClosed(StaleShardMap):
     """The database refused a write: the bucket is being moved, or has moved."""

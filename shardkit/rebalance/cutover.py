@@ -7,6 +7,7 @@ nothing.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,19 +35,19 @@ class Lease:
     job: str
     token: str
 
-    @property
-    def lock(self) -> str:
-        """The named lock that a working coordinator holds on both shards."""
-        return f"shardkit:job:{self.job}"
+    def lock(self, shard: str) -> str:
+        """The named lock that a working coordinator holds on a shard; two shards may share a server."""
+        return f"shardkit:job:{self.job}:{zlib.crc32(shard.encode()):08x}"
 
     def begin(self, server: Server) -> None:
         """Take the named lock on the source: the quick answer to "is somebody at work on this job?"
 
         :raises PreconditionFailed: when another coordinator is.
         """
-        if not server.take_lock(self.lock):
+        lock = self.lock(server.shard)
+        if not server.take_lock(lock):
             raise PreconditionFailed(
-                f"another process is at work on job {self.job}: connection {server.lock_holder(self.lock)} of {server}",
+                f"another process is at work on job {self.job}: connection {server.lock_holder(lock)} of {server}",
                 hint="let it finish, or end it; see 'shardkit rebalance status'",
             )
 
@@ -55,12 +56,13 @@ class Lease:
 
         :raises RebalanceError: when that connection does not go.
         """
-        if server.take_lock(self.lock):
+        lock = self.lock(server.shard)
+        if server.take_lock(lock):
             return
-        holder = server.lock_holder(self.lock)
+        holder = server.lock_holder(lock)
         if holder is not None:
             server.kill(holder)
-        if not server.take_lock(self.lock, seconds=TAKE_OVER_SECONDS):
+        if not server.take_lock(lock, seconds=TAKE_OVER_SECONDS):
             raise RebalanceError(
                 f"{server}: connection {holder} of an earlier run of job {self.job} does not end",
                 job=self.job,
@@ -81,8 +83,8 @@ class Lease:
 
         :raises RebalanceError: when another coordinator has taken over.
         """
-        found = server.rows("SELECT coordinator FROM shardkit_job WHERE job = %s FOR UPDATE", self.job)
-        if not found or found[0][0] != self.token:
+        mine = "SELECT 1 FROM shardkit_job WHERE job = %s AND coordinator = %s FOR UPDATE"
+        if not server.rows(mine, self.job, self.token):
             raise RebalanceError(
                 f"another process has taken job {self.job} over: this one stops",
                 job=self.job,

@@ -229,7 +229,7 @@ def complete_ownership(server: Server, keyspace: Keyspace) -> None:
         part = rows[start : start + 1000]
         values = [(name, bucket, state, None if state == "owned" else holder) for name, bucket, state, holder in part]
         server.run(
-            "INSERT INTO shardkit_ownership (keyspace, bucket, state, epoch, moved_to) VALUES "
+            "INSERT IGNORE INTO shardkit_ownership (keyspace, bucket, state, epoch, moved_to) VALUES "
             + ",".join(["(%s, %s, %s, 0, %s)"] * len(values)),
             *(field for row in values for field in row),
         )

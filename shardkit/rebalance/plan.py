@@ -13,7 +13,7 @@ import yaml
 
 from shardkit.errors import PreconditionFailed, UnknownTable
 from shardkit.partition import Bucket, format_buckets, parse_buckets
-from shardkit.shardmap import Keyspace, Move, ShardMap
+from shardkit.shardmap import Keyspace, ShardMap
 
 FORMAT = 1
 #: Evening out is not worth a move below this share of a shard's fair load.
@@ -392,11 +392,6 @@ def check_against(plan: Plan, shard_map: ShardMap) -> None:
                 f"from {transfer.source} to {transfer.target}, but the map does not place it on {transfer.source}",
                 hint="make a new plan with 'shardkit rebalance plan'",
             )
-
-
-def move_of(job: str, transfer: Transfer) -> Move:
-    """How the map names the transfer while it is under way."""
-    return Move(job, transfer.keyspace, transfer.buckets, transfer.source, transfer.target)
 
 
 def now() -> datetime:

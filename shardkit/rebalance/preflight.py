@@ -20,9 +20,12 @@ _PRIVILEGES = frozenset({"SELECT", "INSERT", "UPDATE", "DELETE", "CREATE", "TRIG
 _FLOATING = frozenset({"float", "double"})
 
 
-def check(shard_map: ShardMap, transfer: Transfer, credentials: CredentialSource) -> list[str]:
+def check(
+    shard_map: ShardMap, transfer: Transfer, credentials: CredentialSource, *, job: str | None = None
+) -> list[str]:
     """Look at both shards of a transfer.
 
+    :param job: the job that has begun it already.
     :returns: what is worth knowing before it starts.
     :raises PreconditionFailed: with every reason not to start.
     """
@@ -41,8 +44,8 @@ def check(shard_map: ShardMap, transfer: Transfer, credentials: CredentialSource
             *_tables(here, tables),
             *_tables(there, tables),
             *_definitions(here, there, tables),
-            *_reference(here, there, keyspace),
-            *_ownership(here, there, transfer),
+            *reference_faults(here, there, keyspace),
+            *_ownership(here, there, transfer, job),
         ]
         for shard in (source, target):
             faults += _followers(shard, credentials)
@@ -191,7 +194,8 @@ def _lines(definition_text: str) -> list[str]:
     return [line.strip().rstrip(",") for line in definition_text.splitlines()]
 
 
-def _reference(source: Server, target: Server, keyspace: Keyspace) -> Iterator[str]:
+def reference_faults(source: Server, target: Server, keyspace: Keyspace) -> Iterator[str]:
+    """Reference tables that are not the same on both shards."""
     for name in keyspace.reference:
         if definition(target, name) is None:
             yield f"reference table {name} is missing on {target.shard}: load it there first"
@@ -203,12 +207,18 @@ def _reference(source: Server, target: Server, keyspace: Keyspace) -> Iterator[s
             yield f"reference table {name} differs between {source.shard} and {target.shard}: make them equal first"
 
 
-def _ownership(source: Server, target: Server, transfer: Transfer) -> Iterator[str]:
+def _ownership(source: Server, target: Server, transfer: Transfer, job: str | None) -> Iterator[str]:
     for server, wanted in ((source, {Owned.OWNED}), (target, {Owned.MOVED})):
         if not has_table(server, "shardkit_ownership"):
             continue
         rows = read_ownership(server, transfer.keyspace, transfer.buckets)
-        wrong = [bucket for bucket in transfer.buckets if str(bucket) in rows and rows[str(bucket)].state not in wanted]
+        wrong = [
+            bucket
+            for bucket in transfer.buckets
+            if (row := rows.get(str(bucket))) is not None
+            and row.state not in wanted
+            and (job is None or row.job != job)
+        ]
         if wrong:
             row = rows[str(wrong[0])]
             yield (
@@ -234,7 +244,7 @@ def _followers(shard: Shard, credentials: CredentialSource) -> Iterator[str]:
             if server.flavour == "mariadb":
                 setting = str(server.row("SELECT @@global.slave_run_triggers_for_rbr")[0])
                 if setting not in {"NO", "0"}:
-                    yield f"{server}: slave_run_triggers_for_rbr is {setting}: set it to NO, or rows fire triggers twice"
+                    yield f"{server}: slave_run_triggers_for_rbr is {setting}: set it to NO: rows fire triggers there"
 
 
 def _notes(tables: Sequence[Table], keyspace: Keyspace, target: Shard) -> Iterator[str]:

@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeAlias
 
 import pymysql
 from pymysql.constants import CLIENT, ER
-from pymysql.cursors import SSCursor
 
 from shardkit.credentials import CredentialSource
 from shardkit.errors import PreconditionFailed, RebalanceError, Unreachable
@@ -98,12 +97,6 @@ class Server:
     def row(self, sql: str, *values: object) -> Row:
         """The one row of a query that has one."""
         return self.rows(sql, *values)[0]
-
-    def stream(self, sql: str) -> Iterator[Row]:
-        """A query's rows as they arrive."""
-        with self._errors(), self._connection.cursor(SSCursor) as cursor:
-            cursor.execute(sql)
-            yield from cursor.fetchall_unbuffered()
 
     def run(self, sql: str, *values: object) -> int:
         """Run a statement.
