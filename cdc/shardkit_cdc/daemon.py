@@ -21,6 +21,7 @@ from shardkit.telemetry import RelayMetrics
 from shardkit.topology import ReplicationKind, Role, Shard
 from shardkit_cdc.election import Election, Unopposed, ZooKeeperElection
 from shardkit_cdc.heartbeat import Heartbeat
+from shardkit_cdc.janitor import JanitorTask
 from shardkit_cdc.relay import Hop, HopOptions, HopSpec, State
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ class Relay:
                 "no shard that is served here has a staging database or replicas",
                 hint="name them in the shard map: staging: mysql://host/database, replicas: [mysql://...]",
             )
+        self._current = current
         self._follow(current)
         self._watch = self._store.watch(self._follow, after=current.version)
 
@@ -178,7 +180,9 @@ class Relay:
                 wanted[spec] = partial(self._hop, spec, current.cluster)
             if _has_copies(shard):
                 wanted[shard.name, shard.master] = partial(self._heartbeat, shard)
+        wanted["janitor"] = self._janitor
         with self._lock:
+            self._current = current
             if self._stopping:
                 return
             gone = [self._running.pop(each) for each in list(self._running) if each not in wanted]
@@ -189,7 +193,7 @@ class Relay:
             ended.task.stop()
 
     def _started(self, task: _Task) -> _Running:
-        name = task.spec.name if isinstance(task, Hop) else "heartbeat"
+        name = task.spec.name if isinstance(task, Hop) else type(task).__name__
         thread = threading.Thread(target=task.run, name=name, daemon=True)
         thread.start()
         return _Running(task, thread)
@@ -209,6 +213,10 @@ class Relay:
     def _heartbeat(self, shard: Shard) -> Heartbeat:
         election = self._election("relay", shard.name, "heartbeat")
         return Heartbeat(shard.name, shard.master, self._credentials, election=election)
+
+    def _janitor(self) -> JanitorTask:
+        """One for the whole cluster: a branch on one shard may be decided on any other."""
+        return JanitorTask(lambda: self._current.shards, self._credentials, election=self._election("relay", "janitor"))
 
     def _election(self, *place: str) -> Election:
         if isinstance(self._store, ZooKeeperMapStore):
