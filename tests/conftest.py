@@ -16,17 +16,30 @@ if FLAVOUR not in {"mariadb", "mysql"}:
     raise pytest.UsageError(f"SHARDKIT_TEST_FLAVOUR is {FLAVOUR!r}: say mariadb or mysql")
 
 # fixture -> the marker that a test using it gets
-MARKER_OF_FIXTURE = {"mariadb": "mariadb", "mysql": "mysql", "database_server": FLAVOUR, "zookeeper": "zookeeper"}
+MARKER_OF_FIXTURE = {
+    "mariadb": "mariadb",
+    "mysql": "mysql",
+    "database_server": FLAVOUR,
+    "flavour": FLAVOUR,
+    "zookeeper": "zookeeper",
+}
+# What runs only when asked for with -m: `make soak`, `make test-docker`, `make test-mysql`.
+LEFT_OUT = {"soak", "docker"} | ({"mysql"} if FLAVOUR != "mysql" else set())
 
 _databases = itertools.count(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark every test by the servers that it needs, so that none is forgotten when a kind is selected."""
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
             if fixture in MARKER_OF_FIXTURE:
                 item.add_marker(MARKER_OF_FIXTURE[fixture])
+    if not config.option.markexpr:
+        left_out = [item for item in items if LEFT_OUT & {mark.name for mark in item.iter_markers()}]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +80,7 @@ def zookeeper() -> Iterator[LocalZooKeeper]:
 @pytest.fixture
 def fresh_database(database_server: LocalDatabaseServer) -> Iterator[str]:
     """The name of a new, empty database on `database_server`, dropped afterwards."""
-    name = f"test_{next(_databases)}"
+    name = f"test_{os.getpid()}_{next(_databases)}"
     database_server.execute(f"CREATE DATABASE {name}")
     yield name
     database_server.execute(f"DROP DATABASE IF EXISTS {name}")

@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -189,3 +190,37 @@ def server_version(command: tuple[str, ...]) -> str | None:
 def which(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
     """The program of this name on the PATH or in one of the sbin directories."""
     return shutil.which(name, path=f"{environ.get('PATH', '')}:{_SBIN}")
+
+
+_FINDERS: Mapping[str, Callable[[], Program | Java]] = {
+    "mariadb": find_mariadb,
+    "mysql": find_mysql,
+    "zookeeper": find_zookeeper,
+}
+
+
+def main(words: Sequence[str]) -> int:
+    """``python -m shardkit.testing.binaries [--missing] [mariadb|mysql|zookeeper]...``: what is here, and where.
+
+    With ``--missing`` only the names of those that are not, which is no error. For the set-up scripts.
+    """
+    kinds = [word for word in words if word in _FINDERS] or ["mariadb", "zookeeper"]
+    only_missing = "--missing" in words
+    code = 0
+    for kind in kinds:
+        try:
+            found = _FINDERS[kind]()
+        except MissingServer as error:
+            if only_missing:
+                sys.stdout.write(f"{kind}\n")
+            else:
+                sys.stderr.write(f"error: {error.message}\nfix: {error.hint}\n")
+                code = error.exit_code
+        else:
+            if not only_missing:
+                sys.stdout.write(f"{kind}: {found}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
