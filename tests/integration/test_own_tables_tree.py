@@ -1,4 +1,4 @@
-"""The alembic tree of shardkit's own tables: one head, up and down again, and fit for what the code reads and writes."""
+"""The alembic tree of shardkit's own tables: one head, up and down again, with the columns that the code uses."""
 
 from __future__ import annotations
 
