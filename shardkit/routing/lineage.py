@@ -223,14 +223,14 @@ class Lineage:
     :raises UnknownTable: for a table that the map does not name.
     """
 
-    def __init__(self, anatomy: Anatomy, shard_map: ShardMap, dialect: Dialect) -> None:
+    def __init__(self, anatomy: Anatomy, shard_map: ShardMap, dialect: Dialect, readers: Readers) -> None:
         self.occurrences: list[Occurrence] = []
         self.unreadable: list[str] = []
         self.functions: set[str] = set()
         self.slots: Mapping[BindParameter[Any], Slot] = anatomy.slots
         self.params: Mapping[str, Any] = anatomy.params
         self.dialect = dialect
-        self.readers = Readers(dialect)
+        self.readers = readers
         self._anatomy = anatomy
         self._map = shard_map
         self._nullable: list[tuple[frozenset[int], Facts]] = []

@@ -87,7 +87,8 @@ class MergePlan:
     """How the rows of several shards make one result.
 
     :param statement: what each shard executes: hidden columns added, LIMIT raised by OFFSET, aggregates split.
-    :param visible: how many leading elements of a row are the statement's own; an ORM entity is one element.
+    :param visible: how many leading elements of a row are the statement's own; an ORM entity is one element. None:
+        all, nothing is hidden behind them.
     :param order: what the result is sorted by; the shards' rows come sorted by the same, unless there are groups.
     :param distinct: what tells rows apart, where equal ones are to be dropped.
     :param groups: how rows are put together, where several make one.
@@ -96,7 +97,7 @@ class MergePlan:
     """
 
     statement: Executable
-    visible: int
+    visible: int | None
     order: tuple[SortKey, ...] = ()
     distinct: tuple[SortKey, ...] = ()
     groups: Groups | None = None

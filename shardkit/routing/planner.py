@@ -6,14 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.base import Executable
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.lambdas import LambdaElement
 from sqlalchemy.sql.selectable import CompoundSelect
 
+from shardkit.partition import WHOLE
 from shardkit.routing.anatomy import dialect_of
+from shardkit.routing.changes import Changes
+from shardkit.routing.inserts import Inserts
+from shardkit.routing.keys import Readers
 from shardkit.routing.keyvalues import Untrusted
 from shardkit.routing.reads import Reads
 from shardkit.routing.route import Parameters, Route, RouteOptions, StatementKind
+from shardkit.routing.rows import Rows
 from shardkit.routing.shapes import Shapes
+from shardkit.routing.texts import Texts, reads_only, text_of
 from shardkit.shardmap import Placement, ShardMap
 
 _DEFAULT_OPTIONS = RouteOptions()
@@ -33,8 +42,14 @@ class Planner:
         self.shard_map = shard_map
         self.dialect_name = dialect_name
         dialect = dialect_of(dialect_name)
-        self._shapes = Shapes(shard_map, dialect)
+        readers = Readers(dialect)
+        self._shapes = Shapes(shard_map, dialect, readers)
+        self._rows = Rows(shard_map, readers)
         self._reads = Reads(shard_map, self._shapes, dialect)
+        self._inserts = Inserts(shard_map, self._rows, self._shapes)
+        self._changes = Changes(shard_map, self._rows, self._shapes)
+        self._texts = Texts(shard_map)
+        self._only = next(iter(shard_map.shards)) if len(shard_map.shards) == 1 else None
 
     def plan(
         self, statement: Executable, parameters: Parameters = None, options: RouteOptions = _DEFAULT_OPTIONS
@@ -45,9 +60,34 @@ class Planner:
             MissingKey, KeyChange, ScatterRefused, CrossShardJoin).
         :raises UnknownTable: for a table that the map does not name.
         """
-        if isinstance(statement, sa.Select | CompoundSelect):
-            return self._quick(statement, parameters, options) or self._reads.route(statement, parameters, options)
-        raise NotImplementedError
+        if isinstance(statement, LambdaElement):
+            statement = statement._resolved  # noqa: SLF001 - the statement that it stands for
+        if self._only is not None:
+            return self._on_the_only(statement, parameters, self._only)
+        match statement:
+            case sa.Select():
+                quick = self._quick(statement, parameters, options)
+                return quick or self._reads.route(statement, parameters, options)
+            case CompoundSelect():
+                return self._reads.route(statement, parameters, options)
+            case FunctionElement():
+                return self._reads.route(statement.select(), parameters, options)
+            case sa.Insert():
+                return self._inserts.route(statement, parameters, options)
+            case sa.Update() | sa.Delete():
+                return self._changes.route(statement, parameters, options)
+            case ExecutableDDLElement():
+                return self._texts.ddl(statement, parameters, options)
+            case _:
+                return self._texts.route(statement, parameters, options)
+
+    def _on_the_only(self, statement: Any, parameters: Parameters, shard: str) -> Route:
+        """A cluster of one shard is that database: nothing is refused."""
+        kind = kind_of(statement)
+        text = text_of(statement) if kind is StatementKind.TEXT else None
+        reads = kind is StatementKind.SELECT or (text is not None and reads_only(text))
+        locking = not reads or getattr(statement, "_for_update_arg", None) is not None
+        return Route(kind, statement, parameters, (shard,), writes=not reads, locking=locking, reasons=_ONE)
 
     def _quick(self, statement: Any, parameters: Parameters, options: RouteOptions) -> Route | None:
         """The commonest SELECT: a shape seen before, whose one key is one bound parameter."""
@@ -99,7 +139,32 @@ class Planner:
         :raises MissingKey: when a key column is missing, or its value cannot be trusted to be stored as it is.
         :raises UnknownTable: for a table that the map does not name.
         """
-        raise NotImplementedError
+        if self._only is not None:
+            return Placement("", WHOLE, self._only)
+        info = self.shard_map.table(table.fullname)
+        if len(info.shards) == 1 and info.kind == "sharded":
+            return self._rows.on_one_shard(table, row, info)
+        return self._rows.place(table, row)
+
+
+_ONE = ("the cluster has one shard",)
+
+
+def kind_of(statement: Any) -> StatementKind:
+    """What a statement does."""
+    match statement:
+        case sa.Select() | CompoundSelect() | FunctionElement():
+            return StatementKind.SELECT
+        case sa.Insert():
+            return StatementKind.INSERT
+        case sa.Update():
+            return StatementKind.UPDATE
+        case sa.Delete():
+            return StatementKind.DELETE
+        case ExecutableDDLElement():
+            return StatementKind.DDL
+        case _:
+            return StatementKind.TEXT
 
 
 def plan(

@@ -251,10 +251,7 @@ def _merged_union(statement: CompoundSelect[Any]) -> MergePlan:
             "UNION ALL with ORDER BY, LIMIT or GROUP BY over several shards",
             "run its parts as statements of their own, or pin them to one shard",
         )
-    first = statement.selects[0]
-    while not isinstance(first, sa.Select):
-        first = first.selects[0] if isinstance(first, CompoundSelect) else first.element  # type: ignore[attr-defined]
-    return MergePlan(statement, len(first.column_descriptions))
+    return MergePlan(statement, visible=None)
 
 
 def _per_shard(statements: Any, parameters: Parameters) -> dict[str, ShardStatement]:

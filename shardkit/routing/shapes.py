@@ -18,7 +18,7 @@ from sqlalchemy.sql.elements import ClauseElement
 from shardkit.partition import Bucket
 from shardkit.routing.anatomy import Slot, anatomy_of
 from shardkit.routing.functions import AGGREGATES, PURE, VOLATILE
-from shardkit.routing.keys import Binds, KeyPin
+from shardkit.routing.keys import Binds, KeyPin, Readers
 from shardkit.routing.keyvalues import Reader
 from shardkit.routing.lineage import Lineage, Occurrence
 from shardkit.routing.spread import Parted, Refused, Spread, keyed_groups, keyed_rows, spread_of
@@ -206,9 +206,10 @@ MOST_SHAPES: Final = 1000
 class Shapes:
     """The shapes of one map's statements."""
 
-    def __init__(self, shard_map: ShardMap, dialect: Dialect) -> None:
+    def __init__(self, shard_map: ShardMap, dialect: Dialect, readers: Readers) -> None:
         self._map = shard_map
         self._dialect = dialect
+        self._readers = readers
         self._kept: dict[Any, Shape] = {}
         self._lock = Lock()
 
@@ -242,7 +243,7 @@ class Shapes:
         self, statement: Executable, cache_key: CacheKey | None, names: Sequence[str], executemany: bool
     ) -> Shape:
         anatomy = anatomy_of(statement, self._dialect, cache_key=cache_key, column_keys=names, executemany=executemany)
-        return Shape(statement, Lineage(anatomy, self._map, self._dialect))
+        return Shape(statement, Lineage(anatomy, self._map, self._dialect, self._readers))
 
     def _keep(self, key: Any, shape: Shape) -> None:
         with self._lock:
