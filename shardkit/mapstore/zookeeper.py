@@ -180,12 +180,15 @@ class ZooKeeperMapStore:
 
     def load(self) -> ShardMap:
         """See `MapStore.load`."""
+        newest, kazoo = self._watches.newest, self._kazoo
+        if newest is not None and kazoo is not None and not kazoo.connected:
+            return newest
         try:
             found, _ = self._read()
         except MapStoreUnavailable:
-            if self._watches.newest is None:
+            if newest is None or self._closed:
                 raise
-            return self._watches.newest
+            return newest
         return self._watches.see(found)
 
     def _read(self, *, watch: bool = False) -> tuple[ShardMap, int]:
