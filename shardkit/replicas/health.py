@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from sqlalchemy import Engine, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -141,5 +142,6 @@ def _read(engine: Engine, shard: str, began: float) -> Reading:
             written = connection.scalar(select(heartbeat.c.written_at).where(heartbeat.c.shard == shard))
             lag = None if written is None else time.time() - written / 1e6
             return Reading(lag, None, began)
-        position, written, now = connection.execute(applied_position(shard)).one()
-    return Reading(None if written is None else max(0.0, (now - written) / 1e6), position, began)
+        row: Any = connection.execute(applied_position(shard)).one()
+    lag = None if row.written_at is None else max(0.0, (row.now - row.written_at) / 1e6)
+    return Reading(lag, row.position, began)

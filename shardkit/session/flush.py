@@ -22,31 +22,38 @@ class Flush:
     """One flush of one session.
 
     :ivar placed: new objects, with the key that they were placed by.
+    :ivar touched: the shards that will be written, as far as is known before the flush.
+    :ivar unchanged: objects with attributes that were assigned the values that they had.
     """
 
     def __init__(self, session: ClusterSession, view: View) -> None:
         self._session = session
         self._view = view
         self._connections: dict[str | None, Any] = {}
+        self.touched: dict[str, None] = {}
+        self.unchanged: list[InstanceState[Any]] = []
         self.placed: dict[InstanceState[Any], tuple[tuple[Any, ...] | None, str | None]] = {}
 
     # --- before anything is sent
 
-    def prepare(self, new: Iterable[InstanceState[Any]], dirty: Iterable[InstanceState[Any]]) -> tuple[str, ...]:
-        """Fill in what decides where new objects live, refuse changed keys, and sort new objects by shard.
+    def prepare(
+        self,
+        new: Iterable[InstanceState[Any]],
+        dirty: Iterable[InstanceState[Any]],
+        deleted: Iterable[InstanceState[Any]],
+    ) -> None:
+        """Fill in what decides where new objects live, refuse changed keys, sort new objects by shard, and find the
+        shards that will be written.
 
-        :returns: the shards that the objects at hand will be written on, as far as is known before the flush.
         :raises KeyChange: when a key was assigned another value.
         :raises MissingKey: when a new object has no key, and no related object that gives it one in the flush.
         """
-        shards: dict[str, None] = {}
         order: list[tuple[str, int, InstanceState[Any]]] = []
         for state in sorted(new, key=_insert_order):
             home = home_of(self._view, state.mapper)
             self._fill(home, state)
             shard = self._early_shard(home, state)
-            for name in home.info.shards if home.replicated else (shard,) if shard is not None else ():
-                shards[name] = None
+            self._touch(home, shard)
             order.append((shard or "\uffff", _insert_order(state), state))
         order.sort(key=lambda entry: entry[:2])
         for number, (_, _, state) in enumerate(order, 1):
@@ -54,9 +61,19 @@ class Flush:
         for state in dirty:
             home = home_of(self._view, state.mapper)
             home.refuse_key_change(state)
-            for name in home.info.shards if home.replicated else (self._shard_of_persistent(home, state),):
-                shards[name] = None
-        return tuple(shards)
+            if _is_changed(state):
+                self._touch(home, None if home.replicated else self._shard_of_persistent(home, state))
+            else:
+                self.unchanged.append(state)
+        for state in deleted:
+            home = home_of(self._view, state.mapper)
+            self._touch(home, None if home.replicated else self._shard_of_persistent(home, state))
+
+    def _touch(self, home: Home, shard: str | None) -> None:
+        if home.replicated:
+            self.touched.update(dict.fromkeys(home.info.shards))
+        elif shard is not None:
+            self.touched[shard] = None
 
     def _fill(self, home: Home, state: InstanceState[Any]) -> None:
         if home.generated is not None:
@@ -88,6 +105,8 @@ class Flush:
         return shard
 
     def _shard_of_persistent(self, home: Home, state: InstanceState[Any]) -> str:
+        if self._session.is_unplaced(state):
+            return self._session.find_shard(state)
         token = None if state.key is None else state.key[2]
         if isinstance(token, str) and token in home.info.shards:
             return token
@@ -97,8 +116,8 @@ class Flush:
         if key is not None and home.key:
             return self._view.map.placement_of(home.info.keyspace, key).shard
         raise StaleShardMap(
-            f"the {state.class_.__name__} {state.key and state.key[1]} was loaded before the shard map changed, and its "
-            "shard is not known any more",
+            f"the {state.class_.__name__} {state.key and state.key[1]} was loaded before the shard map changed, "
+            "and its shard is not known any more",
             hint="load it again",
         )
 
@@ -186,6 +205,20 @@ class ReplicatedConnection:
         return getattr(self._connections[0], name)
 
 
+def _is_changed(state: InstanceState[Any]) -> bool:
+    """Whether an object has anything to flush; True where that is not plain to see."""
+    columns, now = state.mapper.column_attrs, state.dict
+    for name, old in state.committed_state.items():
+        if name not in columns or name not in now:
+            return True
+        try:
+            if bool(old != now[name]):
+                return True
+        except TypeError:
+            return True
+    return not state.committed_state or "_pending_mutations" in state.__dict__
+
+
 def _insert_order(state: InstanceState[Any]) -> int:
     return state.insert_order or 0
 
@@ -232,7 +265,8 @@ def _require_identity(home: Home, state: InstanceState[Any]) -> None:
             continue
         if state.dict.get(mapper.get_property_by_column(column).key) is None:
             raise MissingKey(
-                f"a new row of the reference table {home.table.name!r} has no {column.name}: each shard would make one up",
+                f"a new row of the reference table {home.table.name!r} has no {column.name}: "
+                "each shard would make one up",
                 table=home.table.name,
                 key=[column.name],
                 hint="assign the primary key, or set 'ids: generated' on its keyspace in the shard map",

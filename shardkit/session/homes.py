@@ -76,6 +76,12 @@ class Home:
             return None
         return None if placement is None else placement.shard
 
+    def shard_of_key(self, key: tuple[Any, ...] | None) -> str | None:
+        """The shard that an object with this key carries in its identity; None where objects carry none."""
+        if not self.tokened or key is None:
+            return None
+        return self.view.map.placement_of(self.info.keyspace, key).shard
+
     def key_of(self, state: InstanceState[Any]) -> tuple[Any, ...] | None:
         """The key values that an object has now; None where one is not loaded."""
         values = state.dict
@@ -129,8 +135,8 @@ class Home:
             if known and state.key is not None and state.key[1][part.position or 0] == new:
                 continue
             raise KeyChange(
-                f"{state.class_.__name__}.{part.attribute} is the shard key of {self.table.name!r}: it cannot be changed "
-                f"to {new!r}",
+                f"{state.class_.__name__}.{part.attribute} is the shard key of {self.table.name!r}: it cannot be "
+                f"changed to {new!r}",
                 table=self.table.name,
                 key=[column.column for column in self.key],
                 hint="make a new object with the new key, copy what it holds, and delete this one",
@@ -175,7 +181,8 @@ def _find(view: View, mapper: Mapper[Any]) -> Home:
     infos = {table: view.map.table(table.name) for table in tables}
     if len({(info.kind, *(keyspace.name for keyspace in info.keyspaces)) for info in infos.values()}) > 1:
         raise RoutingError(
-            f"{mapper.class_.__name__} is mapped to {', '.join(table.name for table in tables)}, which are not kept together",
+            f"{mapper.class_.__name__} is mapped to {', '.join(table.name for table in tables)}: "
+            "the shard map does not keep them together",
             hint="put its tables into one keyspace, with the same key",
         )
     table = tables[0]

@@ -16,13 +16,16 @@ from sqlalchemy.sql.base import Executable
 from shardkit.routing.merge import MergePlan, merge_rows
 
 
-def merged(plan: MergePlan, results: Sequence[Result[Any]]) -> Result[Any]:
-    """One result of the rows of several shards. Needs at least one."""
+def merged(plan: MergePlan, results: Sequence[Result[Any]], statement: Executable) -> Result[Any]:
+    """One result of the rows of several shards. Needs at least one.
+
+    :param statement: as it was given, without hidden columns.
+    """
     first = results[0]
     unique = first._unique_filter_state  # noqa: SLF001 - set by the ORM where joined collections need unique()
     streams = results if unique is None else [result.unique() for result in results]
-    answer: Result[Any] = IteratorResult(_metadata(first, plan.visible), merge_rows(plan, streams))  # type: ignore[arg-type]
-    answer._attributes = first._attributes  # noqa: SLF001 - what Query looks at
+    answer: Result[Any] = IteratorResult(_metadata(first, plan.visible), merge_rows(plan, streams))
+    answer._attributes = first._attributes.union(_attributes(statement))  # noqa: SLF001 - what Query looks at
     answer._unique_filter_state = unique  # noqa: SLF001
     return answer
 
@@ -41,18 +44,22 @@ def _metadata(result: Result[Any], visible: int) -> SimpleResultMetaData:
     )
 
 
-def empty(statement: Executable, rows: Iterator[Any] = iter(())) -> Result[Any]:
+def empty(statement: Executable, rows: Iterator[Any]) -> Result[Any]:
     """The result of a SELECT that no shard had to be asked for."""
     entities: Any = getattr(statement, "column_descriptions", None)
     if entities is None:
         keys = list(statement.selected_columns.keys())  # type: ignore[attr-defined]
         return IteratorResult(SimpleResultMetaData(keys), rows)
     answer: Result[Any] = IteratorResult(SimpleResultMetaData([entity["name"] for entity in entities]), rows)
-    mapped = [entity.get("entity") is not None and entity["expr"] is entity["entity"] for entity in entities]
-    answer._attributes = answer._attributes.union(  # noqa: SLF001
-        {"filtered": any(mapped), "is_single_entity": mapped == [True]}
-    )
+    answer._attributes = answer._attributes.union(_attributes(statement))  # noqa: SLF001
     return answer
+
+
+def _attributes(statement: Executable) -> dict[str, Any]:
+    """What ``Query`` goes by: whether rows hold objects, and whether they are one object each."""
+    columns: Any = getattr(statement, "column_descriptions", ())
+    objects = [column.get("entity") is not None and column["expr"] is column["entity"] for column in columns]
+    return {"filtered": any(objects), "is_single_entity": objects == [True]}
 
 
 class WriteResult(IteratorResult[Any]):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sqlalchemy import Connection, CursorResult, Executable, Result
 from sqlalchemy.orm.context import _ORMCompileState
@@ -73,7 +73,7 @@ def select_from_several(
         for part, cursor in zip(parts, cursors, strict=True)
     ]
     assert route.merge is not None  # noqa: S101 - the planner's promise for several shards
-    return merged(route.merge, results)
+    return merged(route.merge, results, route.statement)
 
 
 def _execute(part: _Part) -> CursorResult[Any]:
@@ -84,5 +84,5 @@ def _orm_class(statement: Executable) -> type[_ORMCompileState] | None:
     """The class that turns rows into objects, for a statement about mapped classes."""
     if statement._propagate_attrs.get("compile_state_plugin") != "orm":  # noqa: SLF001
         return None
-    found: Any = CompileState._get_plugin_class_for_plugin(statement, "orm")  # type: ignore[arg-type]  # noqa: SLF001
-    return found  # type: ignore[no-any-return]
+    found: Any = CompileState._get_plugin_class_for_plugin(statement, "orm")  # noqa: SLF001
+    return cast("type[_ORMCompileState]", found)

@@ -55,6 +55,8 @@ class ClusterTransaction(SessionTransaction):
         self._shard_of: dict[Engine, str] = {}
         self._masters: dict[str, Engine] = {}
         self._began_empty = True
+        #: (shard, whether from a replica) -> the connection that such reads go on
+        self.reading: dict[tuple[str, bool], Connection] = {}
         self._two_phase = two_phase_for(session) if self._mode is CommitMode.ATOMIC else None
         super().__init__(session, origin)
 
@@ -65,6 +67,7 @@ class ClusterTransaction(SessionTransaction):
         """The map that this transaction runs on, from its first use to its end."""
         if self._pin is None:
             self._pin = self._cluster.pin()
+            self._session.use_view(self._pin.view)
         return self._pin.view
 
     def begin_statement(self) -> None:
@@ -100,6 +103,7 @@ class ClusterTransaction(SessionTransaction):
         for shard in wanted:
             self._written[shard] = None
             self._on_master.add(shard)
+            self.reading.pop((shard, True), None)
 
     def engine_for(self, shard: str, *, master: bool, read_from_replica: bool) -> Engine:
         """The endpoint of a shard for one statement.
@@ -109,6 +113,7 @@ class ClusterTransaction(SessionTransaction):
         role, number = Role.MASTER, 0
         if master:
             self._on_master.add(shard)
+            self.reading.pop((shard, True), None)
         elif read_from_replica and shard not in self._on_master:
             chosen = self._replicas.get(shard)
             if chosen is None:
@@ -154,8 +159,11 @@ class ClusterTransaction(SessionTransaction):
         if self._began_empty and not self._written:
             if self._pin is not None:
                 self._pin.release()
-            self._pin = self._cluster.pin()
-            raise ReplanNeeded("the shard map has changed")
+            self._pin = None
+            raise ReplanNeeded(
+                f"a server asks for version {required} of the shard map; {began_with} was used",
+                hint="run the transaction again: the map has been refreshed",
+            )
         raise StaleShardMap(
             f"a server asks for version {required} of the shard map; this transaction began with {began_with}",
             hint="roll back and run the transaction again: the map has been refreshed",

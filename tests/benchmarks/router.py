@@ -1,0 +1,204 @@
+"""The router's overhead: keyed reads and writes through a cluster's session, against a plain Session on the same engine
+and against SQLAlchemy's own ShardedSession. Ratios of times, from interleaved runs in one process."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count, cycle, islice
+from statistics import median
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import insert, select
+from sqlalchemy.ext.horizontal_shard import ShardedSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+import shardkit
+from shardkit.cluster import Cluster
+from shardkit.shardmap import ShardMap
+from shardkit.testing import LocalMariaDB
+
+SHARDS = ("bench-0", "bench-1")
+BUCKETS = 64
+ROWS = 2_000
+ROUNDS = 41
+OPERATIONS = 150
+
+Row = dict[str, Any]
+Operation = Callable[[int], Any]
+
+
+class Base(DeclarativeBase):
+    """The benchmark's tables."""
+
+
+class Person(Base):
+    """Sharded by its primary key."""
+
+    __tablename__ = "people"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str] = mapped_column(sa.String(50))
+    email: Mapped[str] = mapped_column(sa.String(100))
+    age: Mapped[int]
+    city: Mapped[str] = mapped_column(sa.String(50))
+
+
+def run() -> list[Row]:
+    """Every row of ``make bench ONLY=router``."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as directory:
+        masters = {shard: f"sqlite:///{directory}/{shard}.db" for shard in SHARDS}
+        with _cluster(masters) as cluster:
+            rows += _keyed_reads(cluster, "sqlite")
+    with LocalMariaDB() as server:
+        for shard in SHARDS:
+            server.execute(f"CREATE DATABASE `{shard}`")
+        masters = {shard: server.endpoint(shard).url for shard in SHARDS}
+        with _cluster(masters, credentials=server.credentials) as cluster:
+            rows += _keyed_reads(cluster, "mariadb")
+            rows += _flush(cluster, "mariadb")
+    return rows
+
+
+@contextmanager
+def _cluster(masters: Mapping[str, str], **options: Any) -> Iterator[Cluster]:
+    half = BUCKETS // 2
+    shard_map = ShardMap.parse(
+        {
+            "format": 1,
+            "cluster": "bench",
+            "keyspaces": {
+                "people": {
+                    "partition": {"by": "hash", "buckets": BUCKETS},
+                    "tables": {"people": "id"},
+                    "placement": {SHARDS[0]: f"0-{half - 1}", SHARDS[1]: f"{half}-{BUCKETS - 1}"},
+                }
+            },
+            "shards": {shard: {"master": url} for shard, url in masters.items()},
+        }
+    )
+    with shardkit.create_cluster(shard_map, **options) as cluster:
+        cluster.create_all(Base.metadata)
+        with shardkit.sessionmaker(cluster, transactions="best_effort").begin() as session:
+            session.execute(insert(Person), [_person(number) for number in range(ROWS)])
+        yield cluster
+
+
+def _person(number: int) -> Row:
+    return {"id": number, "name": f"n{number}", "email": f"{number}@example.org", "age": number % 90, "city": "Seoul"}
+
+
+def _shard_of(number: int) -> str:
+    return SHARDS[zlib.crc32(str(number).encode()) % BUCKETS * 2 // BUCKETS]
+
+
+def _sharded_session(cluster: Cluster) -> ShardedSession:
+    """SQLAlchemy's, with choosers that cost as little as can be."""
+    return ShardedSession(
+        shard_chooser=lambda _mapper, instance, **_: _shard_of(instance.id),
+        identity_chooser=lambda _mapper, identity, **_: [_shard_of(identity[0])],
+        execute_chooser=lambda context: [_shard_of(_value(context))],
+        shards={shard: cluster.engine(shard) for shard in SHARDS},
+    )
+
+
+def _value(context: Any) -> int:
+    where = context.statement.whereclause.right
+    return int(context.parameters[where.key] if context.parameters else where.value)
+
+
+def _keyed_reads(cluster: Cluster, database: str) -> list[Row]:
+    keys = [number for number in range(ROWS) if cluster.locate("people", id=number).shard == SHARDS[0]]
+    plain, ours, rival = Session(cluster.engine(SHARDS[0])), shardkit.sessionmaker(cluster)(), _sharded_session(cluster)
+    sessions: Sequence[Session] = (plain, ours, rival)
+
+    def selecting(session: Session) -> Operation:
+        return lambda number: session.scalars(select(Person).where(Person.id == number)).one()
+
+    def getting(session: Session) -> Operation:
+        return lambda number: session.get_one(Person, number)
+
+    rows = []
+    for what, operation in (("keyed select", selecting), ("get", getting)):
+        times = _interleaved([operation(session) for session in sessions], keys)
+        rows.append(_row(f"router {what}, {database}", times, target=1.15))
+    for session in sessions:
+        session.close()
+    return rows
+
+
+def _interleaved(operations: Sequence[Operation], keys: Sequence[int]) -> list[list[float]]:
+    """Seconds of each operation in each round; the order changes from round to round."""
+    times: list[list[float]] = [[] for _ in operations]
+    upcoming = [cycle(keys) for _ in operations]
+    for round_number in range(ROUNDS + 2):
+        for step in range(len(operations)):
+            which = (step + round_number) % len(operations)
+            batch = list(islice(upcoming[which], OPERATIONS))
+            operation = operations[which]
+            gc.collect()
+            gc.disable()
+            began = time.perf_counter()
+            for key in batch:
+                operation(key)
+            elapsed = time.perf_counter() - began
+            gc.enable()
+            if round_number >= 2:  # the first ones compile statements and open connections
+                times[which].append(elapsed)
+    return times
+
+
+def _row(name: str, times: Sequence[Sequence[float]], target: float) -> Row:
+    """Ours over plain, with the rival's own ratio beside it. Rows of times: plain, ours, rival."""
+    plain, ours, rival = times
+    value = median(mine / base for mine, base in zip(ours, plain, strict=True))
+    others = median(theirs / base for theirs, base in zip(rival, plain, strict=True))
+    return {
+        "name": name,
+        "value": round(value, 3),
+        "unit": "x plain Session",
+        "target": f"<= {target}",
+        "rival": f"ShardedSession {others:.2f}x",
+        "ok": value <= target,
+    }
+
+
+def _flush(cluster: Cluster, database: str) -> list[Row]:
+    """A flush of new objects whose keys alternate between shards: SQLAlchemy's writes them one by one."""
+    numbers = count(1_000_000)
+
+    def flushing(make: Callable[[], Session]) -> float:
+        objects = [Person(**_person(number)) for number in islice(numbers, 2_000)]
+        with make() as session:
+            session.add_all(objects)
+            began = time.perf_counter()
+            session.flush()
+            elapsed = time.perf_counter() - began
+            session.rollback()
+        return elapsed
+
+    factory = shardkit.sessionmaker(cluster, transactions="best_effort")
+    ratios = [flushing(lambda: _sharded_session(cluster)) / flushing(factory) for _ in range(3)]
+    value = median(ratios)
+    return [
+        {
+            "name": f"router flush of 2,000 interleaved new objects, {database}",
+            "value": round(value, 2),
+            "unit": "x faster than ShardedSession",
+            "target": ">= 1.8",
+            "rival": "ShardedSession 1x",
+            "ok": value >= 1.8,
+        }
+    ]
+
+
+
+
+if __name__ == "__main__":
+    for row in run():
+        print(row)

@@ -1,0 +1,128 @@
+"""The shop, on SQLite and on servers, for tests of clusters and sessions."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy.orm import Session, sessionmaker
+
+import shardkit
+from shardkit.cluster import Cluster, create_cluster
+from shardkit.engines import GivenEngines
+from shardkit.shardmap import ShardMap
+from shardkit.testing.database import LocalDatabaseServer
+from tests.integration.shop import SHARDS, Base, Databases, sqlite_databases
+
+FLAVOUR = os.environ.get("SHARDKIT_TEST_FLAVOUR", "mariadb")
+_numbers = itertools.count(1)
+
+
+class Shop(Databases):
+    """The shop's databases with a cluster over them."""
+
+    def __init__(self, databases: Databases, kind: str, options: dict[str, Any]) -> None:
+        super().__init__(databases.masters, databases.connect)
+        self.kind = kind
+        self.options = options
+        self._open: list[Cluster] = []
+        self.cluster = self.open(self.map())
+
+    def open(self, source: ShardMap | str, engines: GivenEngines | None = None, **options: Any) -> Cluster:
+        """A further cluster, closed after the test."""
+        cluster = create_cluster(source, engines=engines, **{**self.options, **options})
+        self._open.append(cluster)
+        return cluster
+
+    def sessions(self, **options: Any) -> sessionmaker[Any]:
+        """A session factory on the shop's cluster."""
+        return shardkit.sessionmaker(self.cluster, **options)
+
+    def session(self, **options: Any) -> Session:
+        """One session; transactions may write to several shards, since most tests do."""
+        made: Session = self.sessions(**{"transactions": "best_effort", **options})()
+        return made
+
+    def shard_of(self, user_id: int) -> str:
+        """Where a user lives, as the map says."""
+        return self.cluster.locate("users", id=user_id).shard
+
+    def users_on(self, shard: str, count: int) -> list[int]:
+        """The first ``count`` user ids that live on this shard."""
+        found = (number for number in itertools.count(1) if self.shard_of(number) == shard)
+        return list(itertools.islice(found, count))
+
+    def close(self) -> None:
+        for cluster in self._open:
+            cluster.dispose()
+
+
+@pytest.fixture(scope="session")
+def server_databases(request: pytest.FixtureRequest) -> Iterator[tuple[LocalDatabaseServer, Databases]]:
+    """The shop's three databases on the shared server, with their tables."""
+    server: LocalDatabaseServer = request.getfixturevalue("database_server")
+    names = {shard: f"shop_{next(_numbers)}_{os.getpid()}" for shard in SHARDS}
+    for name in names.values():
+        server.execute(f"CREATE DATABASE {name}")
+    databases = Databases(
+        {shard: server.endpoint(name) for shard, name in names.items()},
+        lambda endpoint: server.connect(endpoint.database),
+    )
+    with create_cluster(databases.map(), credentials=server.credentials, driver=driver()) as cluster:
+        cluster.create_all(Base.metadata)
+    yield server, databases
+    for name in names.values():
+        server.execute(f"DROP DATABASE IF EXISTS {name}")
+
+
+def driver() -> str:
+    """The tables name collations by flavour, so SQLAlchemy has to know which it is."""
+    return "mariadb+pymysql" if FLAVOUR == "mariadb" else "pymysql"
+
+
+@pytest.fixture(params=["sqlite", pytest.param("server", marks=getattr(pytest.mark, FLAVOUR))])
+def shop(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shop]:
+    """An empty shop on SQLite files, and again on the shared server."""
+    if request.param == "sqlite":
+        made = Shop(sqlite_databases(tmp_path), "sqlite", {})
+        made.cluster.create_all(Base.metadata)
+    else:
+        made = _server_shop(request)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def sqlite_shop(tmp_path: Path) -> Iterator[Shop]:
+    """An empty shop on SQLite files."""
+    made = Shop(sqlite_databases(tmp_path), "sqlite", {})
+    made.cluster.create_all(Base.metadata)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def server_shop(request: pytest.FixtureRequest, database_server: LocalDatabaseServer) -> Iterator[Shop]:
+    """An empty shop on the shared server."""
+    made = _server_shop(request)
+    yield made
+    made.close()
+
+
+def _server_shop(request: pytest.FixtureRequest) -> Shop:
+    server, databases = request.getfixturevalue("server_databases")
+    for endpoint in databases.masters.values():
+        with closing(server.connect(endpoint.database)) as connection, connection.cursor() as cursor:
+            cursor.execute("SET foreign_key_checks = 0")
+            cursor.execute("SHOW TABLES")
+            for (table,) in cursor.fetchall():
+                cursor.execute(f"DELETE FROM `{table}`")
+            connection.commit()
+    async_driver = "mariadb+asyncmy" if FLAVOUR == "mariadb" else "asyncmy"
+    options = {"credentials": server.credentials, "driver": driver(), "async_driver": async_driver}
+    return Shop(databases, "server", options)
