@@ -1,5 +1,6 @@
-"""Master, staging and replica for the relay's tests: three servers shared by a process, a database of its own per test. The fixtures are in
-`tests.relay_fixtures`: name that module in ``pytest_plugins``.
+"""Master, staging and replica for the relay's tests, on a database of its own per test.
+
+The fixtures are in `tests.relay_fixtures`: name that module in ``pytest_plugins``.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class Chain:
 
         def arrived() -> bool:
             for hop in self.hops:
-                if hop.report.state in {State.FAILED, State.FENCED}:
+                if hop.report.state in {State.FAILED, State.FENCED, State.BLOCKED}:
                     pytest.fail(f"{hop.spec.name} is {hop.report.state}: {hop.report.error}")
             try:
                 return self.reached(self.last).covers(end)

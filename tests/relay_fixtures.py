@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -16,30 +16,45 @@ from tests.relay_chain import Chain
 _numbers = itertools.count(1)
 
 
-@pytest.fixture(scope="session")
-def relay_servers(flavour: str) -> Iterator[list[LocalDatabaseServer]]:
-    """Three servers of the flavour under test."""
+@contextmanager
+def servers(flavour: str, count: int) -> Iterator[list[LocalDatabaseServer]]:
+    """Servers started together."""
     kind = LocalMariaDB if flavour == "mariadb" else LocalMySQL
     with ExitStack() as stack:
-        servers: list[LocalDatabaseServer] = [kind() for _ in range(3)]
-        for server in servers:
+        started: list[LocalDatabaseServer] = [kind() for _ in range(count)]
+        for server in started:
             stack.callback(server.close)
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda server: server.start(), servers))
-        yield servers
+            list(pool.map(lambda server: server.start(), started))
+        yield started
 
 
-def _chain(servers: Sequence[LocalDatabaseServer]) -> Iterator[Chain]:
+@pytest.fixture(scope="session")
+def relay_servers(flavour: str) -> Iterator[list[LocalDatabaseServer]]:
+    """Three servers of the flavour under test, shared: a test leaves their logs as they are."""
+    with servers(flavour, 3) as started:
+        yield started
+
+
+@pytest.fixture
+def own_pair(flavour: str) -> Iterator[Chain]:
+    """master -> one target on servers of the test's own, to be stopped, killed and purged."""
+    with servers(flavour, 2) as started:
+        yield from _chain(started)
+
+
+def _chain(links: Sequence[LocalDatabaseServer]) -> Iterator[Chain]:
     database = f"relay_{next(_numbers)}"
-    for server in servers:
+    for server in links:
         server.execute(f"CREATE DATABASE {database} CHARACTER SET utf8mb4")
-    chain = Chain(servers, database)
+    chain = Chain(links, database)
     try:
         yield chain
     finally:
         chain.stop()
-        for server in servers:
-            server.execute(f"DROP DATABASE IF EXISTS {database}")
+        for server in links:
+            if server.running:
+                server.execute(f"DROP DATABASE IF EXISTS {database}")
 
 
 @pytest.fixture

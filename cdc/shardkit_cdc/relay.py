@@ -39,7 +39,7 @@ from shardkit_cdc.election import Election, Unopposed
 from shardkit_cdc.gtid import Flavour, parse_position
 from shardkit_cdc.position import Claim, HopRow, note_error, read_row
 from shardkit_cdc.preflight import ServerFacts
-from shardkit_cdc.selection import Selector
+from shardkit_cdc.selection import Selected, Selector
 from shardkit_cdc.start import begin_from_start
 from shardkit_cdc.stream import BinlogStream
 from shardkit_cdc.transactions import Assembler
@@ -156,7 +156,7 @@ class Hop:
         self._stop = threading.Event()
         self._epoch: int | None = None
         self._server_id = 0x40000000 | zlib.crc32(f"{cluster}/{spec.name}".encode()) & 0x3FFFFFFF
-        self._checked = False
+        self._said = ""
 
     # --- life
 
@@ -169,7 +169,8 @@ class Hop:
         """Run until stopped. Ends earlier in the state FAILED, or FENCED where there is no election to go back to."""
         try:
             while not self._stop.is_set():
-                self._become(State.STANDBY if self._election.shared else State.STARTING)
+                if self._election.shared:
+                    self._become(State.STANDBY)
                 with self._election.lead(self._stop) as lost:
                     if lost is None:
                         break
@@ -225,7 +226,12 @@ class Hop:
             report.state, report.error = state, error
             report.changed.notify_all()
         level = logging.INFO if error is None else logging.WARNING if state is State.RETRYING else logging.ERROR
-        logger.log(level, "hop %s: %s%s", self.spec.name, state.value, f": {error}" if error else "")
+        line = f"{state.value}: {error}" if error else state.value
+        if state is State.STARTING or line == self._said:
+            level = logging.DEBUG  # said once: the same again with every attempt tells nothing
+        else:
+            self._said = line
+        logger.log(level, "hop %s: %s", self.spec.name, line)
         if self._on_change is not None:
             self._on_change(self)
 
@@ -373,16 +379,20 @@ class Hop:
 
 def _read(stream: BinlogStream, assembler: Assembler, selector: Selector, backlog: Backlog) -> None:
     """The reader thread: everything that it meets goes to the applier through the backlog, errors too."""
+    found: list[Selected] = []
     try:
         while True:
-            found = []
             for event in stream.read():
                 transaction = assembler.push(event)
                 if transaction is not None:
                     selected = selector.select(transaction)
                     if selected is not None:
                         found.append(selected)
-            if found and not backlog.put(found):
-                return
+            if found:
+                if not backlog.put(found):
+                    return
+                found = []
     except Exception as error:  # noqa: BLE001 - raised again by the applier's thread, which takes it from the backlog
+        # What came before the fault is good: it is applied first, so that the position names the faulty transaction.
+        backlog.put(found)
         backlog.fail(error)

@@ -8,60 +8,73 @@ from tests.relay_chain import Chain
 
 pytest_plugins = ["tests.relay_fixtures"]
 
-TYPES = """
-CREATE TABLE types (
-  id INT PRIMARY KEY,
-  tiny TINYINT, utiny TINYINT UNSIGNED, small SMALLINT, medium MEDIUMINT, whole INT UNSIGNED, big BIGINT,
-  ubig BIGINT UNSIGNED, price DECIMAL(12,2), exact DECIMAL(65,30), single FLOAT, twice DOUBLE, flags BIT(13), born YEAR,
-  day DATE, clock TIME, clock6 TIME(6), moment DATETIME, moment3 DATETIME(3), stamp TIMESTAMP NULL, stamp6 TIMESTAMP(6) NULL,
-  fixed CHAR(10), fixed_long CHAR(200) CHARACTER SET utf8mb4, name VARCHAR(300), latin VARCHAR(40) CHARACTER SET latin1,
-  korean VARCHAR(40) CHARACTER SET euckr, wide VARCHAR(40) CHARACTER SET utf16,
-  raw BINARY(8), raws VARBINARY(300), small_text TINYTEXT, words TEXT, more MEDIUMTEXT, small_blob TINYBLOB, body BLOB,
-  large LONGBLOB, document JSON, colour ENUM('red','green','blue'), tags SET('a','b','c','d','e','f','g','h','i'),
-  place POINT, plus_one BIGINT AS (medium + 1) STORED, minus_one BIGINT AS (medium - 1) VIRTUAL
-) CHARACTER SET utf8mb4
-"""
-
-ROWS = [
-    "(1, -128, 255, -32768, -8388608, 4294967295, -9223372036854775808, 18446744073709551615, -9999999999.99,"
-    " 12345678901234567890123456789012345.123456789012345678901234567890, -1.5, 2.718281828459045, b'1010101010101',"
-    " 2026, '9999-12-31', '-838:59:59', '838:59:58.999999', '1000-01-01 00:00:00', '2026-11-22 12:34:56.789',"
-    " '2038-01-19 03:14:07', '1970-01-02 00:00:01.000001', 'char', '한글', 'naïve 😀', 'éü', '서울', 'utf16 글자',"
-    " x'00ff00ff', x'0001020304ff', 'tiny', 'text', 'medium', x'00', x'deadbeef', REPEAT('x', 70000),"
-    """ '{"a": [1, 2.5, null, "한"]}', 'blue', 'a,i', ST_GeomFromText('POINT(1 2)'))""",
-    "(2" + ", NULL" * 38 + ")",
-    "(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, '2000-01-01', '-00:00:01', '00:00:00.000001', '2000-01-01', '2000-01-01',"
-    " '2000-01-01', '2000-01-01', '', '', '', '', '', '', '', '', '', '', '', '', '', '', '[]', 'red', '',"
-    " ST_GeomFromText('POINT(0 0)'))",
+# column definition -> its value in a row of extremes, and in a row of small things
+COLUMNS: list[tuple[str, str, str]] = [
+    ("id INT PRIMARY KEY", "1", "3"),
+    ("tiny TINYINT", "-128", "0"),
+    ("utiny TINYINT UNSIGNED", "255", "0"),
+    ("small SMALLINT", "-32768", "1"),
+    ("medium MEDIUMINT", "-8388608", "0"),
+    ("whole INT UNSIGNED", "4294967295", "0"),
+    ("big BIGINT", "-9223372036854775808", "0"),
+    ("ubig BIGINT UNSIGNED", "18446744073709551615", "0"),
+    ("price DECIMAL(12,2)", "-9999999999.99", "0.01"),
+    ("exact DECIMAL(65,30)", "12345678901234567890123456789012345.123456789012345678901234567890", "0"),
+    ("single FLOAT", "-1.5", "0"),
+    ("twice DOUBLE", "2.718281828459045", "-0.0"),
+    ("flags BIT(13)", "b'1010101010101'", "b'0'"),
+    ("born YEAR", "2155", "0"),
+    ("day DATE", "'9999-12-31'", "'1000-01-01'"),
+    ("clock TIME", "'-838:59:59'", "'-00:00:01'"),
+    ("clock6 TIME(6)", "'838:59:58.999999'", "'-00:00:00.000001'"),
+    ("moment DATETIME", "'1000-01-01 00:00:00'", "'2026-11-22 12:34:56'"),
+    ("moment3 DATETIME(3)", "'9999-12-31 23:59:59.999'", "'2000-01-01 00:00:00.001'"),
+    ("stamp TIMESTAMP NULL", "'2038-01-18 03:14:07'", "'1971-01-01 00:00:01'"),
+    ("stamp6 TIMESTAMP(6) NULL", "'1970-01-02 00:00:01.000001'", "'2000-01-01'"),
+    ("fixed CHAR(10)", "'char'", "''"),
+    ("fixed_long CHAR(200)", "'한글'", "''"),
+    ("name VARCHAR(300)", "'naïve 😀'", "''"),
+    ("latin VARCHAR(40) CHARACTER SET latin1", "'éü'", "''"),
+    ("korean VARCHAR(40) CHARACTER SET euckr", "'서울'", "''"),
+    ("wide VARCHAR(40) CHARACTER SET utf16", "'utf16 글자'", "''"),
+    ("raw BINARY(8)", "x'00ff00ff'", "''"),
+    ("raws VARBINARY(300)", "x'0001020304ff'", "''"),
+    ("small_text TINYTEXT", "'tiny'", "''"),
+    ("words TEXT", "'text'", "''"),
+    ("more MEDIUMTEXT", "'medium'", "''"),
+    ("small_blob TINYBLOB", "x'00'", "''"),
+    ("body BLOB", "x'deadbeef'", "''"),
+    ("large LONGBLOB", "REPEAT('x', 70000)", "''"),
+    ("document JSON", """'{"a": [1, 2.5, null, "한"]}'""", "'[]'"),
+    ("colour ENUM('red','green','it''s')", "'it''s'", "'red'"),
+    ("tags SET('a','b','c','d','e','f','g','h','i')", "'a,i'", "''"),
+    ("place POINT", "ST_GeomFromText('POINT(1 2)')", "ST_GeomFromText('POINT(0 0)')"),
 ]
+GENERATED = "plus_one BIGINT AS (medium + 1) STORED, minus_one BIGINT AS (medium - 1) VIRTUAL"
 
 
 def test_every_type_arrives_as_it_was_written(chain: Chain) -> None:
     chain.start()
-    columns = (
-        "id, tiny, utiny, small, medium, whole, big, ubig, price, exact, single, twice, flags, born, day, clock, clock6, "
-        "moment, moment3, stamp, stamp6, fixed, fixed_long, name, latin, korean, wide, raw, raws, small_text, words, more, "
-        "small_blob, body, large, document, colour, tags, place"
-    )
+    names = ", ".join(definition.split()[0] for definition, _, _ in COLUMNS)
+    insert = f"INSERT INTO types ({names}) VALUES"
     chain.sql(
-        TYPES,
-        *(f"INSERT INTO types ({columns}) VALUES {row}" for row in ROWS),
+        f"CREATE TABLE types ({', '.join(definition for definition, _, _ in COLUMNS)}, {GENERATED})",
+        f"{insert} ({', '.join(extreme for _, extreme, _ in COLUMNS)})",
+        f"{insert} (2{', NULL' * (len(COLUMNS) - 1)})",
+        f"{insert} ({', '.join(small for _, _, small in COLUMNS)})",
         "UPDATE types SET medium = 7, name = 'changed', document = '{}' WHERE id = 1",
         "UPDATE types SET tiny = 5 WHERE id = 2",
-        "DELETE FROM types WHERE id = 0",
+        "INSERT INTO types (id) VALUES (4)",
+        "DELETE FROM types WHERE id = 4",
     )
     chain.settle()
     chain.assert_equal()
-    rows = [
-        server.execute(
-            f"SELECT id, HEX(name), HEX(korean), HEX(wide), HEX(raws), plus_one, minus_one, HEX(flags), "
-            "clock6, stamp6, exact FROM types ORDER BY id",
-            database=chain.database,
-        )
-        for server in chain.servers
-    ]
-    assert rows[0] == rows[1] == rows[2]
-    assert len(rows[0]) == 2
+    hexes = ", ".join(f"HEX({definition.split()[0]})" for definition, _, _ in COLUMNS)
+    query = f"SELECT {hexes}, clock6, stamp6, exact, plus_one, minus_one FROM types ORDER BY id"
+    master, *copies = [server.execute(query, database=chain.database) for server in chain.servers]
+    assert len(master) == 3
+    for copy in copies:
+        assert copy == master
 
 
 def test_zero_dates_and_zero_ids_survive_the_targets_sql_mode(chain: Chain) -> None:
@@ -99,24 +112,61 @@ def test_tables_without_a_primary_key_and_with_extra_indexes(chain: Chain) -> No
     assert chain.last.execute("SELECT city FROM kept", database=chain.database) == [("Seoul",)]
 
 
-@pytest.mark.parametrize(
-    "statements",
-    [
-        pytest.param(["CREATE TABLE t (id INT PRIMARY KEY)", "INSERT INTO t VALUES (1)", "ALTER TABLE t ADD note TEXT",
-                      "INSERT INTO t VALUES (2, 'x')", "ALTER TABLE t RENAME TO u", "INSERT INTO u VALUES (3, NULL)",
-                      "RENAME TABLE u TO v", "DELETE FROM v WHERE id = 1", "TRUNCATE v", "INSERT INTO v VALUES (4, '4')"], id="alter"),
-        pytest.param(["CREATE TABLE t (id INT PRIMARY KEY, n INT)", "INSERT INTO t VALUES (1, 1)",
-                      "CREATE TABLE copy AS SELECT * FROM t", "CREATE TABLE alike LIKE t", "INSERT INTO alike VALUES (9, 9)",
-                      "CREATE INDEX n ON t (n)", "DROP INDEX n ON t", "DROP TABLE IF EXISTS missing, alike"], id="create"),
-        pytest.param(["CREATE TABLE t (id INT PRIMARY KEY, n INT)", "CREATE VIEW totals AS SELECT SUM(n) FROM t",
-                      "CREATE TABLE log (n INT)", "CREATE TRIGGER noted AFTER INSERT ON t FOR EACH ROW INSERT INTO log VALUES (NEW.n)",
-                      "CREATE FUNCTION twice (n INT) RETURNS INT DETERMINISTIC RETURN 2 * n", "CREATE PROCEDURE p () SELECT 1",
-                      "INSERT INTO t VALUES (1, twice(4))", "DROP PROCEDURE p", "DROP VIEW totals"], id="objects"),
-        pytest.param(["CREATE TABLE parts (id INT PRIMARY KEY) PARTITION BY HASH (id) PARTITIONS 3", "INSERT INTO parts VALUES (1), (2), (3)",
-                      "ALTER TABLE parts ADD PARTITION PARTITIONS 2", "CREATE TEMPORARY TABLE scratch (id INT)", "DROP TEMPORARY TABLE scratch",
-                      "ANALYZE TABLE parts", "OPTIMIZE TABLE parts"], id="partitions"),
+SCHEMA_CHANGES = {
+    "alter": [
+        "CREATE TABLE t (id INT PRIMARY KEY)",
+        "INSERT INTO t VALUES (1)",
+        "ALTER TABLE t ADD note TEXT",
+        "INSERT INTO t VALUES (2, 'x')",
+        "ALTER TABLE t RENAME TO u",
+        "INSERT INTO u VALUES (3, NULL)",
+        "RENAME TABLE u TO v",
+        "DELETE FROM v WHERE id = 1",
+        "TRUNCATE v",
+        "INSERT INTO v VALUES (4, '4')",
     ],
-)  # fmt: skip
+    "create": [
+        "CREATE TABLE t (id INT PRIMARY KEY, n INT)",
+        "INSERT INTO t VALUES (1, 1)",
+        "CREATE TABLE copy AS SELECT * FROM t",
+        "CREATE TABLE alike LIKE t",
+        "INSERT INTO alike VALUES (9, 9)",
+        "CREATE INDEX n ON t (n)",
+        "DROP INDEX n ON t",
+        "DROP TABLE IF EXISTS missing, alike",
+    ],
+    "objects": [
+        "CREATE TABLE t (id INT PRIMARY KEY, n INT)",
+        "CREATE VIEW totals AS SELECT SUM(n) FROM t",
+        "CREATE VIEW sums AS SELECT SUM(n) FROM t",
+        "CREATE TABLE log (n INT)",
+        "CREATE TRIGGER noted AFTER INSERT ON t FOR EACH ROW INSERT INTO log VALUES (NEW.n)",
+        "CREATE FUNCTION twice (n INT) RETURNS INT DETERMINISTIC RETURN 2 * n",
+        "CREATE PROCEDURE p () SELECT 1",
+        "INSERT INTO t VALUES (1, twice(4))",
+        "DROP PROCEDURE p",
+        "DROP VIEW totals",
+    ],
+    "partitions": [
+        "CREATE TABLE parts (id INT PRIMARY KEY) PARTITION BY HASH (id) PARTITIONS 3",
+        "INSERT INTO parts VALUES (1), (2), (3)",
+        "ALTER TABLE parts ADD PARTITION PARTITIONS 2",
+        "CREATE TEMPORARY TABLE scratch (id INT)",
+        "DROP TEMPORARY TABLE scratch",
+        "ANALYZE TABLE parts",
+        "OPTIMIZE TABLE parts",
+    ],
+    "modes": [
+        "SET time_zone = '+09:00', sql_mode = 'ANSI_QUOTES', character_set_client = latin1, timestamp = 2e9",
+        'CREATE TABLE "quoted" (id INT PRIMARY KEY, "say ""hi" INT DEFAULT 1, at TIMESTAMP(3) DEFAULT NOW(3))',
+        'INSERT INTO "quoted" (id) VALUES (1)',
+        'ALTER TABLE "quoted" ADD added DATETIME DEFAULT NOW()',
+        "ALTER TABLE quoted ADD stamp TIMESTAMP NOT NULL DEFAULT '2000-01-01 00:00:00'",
+    ],
+}
+
+
+@pytest.mark.parametrize("statements", SCHEMA_CHANGES.values(), ids=SCHEMA_CHANGES)
 def test_schema_changes_arrive_in_their_place(chain: Chain, statements: list[str]) -> None:
     chain.start()
     chain.sql(*statements)
@@ -141,7 +191,8 @@ def test_foreign_keys_and_cascades(chain: Chain) -> None:
     chain.start()
     chain.sql(
         "CREATE TABLE parent (id INT PRIMARY KEY)",
-        "CREATE TABLE child (id INT PRIMARY KEY, parent INT, FOREIGN KEY (parent) REFERENCES parent (id) ON DELETE CASCADE)",
+        "CREATE TABLE child (id INT PRIMARY KEY, parent INT, "
+        "FOREIGN KEY (parent) REFERENCES parent (id) ON DELETE CASCADE)",
         "INSERT INTO parent VALUES (1), (2)",
         "INSERT INTO child VALUES (1, 1), (2, 2), (3, 2)",
         "DELETE FROM parent WHERE id = 2",
