@@ -1,4 +1,7 @@
-"""Servers for the whole suite: one of each kind per test process, started when the first test asks for it."""
+"""Servers for the whole suite: one of each kind per test process, started when the first test asks for it.
+
+A server that the environment names is used instead (`shardkit.testing.named`).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from shardkit.testing import LocalMariaDB, LocalMySQL, LocalZooKeeper
+from shardkit.testing import LocalZooKeeper
 from shardkit.testing.database import LocalDatabaseServer
+from shardkit.testing.named import mariadb_server, mysql_server, zookeeper_server
 
 FLAVOUR = os.environ.get("SHARDKIT_TEST_FLAVOUR", "mariadb")
 if FLAVOUR not in {"mariadb", "mysql"}:
@@ -43,16 +47,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def mariadb() -> Iterator[LocalMariaDB]:
+def mariadb() -> Iterator[LocalDatabaseServer]:
     """A MariaDB server shared by the tests of this process: use `fresh_database`, and do not stop it."""
-    with LocalMariaDB() as server:
+    with mariadb_server() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def mysql() -> Iterator[LocalMySQL]:
+def mysql() -> Iterator[LocalDatabaseServer]:
     """A MySQL server shared by the tests of this process: use `fresh_database`, and do not stop it."""
-    with LocalMySQL() as server:
+    with mysql_server() as server:
         yield server
 
 
@@ -73,7 +77,7 @@ def database_server(request: pytest.FixtureRequest) -> LocalDatabaseServer:
 @pytest.fixture(scope="session")
 def zookeeper() -> Iterator[LocalZooKeeper]:
     """A ZooKeeper shared by the tests of this process: use a cluster name of your own, and do not stop it."""
-    with LocalZooKeeper() as server:
+    with zookeeper_server() as server:
         yield server
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import pymysql
 
@@ -18,8 +19,8 @@ from shardkit.topology import Endpoint
 Flavour = Literal["mariadb", "mysql"]
 
 #: The account that every local database server has: all rights, no password, reachable on the loopback address only.
-#: (PyMySQL can log on with a password to MySQL's caching_sha2_password without TLS only with the package
-#: ``cryptography``; without a password it needs nothing more.)
+#: (MySQL's caching_sha2_password sends a password over TLS only, or encrypted, for which PyMySQL needs the package
+#: ``cryptography``. PyMySQL 1.2 uses TLS where the server offers it; other drivers do not. No password needs neither.)
 ROOT_USER = "root"
 ROOT_PASSWORD = ""
 
@@ -50,6 +51,8 @@ class LocalDatabaseServer(LocalServer):
         self.options = {name.replace("-", "_"): value for name, value in (options or {}).items()}
         self.durable = durable
         self._server_id = server_id
+        self.user = ROOT_USER
+        self.password = ROOT_PASSWORD
 
     @property
     def server_id(self) -> int:
@@ -59,16 +62,20 @@ class LocalDatabaseServer(LocalServer):
     @property
     def root_dsn(self) -> str:
         """SQLAlchemy URL of the server as root, without a database: append ``/name``."""
-        return f"mysql+pymysql://{ROOT_USER}@{self.host}:{self.port}"
+        return self._dsn("pymysql")
 
     @property
     def credentials(self) -> CredentialSource:
         """The root account, in the form that `create_cluster` takes."""
-        return fixed(ROOT_USER, ROOT_PASSWORD)
+        return fixed(self.user, self.password)
 
     def dsn(self, database: str, driver: str = "pymysql") -> str:
         """SQLAlchemy URL of one database as root."""
-        return f"mysql+{driver}://{ROOT_USER}@{self.host}:{self.port}/{database}"
+        return f"{self._dsn(driver)}/{database}"
+
+    def _dsn(self, driver: str) -> str:
+        password = f":{quote(self.password, safe='')}" if self.password else ""
+        return f"mysql+{driver}://{quote(self.user, safe='')}{password}@{self.host}:{self.port}"
 
     def endpoint(self, database: str) -> Endpoint:
         """The endpoint to put into a shard map."""
@@ -82,8 +89,8 @@ class LocalDatabaseServer(LocalServer):
         settings: dict[str, Any] = {
             "host": self.host,
             "port": self.port,
-            "user": ROOT_USER,
-            "password": ROOT_PASSWORD,
+            "user": self.user,
+            "password": self.password,
             "database": database,
             "charset": "utf8mb4",
             "connect_timeout": 10,
@@ -150,8 +157,8 @@ class LocalDatabaseServer(LocalServer):
             connection = pymysql.connect(
                 host=self.host,
                 port=self.port,
-                user=ROOT_USER,
-                password=ROOT_PASSWORD,
+                user=self.user,
+                password=self.password,
                 connect_timeout=1,
                 read_timeout=1,
             )
