@@ -256,7 +256,7 @@ class BranchTransaction:
     def _leave(self) -> None:
         if self._branch.state is _State.DONE:
             return
-        if self._owner.decided:
+        if self._owner.decided or self._branch.connection.invalidated:
             self._branch.abandon()
             return
         try:
