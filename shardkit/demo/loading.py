@@ -45,7 +45,8 @@ def _insert(factory: Callable[[], Session], model: type[Base], rows: Iterable[da
     remaining = iter(rows)
     while batch := list(islice(remaining, BATCH)):
         with factory() as session, session.begin():
-            session.execute(insert(model), batch)
+            # without render_nulls, SQLAlchemy sends a statement for each pattern of missing values
+            session.execute(insert(model), batch, execution_options={"render_nulls": True})
         count += len(batch)
         progress(model.__tablename__, len(batch))
     return count
