@@ -303,6 +303,8 @@ class Fenced(RelayError):
 class RebalanceError(ShardkitError):
     """A rebalance job cannot go on. ``job`` names it."""
 
+    exit_code = 5  # the same command goes on
+
     def __init__(self, message: str, *, job: str | None = None, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.job = job

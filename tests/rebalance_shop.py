@@ -1,24 +1,29 @@
-"""Two shards in two databases of one server, with rows, under a map in a file or in ZooKeeper: for tests of rebalance."""
+"""Two shards in two databases of one server, filled, under a map in a file or in ZooKeeper: for tests of rebalance."""
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pymysql
 
+from shardkit.credentials import Credentials, fixed
+from shardkit.errors import ShardkitError
 from shardkit.mapstore import MapStore, open_store
 from shardkit.partition import Bucket
-from shardkit.rebalance import Job, MoveBuckets, Plan, Split, apply_plan, list_jobs, plan_move
+from shardkit.rebalance import Job, MoveBuckets, Plan, Split, apply_plan, cancel_job, list_jobs, plan_move
+from shardkit.rebalance.failpoint import VARIABLE
 from shardkit.shardmap import ShardMap
 from shardkit.testing.database import LocalDatabaseServer
 
@@ -82,6 +87,21 @@ class Shop:
             for table in TABLES
         }
 
+    def contents_once(self) -> dict[str, list[tuple[Any, ...]]]:
+        """The same by the map: of each shard only the rows of the buckets that are placed there."""
+        shard_map = self.map
+        found: dict[str, list[tuple[Any, ...]]] = {}
+        for table, key in TABLES.items():
+            found[table] = sorted(
+                row
+                for shard in self.databases
+                for value, row in (
+                    (row[0], row[1:]) for row in self.rows(shard, f"SELECT {key}, {table}.* FROM {table}")
+                )
+                if shard_map.locate(table, [value]).shard == shard
+            )
+        return found
+
     def misplaced(self) -> list[str]:
         """Rows that are not on the shard that the map places them on."""
         shard_map = self.map
@@ -98,6 +118,8 @@ class Shop:
         """Bucket -> the shards that say that they own it."""
         found: dict[str, list[str]] = {}
         for shard in self.databases:
+            if not self.rows(shard, "SHOW TABLES LIKE 'shardkit_ownership'"):
+                continue
             for (bucket,) in self.rows(
                 shard, f"SELECT bucket FROM shardkit_ownership WHERE keyspace = '{keyspace}' AND state = 'owned'"
             ):
@@ -156,9 +178,47 @@ class Shop:
             text=True,
         )
 
+    def run(self, plan: Plan, *, failpoint: str = "", undo: bool = False, timeout: float = 60) -> tuple[int, str]:
+        """Apply a plan, or undo its first job, in a process of its own that may be killed on the way.
+
+        :returns: its exit code (negative: the signal that ended it) and what it said.
+        """
+        receiver, sender = _processes.Pipe(duplex=False)
+        process = _processes.Process(
+            target=_run, args=(self.source, Credentials("root"), plan, failpoint, undo, sender), daemon=True
+        )
+        process.start()
+        sender.close()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise AssertionError(f"the job did not end within {timeout:.0f} s")
+        with closing(receiver), suppress(EOFError):  # of who was killed before a word
+            return process.exitcode or 0, receiver.recv()
+        return process.exitcode or 0, ""
+
     def close(self) -> None:
         for store in self._stores:
             store.close()
+
+
+# Children of a process that has the modules at hand, and no threads: a new interpreter each time takes seconds.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["tests.rebalance_shop"])
+
+
+def _run(source: str, credentials: Credentials, plan: Plan, failpoint: str, undo: bool, sender: Connection) -> None:
+    os.environ[VARIABLE] = failpoint
+    try:
+        if undo:
+            cancel_job(source, plan.job_id(0), credentials=fixed(credentials.user, credentials.password))
+        else:
+            apply_plan(source, plan, credentials=fixed(credentials.user, credentials.password))
+    except ShardkitError as error:
+        sender.send(str(error))
+        sys.exit(error.exit_code)
+    sender.send("done")
 
 
 def ended(process: subprocess.Popen[str], *, timeout: float = 60) -> tuple[int, str]:

@@ -156,32 +156,35 @@ class Job:
 
     # --- as JSON
 
+    def document(self) -> dict[str, Any]:
+        """As plain data: the record's content, and the ``--json`` of the command line."""
+        progress = self.progress
+        return {
+            "format": FORMAT,
+            "id": self.id,
+            "plan": self.plan,
+            "keyspace": self.keyspace,
+            "buckets": format_buckets(self.buckets),
+            "source": self.source,
+            "target": self.target,
+            "state": str(self.state),
+            "map_version": self.map_version,
+            "rows": self.rows,
+            "bytes": self.size,
+            "created_at": self.created_at.isoformat(),
+            "updated_at": self.updated_at.isoformat(),
+            "moving_version": self.moving_version,
+            "published_version": self.published_version,
+            "coordinator": self.coordinator,
+            "progress": None
+            if progress is None
+            else {"table": progress.table, "done": progress.done, "total": progress.total},
+            "problem": self.problem,
+        }
+
     def to_json(self) -> str:
         """For a store."""
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "id": self.id,
-                "plan": self.plan,
-                "keyspace": self.keyspace,
-                "buckets": format_buckets(self.buckets),
-                "source": self.source,
-                "target": self.target,
-                "state": self.state,
-                "map_version": self.map_version,
-                "rows": self.rows,
-                "bytes": self.size,
-                "created_at": self.created_at.isoformat(),
-                "updated_at": self.updated_at.isoformat(),
-                "moving_version": self.moving_version,
-                "published_version": self.published_version,
-                "coordinator": self.coordinator,
-                "progress": None
-                if self.progress is None
-                else {"table": self.progress.table, "done": self.progress.done, "total": self.progress.total},
-                "problem": self.problem,
-            }
-        )
+        return json.dumps(self.document())
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Job:

@@ -16,6 +16,7 @@ from shardkit.errors import PreconditionFailed
 from shardkit.mapstore import MapStore, open_store
 from shardkit.rebalance import census, preflight
 from shardkit.rebalance.coordinator import Coordinator, Observer, Settings, Silence
+from shardkit.rebalance.failpoint import reach
 from shardkit.rebalance.job import Job, State, now
 from shardkit.rebalance.jobstore import JobStore, open_job_store
 from shardkit.rebalance.plan import Drain, MoveBuckets, Plan, Split, Transfer, Wish, check_against, choose, transfers_of
@@ -187,6 +188,7 @@ def _begin(shard_map: ShardMap, jobs: JobStore, plan: Plan) -> list[str]:
             if name not in there
         ]
     )
+    reach(str(State.PLANNED))
     return names
 
 
