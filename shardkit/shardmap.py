@@ -17,8 +17,9 @@ import yaml
 
 from shardkit.errors import InvalidShardMap, MissingKey, UnknownTable
 from shardkit.mapcheck import MapDocument, build_document
+from shardkit.mapdiff import MapDiff, diff_of
 from shardkit.mapschema import document_of, from_json, to_json
-from shardkit.partition import WHOLE, Bucket, Key, Partition, format_buckets
+from shardkit.partition import WHOLE, Bucket, Key, Partition
 from shardkit.topology import Shard
 
 TableKind = Literal["sharded", "reference", "vertical"]
@@ -93,28 +94,6 @@ class Move:
     buckets: tuple[Bucket, ...]
     source: str
     target: str
-
-
-@dataclass(frozen=True)
-class MapDiff:
-    """What changes from one map to another, as lines for people and as values for checks."""
-
-    moved: Mapping[str, Mapping[tuple[str, str], tuple[Bucket, ...]]]
-    other: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.moved or self.other)
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """One line a change."""
-        moves = (
-            f"keyspace {keyspace}: {len(buckets)} {'bucket' if len(buckets) == 1 else 'buckets'} "
-            f"{source} -> {target}: {format_buckets(buckets)}"
-            for keyspace, per_pair in self.moved.items()
-            for (source, target), buckets in per_pair.items()
-        )
-        return (*moves, *self.other)
 
 
 @dataclass(frozen=True)
@@ -352,69 +331,11 @@ class ShardMap:
 
     def diff(self, new: ShardMap) -> MapDiff:
         """What changes from this map to ``new``."""
-        moved: dict[str, dict[tuple[str, str], tuple[Bucket, ...]]] = {}
-        for name in _kept(self.keyspaces, new.keyspaces):
-            pairs: dict[tuple[str, str], list[Bucket]] = {}
-            after = new.keyspaces[name].placement
-            for bucket, shard in self.keyspaces[name].placement.items():
-                if bucket in after and after[bucket] != shard:
-                    pairs.setdefault((shard, after[bucket]), []).append(bucket)
-            if pairs:
-                moved[name] = {pair: tuple(buckets) for pair, buckets in pairs.items()}
-        return MapDiff(moved, tuple(self._other_changes(new)))
-
-    def _other_changes(self, new: ShardMap) -> Iterable[str]:
-        if self.cluster != new.cluster:
-            yield f"cluster {self.cluster} -> {new.cluster}"
-        yield from _named_changes("shard", self.shards, new.shards)
-        for name in _kept(self.shards, new.shards):
-            if self.shards[name] != new.shards[name]:
-                yield from _shard_changes(self.shards[name], new.shards[name])
-        yield from _named_changes("keyspace", self.keyspaces, new.keyspaces)
-        for name in _kept(self.keyspaces, new.keyspaces):
-            yield from _keyspace_changes(self.keyspaces[name], new.keyspaces[name])
-        jobs, new_jobs = ({move.job: move for move in layout.moves} for layout in (self, new))
-        yield from _named_changes("move", jobs, new_jobs)
-        yield from (f"move {job} changed" for job in _kept(jobs, new_jobs) if jobs[job] != new_jobs[job])
+        return diff_of(self, new)
 
 
 def _checked(changed: ShardMap) -> ShardMap:
     return ShardMap.parse(document_of(changed))
-
-
-def _kept(old: Mapping[str, object], new: Mapping[str, object]) -> Iterable[str]:
-    return (name for name in old if name in new)
-
-
-def _named_changes(kind: str, old: Mapping[str, object], new: Mapping[str, object]) -> Iterable[str]:
-    yield from (f"{kind} {name} added" for name in new if name not in old)
-    yield from (f"{kind} {name} removed" for name in old if name not in new)
-
-
-def _shard_changes(old: Shard, new: Shard) -> Iterable[str]:
-    before = [f"{role} {endpoint}" for role, endpoint in old.endpoints()]
-    after = [f"{role} {endpoint}" for role, endpoint in new.endpoints()]
-    yield from (f"shard {old.name}: {entry} added" for entry in after if entry not in before)
-    yield from (f"shard {old.name}: {entry} removed" for entry in before if entry not in after)
-    if old.replication != new.replication:
-        yield f"shard {old.name}: replication {old.replication} -> {new.replication}"
-
-
-def _keyspace_changes(old: Keyspace, new: Keyspace) -> Iterable[str]:
-    if old.partition != new.partition:
-        yield f"keyspace {old.name}: the partition changes: every row may have to move"
-    for table in sorted(old.tables.keys() | new.tables.keys()):
-        if table not in new.tables:
-            yield f"keyspace {old.name}: table {table} removed"
-        elif table not in old.tables:
-            yield f"keyspace {old.name}: table {table} added"
-        elif old.tables[table] != new.tables[table]:
-            before, after = (", ".join(space.tables[table]) for space in (old, new))
-            yield f"keyspace {old.name}: table {table} keyed by {after}, was {before}: every row may have to move"
-    for table in sorted(set(old.reference) ^ set(new.reference)):
-        yield f"keyspace {old.name}: reference table {table} {'added' if table in new.reference else 'removed'}"
-    if old.generated_ids != new.generated_ids:
-        yield f"keyspace {old.name}: generated ids {'on' if new.generated_ids else 'off'}"
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

@@ -13,6 +13,7 @@ from uuid import UUID
 import pytest
 
 from shardkit.errors import InvalidShardMap, MissingKey, UnknownTable
+from shardkit.mapdiff import Effect
 from shardkit.partition import HashPartition, ListPartition
 from shardkit.shardmap import Move, Placement, ShardMap
 from shardkit.topology import Endpoint, ReplicationKind, Role
@@ -250,12 +251,53 @@ def test_a_diff_names_every_kind_of_change(shop: ShardMap) -> None:
         "shard shop-1: replication native -> relay",
         "keyspace invoicing added",
         "keyspace billing removed",
-        "keyspace orders: the partition changes: every row may have to move",
+        "keyspace orders: the partition changes: rows would have to move",
         "keyspace orders: table carts added",
-        "keyspace orders: table order_lines keyed by line_id, was user_id: every row may have to move",
         "keyspace orders: generated ids off",
+        "table order_lines: keyed by line_id, was user_id: rows would have to move",
+        "table invoices: vertical in billing -> vertical in invoicing, all rows stay where they are",
+        "table payments: vertical in billing -> vertical in invoicing, all rows stay where they are",
     )
     assert not shop.diff(shop.with_version(99))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "stay"),
+    [
+        ("by: hash, buckets: 4096", "by: hash, buckets: 2048", False),
+        # 42 is in bucket 136, on shop-0, where "own" is too; 1 is on shop-1
+        ("by: hash, buckets: 4096", "by: hash, buckets: 4096, exceptions: {42: own}", True),
+        ("by: hash, buckets: 4096", "by: hash, buckets: 4096, exceptions: {1: own}", False),
+        ("{seoul: [서울], daegu: [대구]", "{seoul: [서울, 인천], daegu: [대구]", True),
+        ("{seoul: [서울], daegu: [대구]", "{seoul: [서울, 대구], daegu: [x]", False),
+        ("daejeon: [대전, null]", "daejeon: [대전]", False),
+        ("daegu: [대구], daejeon: [대전, null]", "daegu: [대구, null], daejeon: [대전]", True),
+        ("teens: [10, 20]", "teens: [0, 20]", True),
+        ("twenties: [20, 30], thirties: [30, null]", "twenties: [20, 40], thirties: [40, null]", True),
+        ("teens: [10, 20], twenties: [20, 30]", "teens: [10, 25], twenties: [25, 30]", False),
+        ("thirties: [30, null]", "thirties: [30, 99]", False),
+    ],
+)
+def test_a_partition_may_change_where_no_row_has_to_move(shop: ShardMap, old: str, new: str, stay: bool) -> None:
+    text = SHOP.replace(old, new).replace('"0-2047"', '"0-2047, own"' if "own" in new else '"0-2047"')
+    changed = ShardMap.parse(text.replace('"2048-4095"', "[]" if "2048" in new else '"2048-4095"'))
+    assert bool(shop.diff(changed).with_effect(Effect.RELOCATES)) is not stay
+    assert len(shop.diff(changed).lines) >= 1
+
+
+def test_a_map_on_one_shard_may_be_cut_up_anew(shop: ShardMap) -> None:
+    one = ShardMap.parse(SHOP.replace("2048-4095", "").replace('shop-1: ""', "shop-1: []").replace("0-2047", "0-4095"))
+    other = ShardMap.parse(one.dump().replace("buckets: 4096", "buckets: 64").replace("0-4095", "0-63"))
+    assert one.diff(other).with_effect(Effect.RELOCATES) == ()
+
+
+def test_a_reference_table_comes_to_a_shard_by_copying(shop: ShardMap) -> None:
+    changed = ShardMap.parse(
+        SHOP.replace("tables: [invoices, payments]", "tables: [invoices, payments]\n    reference: [countries]")
+    )
+    assert shop.diff(changed).with_effect(Effect.RELOCATES) == (
+        "reference table countries: has to be copied to billing-0 first",
+    )
 
 
 def test_the_hash_partition_of_a_map_is_format_1(shop: ShardMap) -> None:
