@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from typing import TextIO
 
 import sqlalchemy as sa
 
@@ -52,7 +53,7 @@ def migration_lock(connection: sa.Connection, kind: LockKind, *, shard: str, wai
     :raises MigrationRunning: naming the holder.
     """
     if connection.dialect.name == "sqlite":
-        with _file_lock(f"{connection.engine.url.database}.migrate-{kind}.lock", shard, wait):
+        with _file_lock(Path(f"{connection.engine.url.database}.migrate-{kind}.lock"), shard, wait):
             yield
         return
     name = _lock_name(kind, str(connection.engine.url.database))
@@ -100,20 +101,32 @@ def _refusal(shard: str, holder: str) -> MigrationRunning:
 
 
 @contextmanager
-def _file_lock(path: str, shard: str, wait: float) -> Iterator[None]:
+def _file_lock(path: Path, shard: str, wait: float) -> Iterator[None]:
     deadline = time.monotonic() + wait
-    with Path(path).open("a+", encoding="utf-8") as file:
-        while True:
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     file.seek(0)
                     raise _refusal(shard, file.read().strip() or "a process that has not said its name") from None
                 time.sleep(POLL_SECONDS)
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+                continue
+            if not _is_at(file, path):
+                continue  # whoever held it has removed it meanwhile: a lock on that file keeps nobody out
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
