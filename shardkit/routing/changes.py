@@ -191,8 +191,7 @@ class Changes:
         found = replace(found, merge=merge)
         moves = self._map.moves_of(spread.keyspace.name)
         if moves:
-            own = restricted(statement, shape.lineage, spread, where.shards, moves[0].job)
-            found = replace(found, shard_statements=_per_shard(own, route.parameters))
+            return self._own_rows(found, moves[0].job)
         return found
 
     def _hinted(self, route: Route, shape: Shape, binds: Binds, hint: Hint) -> Route:
@@ -211,12 +210,18 @@ class Changes:
         if not moves or (shards == {hint.shard} and all(each.buckets is not None for each in pinned)):
             return found
         _check_readable(shape)
+        return self._own_rows(found, moves[0].job)
+
+    def _own_rows(self, route: Route, job: str) -> Route:
+        """While buckets move: each shard changes the rows of its own buckets only."""
+        sets = parameter_sets(route.parameters)
+        statement: Any = route.statement
+        shape = self._shapes.fresh(statement, sets[0] if sets else None)
         spread = shape.spread
         if not isinstance(spread, Parted):
-            return found
-        statement: Any = route.statement
-        own = restricted(statement, shape.lineage, spread, (hint.shard,), moves[0].job)
-        return replace(found, shard_statements=_per_shard(own, route.parameters))
+            return route
+        own = restricted(statement, shape.lineage, spread, route.shards, job)
+        return replace(route, shard_statements=_per_shard(own, route.parameters))
 
     # --- several sets of parameters
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -130,8 +130,8 @@ class Reads:
         if not moves or (all(each.buckets is not None for each in pinned) and _distinct(pinned) == (hint.shard,)):
             return found
         self._check_readable(shape)
-        wide = self._shapes.of(_without_limit(route.statement), one_set(route.parameters))[0]
-        own = self._own_rows(route.statement, wide, (hint.shard,), moves[0].job)
+        given = one_set(route.parameters)
+        own = self._own_rows(route.statement, route.statement, given, (hint.shard,), moves[0].job)
         return replace(found, shard_statements=_per_shard(own, route.parameters))
 
     # --- several shards
@@ -178,28 +178,31 @@ class Reads:
         if shape.locking:
             raise Refused(RoutingError, "FOR UPDATE over several shards", "pin it to one key, or to one shard")
         warning = _check_policy(shape, options, len(where.shards))
-        plan = self._merge(statement, wide, binds)
+        plan = self._merge(statement, wide, binds, given)
         found = replace(found, merge=plan, warning=warning)
         moves = self._map.moves_of(spread.keyspace.name)
         if moves:
-            own = self._own_rows(plan.statement, wide, where.shards, moves[0].job)
+            own = self._own_rows(plan.statement, statement, given, where.shards, moves[0].job)
             found = replace(found, shard_statements=_per_shard(own, route.parameters))
         return found
 
-    def _merge(self, statement: Any, wide: Shape, binds: Binds) -> MergePlan:
+    def _merge(self, statement: Any, wide: Shape, binds: Binds, given: Mapping[str, Any] | None) -> MergePlan:
         if isinstance(statement, CompoundSelect):
             return _merged_union(statement)
         context = SplitContext(
             query=wide.query,
+            own=lambda: self._shapes.fresh(_without_limit(statement), given),
             binds=binds,
             dialect=self._dialect,
             keyed_groups=wide.query.grouped and wide.keyed_groups,
             keyed_rows=wide.query.distinct and wide.keyed_rows,
-            is_key=wide.is_key,
         )
         return merge_plan(statement, context)
 
-    def _own_rows(self, statement: Any, shape: Shape, shards: Sequence[str], job: str) -> Any:
+    def _own_rows(
+        self, statement: Any, original: Any, given: Mapping[str, Any] | None, shards: Sequence[str], job: str
+    ) -> Any:
+        shape = self._shapes.fresh(_without_limit(original), given)
         if not isinstance(statement, sa.Select) or not isinstance(shape.spread, Parted):
             raise Refused(
                 RoutingError,

@@ -228,19 +228,27 @@ class Shapes:
         changes = isinstance(statement, sa.Update | sa.Delete)
         names = tuple(sorted(given)) if given and changes else ()
         if cache_key is None:
-            shape = self._made(statement, None, names, executemany)
+            shape = self._made(statement, None, names, executemany=executemany)
             return shape, Binds({**shape.lineage.params, **(given or {})}, ())
         key = (cache_key.key, names, executemany) if changes else cache_key.key
         known = self._kept.get(key)
-        shape = known or self._made(statement, cache_key, names, executemany)
+        shape = known or self._made(statement, cache_key, names, executemany=executemany)
         if known is None:
             self._keep(key, shape)
         if cache_key.params:
             given = {**cache_key.params, **(given or {})}
         return shape, Binds(given, cache_key.bindparams)
 
+    def fresh(self, statement: Executable, given: Mapping[str, Any] | None) -> Shape:
+        """A shape whose elements are this very statement's own.
+
+        What is kept was made of another statement: its aliases are other objects, which must not be put into this one.
+        """
+        names = tuple(sorted(given)) if given and isinstance(statement, sa.Update | sa.Delete) else ()
+        return self._made(statement, None, names, executemany=False)
+
     def _made(
-        self, statement: Executable, cache_key: CacheKey | None, names: Sequence[str], executemany: bool
+        self, statement: Executable, cache_key: CacheKey | None, names: Sequence[str], *, executemany: bool
     ) -> Shape:
         anatomy = anatomy_of(statement, self._dialect, cache_key=cache_key, column_keys=names, executemany=executemany)
         return Shape(statement, Lineage(anatomy, self._map, self._dialect, self._readers))

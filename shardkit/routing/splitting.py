@@ -33,6 +33,7 @@ from shardkit.routing.expressions import contents_of
 from shardkit.routing.keys import Binds
 from shardkit.routing.lineage import Query
 from shardkit.routing.merge import Aggregate, Combine, Groups, Having, MergePlan
+from shardkit.routing.shapes import Shape
 from shardkit.routing.sorting import Comparison, SortKey, bare, raw, sort_column
 from shardkit.routing.spread import Refused
 
@@ -41,18 +42,18 @@ from shardkit.routing.spread import Refused
 class SplitContext:
     """What splitting a statement needs to know besides it.
 
-    :param query: its top level, LIMIT and OFFSET taken off.
+    :param query: its top level, LIMIT and OFFSET taken off, as it is kept for its shape.
+    :param own: the shape of this very statement: its elements may be put into it.
     :param keyed_groups: groups do not stand on two shards.
     :param keyed_rows: equal rows of the result do not stand on two shards.
-    :param is_key: whether a column is the key, so that none of its values stands on two shards.
     """
 
     query: Query
+    own: Callable[[], Shape]
     binds: Binds
     dialect: Dialect
     keyed_groups: bool
     keyed_rows: bool
-    is_key: Callable[[ClauseElement], bool]
 
 
 def merge_plan(statement: sa.Select[Any], context: SplitContext) -> MergePlan:
@@ -159,7 +160,7 @@ class _Splitting:
         return any(column.compare(bare(expression)) for column in shown)
 
     def _distinct(self) -> tuple[SortKey, ...]:
-        parts = self.context.query.parts
+        parts = self.context.own().query.parts
         if parts is None:
             raise _refused("DISTINCT over several shards")
         keys = []
@@ -249,7 +250,7 @@ class _Splitting:
                 return Combine(how, place, own)
 
     def _check_distinct(self, how: Aggregate, argument: ClauseElement) -> None:
-        if how is not Aggregate.COUNT or not self.context.is_key(argument):
+        if how is not Aggregate.COUNT or not self.context.own().is_key(argument):
             raise _refused(f"{how.upper()}(DISTINCT ...) over several shards", "count distinct keys, or pin one shard")
 
     def _group_order(
