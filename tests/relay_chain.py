@@ -64,7 +64,7 @@ class Chain:
     def hop(self, index: int, **changes: object) -> Hop:
         """One hop, not started."""
         settings: dict[str, object] = {"cluster": "test", "runner": "pytest", "options": self.options}
-        return Hop(self.specs[index], self.master.credentials, **settings | changes)  # type: ignore[arg-type]
+        return Hop(self.specs[index], self.master.credentials, **settings | changes)
 
     def start(self) -> None:
         """Start all hops."""

@@ -1,0 +1,233 @@
+"""kill -9 of the relay in the middle of a mixed load, over both hops, and at the moments that hurt."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pymysql
+import pytest
+
+from tests.relay_chain import Chain, wait_for
+
+pytest_plugins = ["tests.relay_fixtures"]
+
+logger = logging.getLogger(__name__)
+
+KILLS = int(os.environ.get("SHARDKIT_TEST_KILLS", "6"))
+
+
+class Daemon:
+    """``shardkit relay run`` as a process of its own."""
+
+    def __init__(self, source: str, log: Path, *options: str) -> None:
+        self._command = [sys.executable, "-c", "from shardkit.cli import main; main()", "relay", "run", "--map", source]
+        self._command += options
+        self._log = log
+        self.process: subprocess.Popen[bytes] | None = None
+        self._seen = 0
+
+    def start(self) -> None:
+        self._seen = len(self.log())
+        environment = os.environ | {"SHARDKIT_USER": "root", "SHARDKIT_PASSWORD": ""}
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, env=environment)
+
+    def log(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+    def wait_for_log(self, *texts: str) -> None:
+        """Wait until this run has logged all the texts."""
+        assert self.process is not None
+        process = self.process
+        wait_for(
+            lambda: process.poll() is not None or all(text in self.log()[self._seen :] for text in texts),
+            f"the daemon says {texts}; it says {self.log()[-2000:]}",
+        )
+        assert process.poll() is None, self.log()[-3000:]
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def wait(self) -> int:
+        assert self.process is not None
+        return self.process.wait(30)
+
+
+def map_of(chain: Chain, path: Path) -> str:
+    master, *copies = [server.endpoint(chain.database).url for server in chain.servers]
+    staging = (
+        f"staging: {copies[0]}, replicas: [{', '.join(copies[1:])}]" if len(copies) > 1 else f"replicas: [{copies[0]}]"
+    )
+    path.write_text(
+        f"""
+format: 1
+cluster: {chain.database.replace("_", "-")}
+version: 1
+keyspaces:
+  everything: {{tables: [accounts], placement: {chain.shard}}}
+shards:
+  {chain.shard}: {{master: {master}, {staging}}}
+"""
+    )
+    return f"file:{path}"
+
+
+@pytest.fixture
+def daemons() -> Iterator[list[Daemon]]:
+    started: list[Daemon] = []
+    yield started
+    for daemon in started:
+        if daemon.process is not None and daemon.process.poll() is None:
+            daemon.signal(signal.SIGCONT)
+            daemon.kill()
+
+
+class Load:
+    """Transactions of many kinds on the master, from a thread, until stopped. Not one of them may be run twice."""
+
+    def __init__(self, chain: Chain, seed: int) -> None:
+        self._chain = chain
+        self._random = random.Random(seed)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.transactions = 0
+        self.error: Exception | None = None
+
+    def start(self) -> None:
+        self._chain.sql(
+            "CREATE TABLE accounts (id INT PRIMARY KEY, balance BIGINT NOT NULL)",
+            "INSERT INTO accounts VALUES " + ", ".join(f"({number}, 1000)" for number in range(100)),
+            "CREATE TABLE ledger (id BIGINT PRIMARY KEY AUTO_INCREMENT, account INT, amount INT, note VARCHAR(200))",
+            "CREATE TABLE loose (n INT)",
+            "CREATE TABLE side (n INT)",
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(30)
+        if self.error is not None:
+            raise self.error
+
+    def _run(self) -> None:
+        kinds: Sequence[Callable[[pymysql.cursors.Cursor], None]] = (
+            [self._transfer] * 60 + [self._loose] * 25 + [self._big] * 2 + [self._xa] * 4 + [self._schema] * 4
+        )
+        connection = self._chain.master.connect(self._chain.database)
+        try:
+            with connection, connection.cursor() as cursor:
+                while not self._stop.is_set():
+                    self._random.choice(kinds)(cursor)
+                    connection.commit()
+                    self.transactions += 1
+                    self._stop.wait(0.002)
+        except Exception as error:  # noqa: BLE001 - raised again by stop()
+            self.error = error
+
+    def _transfer(self, cursor: pymysql.cursors.Cursor) -> None:
+        giver, taker = self._random.sample(range(100), 2)
+        amount = self._random.randint(1, 9)
+        cursor.execute("UPDATE accounts SET balance = balance - %s WHERE id = %s", (amount, giver))
+        cursor.execute("UPDATE accounts SET balance = balance + %s WHERE id = %s", (amount, taker))
+        cursor.execute(
+            "INSERT INTO ledger (account, amount) VALUES (%s, %s), (%s, %s)", (giver, -amount, taker, amount)
+        )
+
+    def _loose(self, cursor: pymysql.cursors.Cursor) -> None:
+        cursor.execute("INSERT INTO loose VALUES (%s)", (self._random.randint(1, 1000),))
+
+    def _big(self, cursor: pymysql.cursors.Cursor) -> None:
+        cursor.execute(
+            "INSERT INTO ledger (account, amount, note) SELECT id, 0, REPEAT('b', 200) FROM accounts "
+            "CROSS JOIN (SELECT 1 UNION ALL SELECT 2 UNION ALL SELECT 3) AS three"
+        )
+
+    def _xa(self, cursor: pymysql.cursors.Cursor) -> None:
+        xid = f"x{self._random.getrandbits(40):x}"
+        for statement in (
+            f"XA START '{xid}'",
+            "INSERT INTO loose VALUES (-1)",
+            f"XA END '{xid}'",
+            f"XA PREPARE '{xid}'",
+        ):
+            cursor.execute(statement)
+        cursor.execute(f"XA {self._random.choice(['COMMIT', 'ROLLBACK'])} '{xid}'")
+
+    def _schema(self, cursor: pymysql.cursors.Cursor) -> None:
+        column = f"c{self._random.getrandbits(32)}"
+        for statement in self._random.choice(
+            [
+                [f"ALTER TABLE side ADD {column} INT DEFAULT 1", "INSERT INTO side (n) VALUES (1)"],
+                ["TRUNCATE side", "INSERT INTO side (n) VALUES (2)"],
+                [f"CREATE TABLE {column} AS SELECT * FROM side", f"RENAME TABLE {column} TO r{column}"],
+                [f"ALTER TABLE loose ADD INDEX {column} (n)", f"ALTER TABLE loose DROP INDEX {column}"],
+            ]
+        ):
+            cursor.execute(statement)
+
+
+def test_killed_in_the_middle_of_a_mixed_load(chain: Chain, tmp_path: Path, daemons: list[Daemon]) -> None:
+    seed = random.randrange(10**9)
+    logger.info("seed %d", seed)  # shown when the test fails
+    dice = random.Random(seed)
+    daemon = Daemon(map_of(chain, tmp_path / "map.yaml"), tmp_path / "relay.log")
+    daemons.append(daemon)
+    load = Load(chain, seed)
+    load.start()
+    try:
+        for _ in range(KILLS):
+            daemon.start()
+            daemon.wait_for_log(*(f"hop {spec.name}: running" for spec in chain.specs))
+            threading.Event().wait(dice.uniform(0, 0.7))  # the moment of the kill is the test's random input
+            daemon.kill()
+    finally:
+        load.stop()
+    assert load.transactions > 100
+    daemon.start()
+    chain.settle()
+    chain.assert_equal()
+    balance = chain.last.execute("SELECT SUM(balance) FROM accounts", database=chain.database)
+    assert balance == [(100_000,)]
+    # SIGTERM drains and ends well.
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0, daemon.log()[-2000:]
+    assert "Traceback" not in daemon.log()
+
+
+def test_a_stopped_process_that_wakes_up_finds_itself_fenced(
+    pair: Chain, tmp_path: Path, daemons: list[Daemon]
+) -> None:
+    source = map_of(pair, tmp_path / "map.yaml")
+    sleeper, successor = Daemon(source, tmp_path / "sleeper.log"), Daemon(source, tmp_path / "successor.log")
+    daemons += [sleeper, successor]
+    running = f"hop {pair.specs[0].name}: running"
+    sleeper.start()
+    sleeper.wait_for_log(running)
+    pair.sql("CREATE TABLE t (id INT PRIMARY KEY)", "INSERT INTO t VALUES (1)")
+    pair.settle()
+    sleeper.signal(signal.SIGSTOP)
+    pair.sql("INSERT INTO t VALUES (2)")
+    successor.start()
+    successor.wait_for_log(running)
+    pair.sql("INSERT INTO t VALUES (3)")
+    pair.settle()
+    sleeper.signal(signal.SIGCONT)
+    assert sleeper.wait() == 1
+    assert "another runner has taken over" in sleeper.log()
+    assert "Traceback" not in sleeper.log()
+    pair.sql("INSERT INTO t VALUES (4)")
+    pair.settle()
+    pair.assert_equal()
