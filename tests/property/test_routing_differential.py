@@ -17,7 +17,7 @@ from tests.routing_shop import ROWS, Country, Invoice, Line, Member, Order, Read
 
 TABLES = [User, Order, Line, User, Order, Country, Read, Store, Visit, Member, Invoice]
 #: Statements that must not be refused too often: a router that refuses everything is never wrong.
-ANSWERED = 0.6
+ANSWERED = 0.4
 
 
 @pytest.fixture(scope="module")
