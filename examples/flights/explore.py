@@ -1,0 +1,31 @@
+"""Where did a plane go? Reads the cluster that ``shardkit demo --keep`` leaves running."""
+
+import os
+import sys
+
+from sqlalchemy import func, select
+
+from shardkit import create_cluster, sessionmaker
+from shardkit.demo.models import Airport, Flight
+
+
+def main(tail: str) -> None:
+    """Print the plane's destinations, most frequent first."""
+    with create_cluster(os.environ["SHARDKIT_MAP"], driver="mariadb+pymysql") as cluster:
+        session_factory = sessionmaker(cluster, read_from="replica")
+        trips = (
+            select(Airport.name, func.count())
+            .select_from(Flight)
+            .join(Airport, Airport.faa == Flight.dest)  # airports are on every shard
+            .where(Flight.tailnum == tail)
+            .group_by(Airport.name)
+            .order_by(func.count().desc(), Airport.name)
+        )
+        print(f"{tail} is on {cluster.locate('flights', tailnum=tail).shard}")
+        with session_factory() as session:
+            for airport, count in session.execute(trips):
+                print(f"{count:6,}  {airport}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "N14228")
