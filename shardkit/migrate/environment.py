@@ -28,8 +28,9 @@ from shardkit.credentials import Credentials, from_environment
 from shardkit.errors import PreconditionFailed, ShardkitError
 from shardkit.mapstore import open_store
 from shardkit.migrate.connect import migration_engine
-from shardkit.migrate.journal import Journal, forget
+from shardkit.migrate.journal import Journal
 from shardkit.migrate.lock import LockKind, migration_lock
+from shardkit.migrate.notes import forget
 from shardkit.migrate.scope import Scope, refuse_while_moving, scopes
 from shardkit.migrate.tree import settings_of
 from shardkit.topology import Endpoint

@@ -21,8 +21,8 @@ from shardkit.mapstore import MapStore
 from shardkit.migrate.connect import PARALLEL, error_line, migration_engine
 from shardkit.migrate.environment import LOCK_TIMEOUT
 from shardkit.migrate.job import Job, Task
-from shardkit.migrate.journal import unfinished
 from shardkit.migrate.lock import LockKind, migration_lock
+from shardkit.migrate.notes import unfinished
 from shardkit.migrate.process import Listener, Outcome, Processes
 from shardkit.migrate.report import (
     CheckReport,

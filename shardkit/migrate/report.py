@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from shardkit.errors import DifferencesFound, PartlyApplied, PreconditionFailed, ShardkitError
-from shardkit.migrate.journal import Unfinished
+from shardkit.migrate.notes import Unfinished
 
 
 class State(StrEnum):

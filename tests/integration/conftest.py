@@ -17,6 +17,7 @@ from shardkit.cluster import Cluster, create_cluster
 from shardkit.engines import GivenEngines
 from shardkit.shardmap import ShardMap
 from shardkit.testing.database import LocalDatabaseServer
+from shardkit.topology import Endpoint
 from tests.integration.shop import SHARDS, Base, Databases, sqlite_databases
 
 FLAVOUR = os.environ.get("SHARDKIT_TEST_FLAVOUR", "mariadb")
@@ -80,6 +81,18 @@ def server_databases(request: pytest.FixtureRequest) -> Iterator[tuple[LocalData
         server.execute(f"DROP DATABASE IF EXISTS {name}")
 
 
+@pytest.fixture(scope="session")
+def server_replicas(request: pytest.FixtureRequest) -> Iterator[list[Endpoint]]:
+    """Two more databases on the shared server, to stand for replicas of the first shard."""
+    server: LocalDatabaseServer = request.getfixturevalue("database_server")
+    names = [f"replica_{next(_numbers)}_{os.getpid()}" for _ in range(2)]
+    for name in names:
+        server.execute(f"CREATE DATABASE {name}")
+    yield [server.endpoint(name) for name in names]
+    for name in names:
+        server.execute(f"DROP DATABASE IF EXISTS {name}")
+
+
 def driver() -> str:
     """The tables name collations by flavour, so SQLAlchemy has to know which it is."""
     return "mariadb+pymysql" if FLAVOUR == "mariadb" else "pymysql"
@@ -114,15 +127,20 @@ def server_shop(request: pytest.FixtureRequest, database_server: LocalDatabaseSe
     made.close()
 
 
+def empty(server: LocalDatabaseServer, endpoint: Endpoint) -> None:
+    """Delete every row of a database."""
+    with closing(server.connect(endpoint.database)) as connection, connection.cursor() as cursor:
+        cursor.execute("SET foreign_key_checks = 0")
+        cursor.execute("SHOW TABLES")
+        for (table,) in cursor.fetchall():
+            cursor.execute(f"DELETE FROM `{table}`")
+        connection.commit()
+
+
 def _server_shop(request: pytest.FixtureRequest) -> Shop:
     server, databases = request.getfixturevalue("server_databases")
     for endpoint in databases.masters.values():
-        with closing(server.connect(endpoint.database)) as connection, connection.cursor() as cursor:
-            cursor.execute("SET foreign_key_checks = 0")
-            cursor.execute("SHOW TABLES")
-            for (table,) in cursor.fetchall():
-                cursor.execute(f"DELETE FROM `{table}`")
-            connection.commit()
+        empty(server, endpoint)
     async_driver = "mariadb+asyncmy" if FLAVOUR == "mariadb" else "asyncmy"
     options = {"credentials": server.credentials, "driver": driver(), "async_driver": async_driver}
     return Shop(databases, "server", options)

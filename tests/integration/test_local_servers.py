@@ -281,6 +281,21 @@ def test_a_process_that_dies_leaves_no_server_and_no_data(number: signal.Signals
     eventually(lambda: not Path(directory).exists())
 
 
+def test_a_process_that_ends_without_closing_its_servers_leaves_nothing_and_says_nothing() -> None:
+    code = """
+from shardkit.testing import LocalZooKeeper
+server = LocalZooKeeper().start()
+print(*server.identity, server.directory)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    pid, started, directory = done.stdout.split()
+    assert start_time(int(pid)) != started
+    assert not Path(directory).exists()
+    assert done.stderr == ""
+
+
 def test_a_forked_child_that_lives_on_does_not_keep_the_servers_of_its_dead_parent() -> None:
     first = "if os.fork() == 0: time.sleep(60); os._exit(0)"
     holder = subprocess.Popen(

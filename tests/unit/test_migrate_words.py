@@ -6,7 +6,8 @@ import pytest
 import sqlalchemy as sa
 
 from shardkit.migrate.drift import describe
-from shardkit.migrate.journal import Unfinished, statement_kind
+from shardkit.migrate.journal import statement_kind
+from shardkit.migrate.notes import Unfinished
 
 
 @pytest.mark.parametrize(
