@@ -13,6 +13,7 @@ import pymysql
 
 from shardkit.credentials import CredentialSource, fixed
 from shardkit.errors import Unreachable
+from shardkit.testing.docker import DATA
 from shardkit.testing.server import LocalServer
 from shardkit.topology import Endpoint
 
@@ -46,8 +47,9 @@ class LocalDatabaseServer(LocalServer):
         server_id: int | None = None,
         port: int | None = None,
         start_timeout: float = 60.0,
+        docker: bool | None = None,
     ) -> None:
-        super().__init__(port=port, start_timeout=start_timeout)
+        super().__init__(port=port, start_timeout=start_timeout, docker=docker)
         self.options = {name.replace("-", "_"): value for name, value in (options or {}).items()}
         self.durable = durable
         self._server_id = server_id
@@ -125,10 +127,9 @@ class LocalDatabaseServer(LocalServer):
     def _flavour_options(self) -> dict[str, object]:
         """Options that only this flavour has, or that it calls by another name."""
 
-    def _arguments(self, paths: Mapping[str, str]) -> list[str]:
-        """The command line for ``paths`` (datadir, tmpdir), the usual options and the caller's."""
+    def _arguments(self, places: Mapping[str, str]) -> list[str]:
+        """The command line for ``places`` (datadir, tmpdir, bind_address), the usual options and the caller's."""
         usual: dict[str, object] = {
-            **paths,
             "port": self.port,
             "server_id": self.server_id,
             "bind_address": self.host,
@@ -147,7 +148,7 @@ class LocalDatabaseServer(LocalServer):
             "binlog_row_image": "FULL",
             "binlog_row_metadata": "FULL",
         }
-        chosen = usual | self._flavour_options() | self.options
+        chosen = usual | self._flavour_options() | dict(places) | self.options
         if "skip_log_bin" in chosen:
             chosen.pop("log_bin", None)
         return option_arguments(chosen)
@@ -170,6 +171,10 @@ class LocalDatabaseServer(LocalServer):
     def _layout(self, directory: Path) -> dict[str, Path]:
         (directory / "tmp").mkdir()
         return {"datadir": directory / "data", "tmpdir": directory / "tmp"}
+
+
+#: Where a server in a container listens and keeps its data.
+CONTAINER_PLACES = {"bind_address": "0.0.0.0", "datadir": DATA, "tmpdir": "/tmp"}  # noqa: S104, S108 - of the container
 
 
 def option_arguments(options: Mapping[str, object]) -> list[str]:

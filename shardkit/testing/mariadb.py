@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
 from shardkit.errors import ServerFailed
 from shardkit.testing.binaries import Program, find_mariadb, find_mariadb_install
-from shardkit.testing.database import Flavour, LocalDatabaseServer, option_arguments
+from shardkit.testing.database import CONTAINER_PLACES, Flavour, LocalDatabaseServer, option_arguments
 from shardkit.testing.datadir import baked_in, copy_template
+from shardkit.testing.docker import DATA, Container, start_script
 from shardkit.testing.process import ServerProcess
 from shardkit.testing.server import Run
 
@@ -18,6 +20,11 @@ _ACCOUNTS = (
     "FLUSH PRIVILEGES;\n"
     "CREATE USER 'root'@'%' IDENTIFIED BY '';\n"
     "GRANT ALL PRIVILEGES ON *.* TO 'root'@'%' WITH GRANT OPTION;\n"
+)
+_INSTALL_OPTIONS = (
+    "--auth-root-authentication-method=normal",
+    "--skip-test-db",
+    "--cross-bootstrap",  # no look-up of this machine's name, which may not resolve
 )
 
 
@@ -45,7 +52,17 @@ class LocalMariaDB(LocalDatabaseServer):
             "feedback": False,
         }
 
-    def _prepare(self, directory: Path) -> Run:
+    def _in_container(self) -> Run:
+        install = "mariadb-install-db " + shlex.join(
+            ["--no-defaults", "--user=root", f"--datadir={DATA}", *_INSTALL_OPTIONS, "--extra-file=/shardkit/accounts"]
+        )
+        prepare = f'printf "%s" "$ACCOUNTS" >/shardkit/accounts\n{install}'
+        server = shlex.join(["mariadbd", "--no-defaults", "--user=root", *self._arguments(CONTAINER_PLACES)])
+        image = os.environ.get("SHARDKIT_MARIADB_IMAGE", "mariadb:11.4")
+        script = start_script(prepare, server)
+        return Container(self.name, image, script, port=self.port, environment={"ACCOUNTS": _ACCOUNTS})
+
+    def _process(self, directory: Path) -> Run:
         program = find_mariadb()
         paths = self._layout(directory)
         arguments = option_arguments({"innodb_log_file_size": "16M"} | baked_in(self.options)) + _as_user()
@@ -66,9 +83,7 @@ def _install(program: Program, arguments: list[str], datadir: Path) -> None:
         find_mariadb_install(program),
         "--no-defaults",
         f"--datadir={datadir}",
-        "--auth-root-authentication-method=normal",
-        "--skip-test-db",
-        "--cross-bootstrap",  # no look-up of this machine's name, which may not resolve
+        *_INSTALL_OPTIONS,
         f"--extra-file={accounts}",
         *arguments,
     ]

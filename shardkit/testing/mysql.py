@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
-from shardkit.errors import ServerFailed
+from shardkit.errors import MissingServer, ServerFailed
 from shardkit.testing.binaries import Program, find_mysql
-from shardkit.testing.database import Flavour, LocalDatabaseServer, option_arguments
+from shardkit.testing.database import CONTAINER_PLACES, Flavour, LocalDatabaseServer, option_arguments
 from shardkit.testing.datadir import baked_in, copy_template
+from shardkit.testing.docker import DATA, Container, start_script
 from shardkit.testing.process import ServerProcess
 from shardkit.testing.server import Run
 
@@ -35,10 +37,24 @@ class LocalMySQL(LocalDatabaseServer):
         }
 
     def _parent_directory(self) -> Path:
-        root = find_mysql().root
+        try:
+            root = find_mysql().root
+        except MissingServer:  # it will run in a container, if anywhere
+            root = None
         return root / "tmp" if root is not None else super()._parent_directory()
 
-    def _prepare(self, directory: Path) -> Run:
+    def _in_container(self) -> Run:
+        always = ["--no-defaults", "--user=root", "--mysqlx=OFF", "--secure-file-priv=NULL"]
+        install = shlex.join(
+            ["mysqld", *always, "--initialize-insecure", f"--datadir={DATA}", "--init-file=/shardkit/accounts"]
+        )
+        prepare = f'printf "%s" "$ACCOUNTS" >/shardkit/accounts\n{install}'
+        server = shlex.join(["mysqld", *always, *self._arguments(CONTAINER_PLACES)])
+        image = os.environ.get("SHARDKIT_MYSQL_IMAGE", "mysql:8.4")
+        script = start_script(prepare, server)
+        return Container(self.name, image, script, port=self.port, environment={"ACCOUNTS": _ACCOUNTS})
+
+    def _process(self, directory: Path) -> Run:
         program = find_mysql()
         paths = self._layout(directory)
         arguments = option_arguments({"innodb_redo_log_capacity": "32M"} | baked_in(self.options)) + _always()

@@ -89,8 +89,11 @@ class NamedServer(LocalServer):
     def _check(self) -> None:
         """Nothing more is needed than that it answers."""
 
-    def _prepare(self, directory: Path) -> Run:
+    def _process(self, directory: Path) -> Run:
         raise self._not_ours(f"started in {directory}")
+
+    def _in_container(self) -> Run:
+        raise self._not_ours("started in a container")
 
     def _not_ours(self, what: str) -> PreconditionFailed:
         return PreconditionFailed(

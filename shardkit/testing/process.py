@@ -56,9 +56,9 @@ class Watchdog:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        atexit.register(self._stop)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """End the watchdog process; what is still on its list is cleaned up."""
         with self._lock:
             if self._process is None or self._owner != os.getpid():
                 return
@@ -70,6 +70,8 @@ class Watchdog:
 
 
 WATCHDOG = Watchdog()
+# Registered before anything that uses it, and so run after the servers have been closed.
+atexit.register(WATCHDOG.stop)
 
 # Kept, because subprocess warns about a Popen object that goes away before its process does.
 _LEFT_RUNNING: list[subprocess.Popen[bytes]] = []

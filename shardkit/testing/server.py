@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from shardkit.errors import PreconditionFailed
+from shardkit.errors import MissingServer, PreconditionFailed
+from shardkit.testing.docker import engine_answers
 from shardkit.testing.ports import LOOPBACK, free_port, release_port
 from shardkit.testing.process import WATCHDOG
 from shardkit.testing.watchdog import PREFIX, Entry
@@ -55,13 +56,16 @@ class LocalServer(abc.ABC):
 
     :param port: TCP port; a free one when left out.
     :param start_timeout: seconds that the server may take until it answers.
+    :param docker: True runs it in a container, False never does; None does where the programs are not installed and a
+        Docker engine answers.
     """
 
     #: What messages and directories call this kind of server.
     kind: str
 
-    def __init__(self, *, port: int | None = None, start_timeout: float = 60.0) -> None:
+    def __init__(self, *, port: int | None = None, start_timeout: float = 60.0, docker: bool | None = None) -> None:
         self.host = LOOPBACK
+        self._docker = docker
         self.start_timeout = start_timeout
         self._given_port = port
         self._port: int | None = port
@@ -73,8 +77,12 @@ class LocalServer(abc.ABC):
     # --- what a kind of server has to say ------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def _prepare(self, directory: Path) -> Run:
+    def _process(self, directory: Path) -> Run:
         """Lay out configuration and data in the new, empty directory and say how the server runs from them."""
+
+    @abc.abstractmethod
+    def _in_container(self) -> Run:
+        """How the server runs in a container."""
 
     @abc.abstractmethod
     def _answers(self) -> bool:
@@ -83,6 +91,15 @@ class LocalServer(abc.ABC):
     def _parent_directory(self) -> Path:
         """Where the server's directory is made."""
         return Path(tempfile.gettempdir())
+
+    def _prepare(self, directory: Path) -> Run:
+        if self._docker is not True:
+            try:
+                return self._process(directory)
+            except MissingServer:
+                if self._docker is False or not engine_answers():
+                    raise
+        return self._in_container()
 
     # --- life cycle ----------------------------------------------------------------------------------------------
 
@@ -122,7 +139,11 @@ class LocalServer(abc.ABC):
         if self.running:
             return self
         if self._run is None:
-            self._run = self._lay_out()
+            try:
+                self._run = self._lay_out()
+            except BaseException:
+                self.close()
+                raise
         try:
             self._run.start()
             self._keep()
