@@ -7,6 +7,7 @@ Transaction ID"); a MySQL position is a set of intervals per source, where a sou
 
 from __future__ import annotations
 
+import re
 import struct
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
@@ -98,6 +99,7 @@ class MariaDBPosition:
 
 
 Interval = tuple[int, int]
+_TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,31}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ class MySQLPosition:
             if not pieces:
                 raise ValueError(f"{part!r} is not a MySQL GTID set: no interval after the UUID")
             for piece in pieces:
-                if piece[:1].isalpha() or piece[:1] == "_":
+                if _TAG.fullmatch(piece):
                     source = f"{base}:{piece.lower()}"
                     continue
                 low, _, high = piece.partition("-")

@@ -82,8 +82,8 @@ class Selector:
                 continue
             kept.append(rows if table is rows.table else Rows(table, rows.event))
         if len(kept) != len(transaction.rows):
-            transaction.rows = kept
             transaction.size = sum(len(rows.event.data) for rows in kept)
+        transaction.rows = kept
         change = None
         for query in transaction.statements:
             found = self._change(query, str(transaction.gtid))
