@@ -112,6 +112,7 @@ def names_of_containers() -> list[str]:
     assert engine_answers()
     client = docker.from_env()
     try:
-        return [container.name for container in client.containers.list(all=True, filters={"name": "shardkit-"})]
+        found = client.containers.list(all=True, filters={"name": "shardkit-"}, ignore_removed=True)
+        return [container.name for container in found]
     finally:
         client.close()
