@@ -335,13 +335,13 @@ class Cluster:
 
 
 def _hosts(tables: Iterable[Table], shard_map: ShardMap) -> dict[Table, tuple[str, ...]]:
-    unknown = [table.name for table in tables if table.name not in shard_map.tables]
+    unknown = [table.fullname for table in tables if table.fullname not in shard_map.tables]
     if unknown:
         raise UnknownTable(
             f"the shard map of {shard_map.cluster!r} does not name {', '.join(map(repr, unknown))}",
             hint="add each table to a keyspace: by its key, under reference, or in a keyspace without a partition",
         )
-    return {table: shard_map.table(table.name).shards for table in tables}
+    return {table: shard_map.table(table.fullname).shards for table in tables}
 
 
 def _dialect_name(shard_map: ShardMap, settings: EngineSettings, given: GivenEngines) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Table
+from sqlalchemy import BigInteger, Column, Integer, SmallInteger, Table
 from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.orm.exc import UnmappedColumnError
 
@@ -40,6 +40,8 @@ class Home:
     :param key: the columns that say which shard; none for reference and vertical tables.
     :param generated: the integer primary key that shardkit fills, by attribute and column name, where the keyspace has
         ``ids: generated``.
+    :param plain_number: where in the primary key the shard key stands, if it is one plain integer column, whose value
+        needs no interpreting.
     :param tokened: whether objects carry their shard in their identity: the table's rows are spread over shards.
     """
 
@@ -49,6 +51,7 @@ class Home:
     key: tuple[KeyAttribute, ...] = ()
     generated: KeyAttribute | None = None
     tokened: bool = False
+    plain_number: int | None = None
 
     @property
     def replicated(self) -> bool:
@@ -67,6 +70,11 @@ class Home:
         """
         if not self.tokened:
             return None
+        if self.plain_number is not None and type(identity[self.plain_number]) is int:
+            keyspace = self.info.keyspace
+            assert keyspace.partition is not None  # noqa: S101 - tables with a key have one
+            bucket = keyspace.partition.bucket_of((identity[self.plain_number],))
+            return None if bucket is None else keyspace.placement[bucket]
         row = {part.column: identity[part.position] for part in self.key if part.position is not None}
         if len(row) < len(self.key):
             return None
@@ -178,7 +186,7 @@ def _find(view: View, mapper: Mapper[Any]) -> Home:
             f"{mapper.class_.__name__} is not mapped to a table",
             hint="shardkit routes classes that are mapped to tables",
         )
-    infos = {table: view.map.table(table.name) for table in tables}
+    infos = {table: view.map.table(table.fullname) for table in tables}
     if len({(info.kind, *(keyspace.name for keyspace in info.keyspaces)) for info in infos.values()}) > 1:
         raise RoutingError(
             f"{mapper.class_.__name__} is mapped to {', '.join(table.name for table in tables)}: "
@@ -195,7 +203,16 @@ def _find(view: View, mapper: Mapper[Any]) -> Home:
         key=key,
         generated=_generated(mapper, table, info),
         tokened=info.kind == "sharded" and len(view.map.shards) > 1,
+        plain_number=_plain_number(table, info, key),
     )
+
+
+def _plain_number(table: Table, info: TableInfo, key: Sequence[KeyAttribute]) -> int | None:
+    partition = info.keyspace.partition
+    if len(key) != 1 or key[0].position is None or partition is None or partition.by == "directory":
+        return None
+    kind = type(next(column for column in table.columns if column.name == key[0].column).type)
+    return key[0].position if kind in {Integer, BigInteger, SmallInteger} else None
 
 
 def _key_attribute(mapper: Mapper[Any], table: Table, name: str) -> KeyAttribute:

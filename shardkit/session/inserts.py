@@ -1,4 +1,4 @@
-"""INSERT statements before they are planned: ids that shardkit makes, and values that have to be the same on every shard."""
+"""INSERT statements before they are planned: ids that shardkit makes, and values that every shard has to get alike."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def filled(statement: Any, parameters: Any, view: View, next_id: Maker) -> tuple
     :raises MissingKey: when the column for generated ids cannot hold them.
     """
     table = statement.table
-    info = view.map.tables.get(table.name) if isinstance(table, Table) else None
+    info = view.map.tables.get(table.fullname) if isinstance(table, Table) else None
     if info is None or not isinstance(statement, Insert) or statement.select is not None:
         return statement, parameters
     makers = dict(_makers(table, info, view, next_id))

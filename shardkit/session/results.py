@@ -30,8 +30,8 @@ def merged(plan: MergePlan, results: Sequence[Result[Any]], statement: Executabl
     return answer
 
 
-def _metadata(result: Result[Any], visible: int) -> SimpleResultMetaData:
-    """The metadata of the statement's own columns, without the hidden ones behind them."""
+def _metadata(result: Result[Any], visible: int | None) -> SimpleResultMetaData:
+    """The metadata of the statement's own columns, without the hidden ones behind them; None: there are none."""
     frozen: Any = result._metadata._for_freeze()  # noqa: SLF001
     keys = list(frozen.keys)[:visible]
     if len(keys) == len(frozen.keys):

@@ -11,7 +11,7 @@ tests/unit/test_session_hooks.py.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -21,7 +21,15 @@ from weakref import WeakSet
 from sqlalchemy import Connection, Engine, Executable, Result, Select, select
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.exc import InvalidRequestError, MultipleResultsFound, UnboundExecutionError
-from sqlalchemy.orm import InstanceState, Mapper, ORMExecuteState, Session, SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.orm import (
+    InstanceState,
+    Mapper,
+    ORMExecuteState,
+    Session,
+    SessionTransaction,
+    SessionTransactionOrigin,
+    loading,
+)
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.base import PassiveFlag
 from sqlalchemy.orm.context import QueryContext
@@ -118,7 +126,7 @@ class ClusterSession(Session):
             self._autobegin_t()
         return cast("ClusterTransaction", self._root)
 
-    def admit_writes(self, shards: Iterable[str]) -> None:
+    def admit_writes(self, shards: Collection[str]) -> None:
         """Take note that the transaction writes to these shards; where it may not, roll it back.
 
         :raises SecondShardWritten: under ``transactions="single"``.
@@ -129,6 +137,21 @@ class ClusterSession(Session):
             if not self._flushing:  # a flush rolls back by itself
                 self._deactivate()
             raise
+        self._turn_to_masters(shards)
+
+    def _turn_to_masters(self, shards: Iterable[str]) -> None:
+        """Objects that were read from a replica may be older than the master's rows: read them again there."""
+        transaction = self._outermost()
+        turning = {shard for shard in shards if transaction.turn_to_master(shard)}
+        if not turning:
+            return
+        for state in self.identity_map.all_states():
+            if not state.modified and not turning.isdisjoint(self._shards_of(state, transaction.view)):
+                state._expire(state.dict, self.identity_map._modified)
+
+    def _shards_of(self, state: InstanceState[Any], view: View) -> tuple[str, ...]:
+        token = None if state.key is None else state.key[2]
+        return home_of(view, state.mapper).info.shards if token is None else (token,)
 
     def _deactivate(self) -> None:
         """Roll back as a failed flush does: the session asks for `rollback` before it goes on."""
@@ -225,11 +248,13 @@ class ClusterSession(Session):
                     shard = self.find_shard(refreshed) if refreshed in self._unplaced else refreshed.key[2]
                     if shard != token:  # its row has moved since the statement was made
                         token, options = shard, _given(options).union({"identity_token": shard})
-                target = Target(
-                    _existing(view, token),
-                    statement._for_update_arg is not None,
-                    self._merged_options(statement, options).get("shardkit_read_from", read_from) == "replica",
-                )
+                if "shardkit_read_from" in options:
+                    read_from = options["shardkit_read_from"]
+                elif "shardkit_read_from" in statement._execution_options:
+                    read_from = statement._execution_options["shardkit_read_from"]
+                elif self.execution_options:
+                    read_from = self.execution_options.get("shardkit_read_from", read_from)
+                target = Target(_existing(view, token), statement._for_update_arg is not None, read_from == "replica")
                 return self._run(statement, params, options, bind_arguments, target, parent, scalar)
             combined = self._merged_options(statement, options)
             read_from = combined.get("shardkit_read_from", read_from)
@@ -267,6 +292,8 @@ class ClusterSession(Session):
         scalar: bool,
     ) -> Any:
         arguments = {**bind_arguments, TARGET: target} if bind_arguments else {TARGET: target}
+        if target.master:
+            self._turn_to_masters((target.shard,))
         if (
             type(statement) is Select
             and parent is None
@@ -440,6 +467,8 @@ class ClusterSession(Session):
     # --- identity
 
     def _get_impl(self, entity: Any, primary_key_identity: Any, db_load_fn: Any, **options: Any) -> Any:
+        if db_load_fn is loading._load_on_pk_identity:
+            db_load_fn = _load_with_token
         mapper = cast("Mapper[Any] | None", sa_inspect(entity))
         if options.get("identity_token") is not None or mapper is None or not mapper.is_mapper:
             return super()._get_impl(entity, primary_key_identity, db_load_fn, **options)
@@ -466,8 +495,8 @@ class ClusterSession(Session):
         identity_token: Any = None,
         passive: PassiveFlag = PassiveFlag.PASSIVE_OFF,
         lazy_loaded_from: InstanceState[Any] | None = None,
-        execution_options: Any = EMPTY_DICT,
-        bind_arguments: Any = None,
+        execution_options: Any = EMPTY_DICT,  # noqa: ARG002 - the base's signature
+        bind_arguments: Any = None,  # noqa: ARG002
     ) -> Any:
         if identity_token is not None:
             return super()._identity_lookup(mapper, primary_key_identity, identity_token, passive, lazy_loaded_from)
@@ -572,7 +601,7 @@ class ClusterSession(Session):
         """Decide what can be decided before anything is sent."""
         try:
             flush.prepare(self._new, set(self._dirty_states).difference(self._deleted), self._deleted)
-            transaction.admit_writes(flush.touched)
+            self.admit_writes(flush.touched)
         except (RoutingError, TransactionError):
             self._deactivate()
             raise
@@ -580,17 +609,6 @@ class ClusterSession(Session):
             # a flush asks for a connection even for objects that it will not write
             for state in flush.unchanged:
                 state._commit_all(state.dict, self.identity_map)
-        self._turn_to_masters(flush.touched)
-
-    def _turn_to_masters(self, shards: Iterable[str]) -> None:
-        """Objects that were read from a replica may be older than the master's rows: read them again there."""
-        transaction = self._outermost()
-        turning = {shard for shard in shards if transaction.reads_replica(shard)}
-        if not turning:
-            return
-        for state in self.identity_map.all_states():
-            if state.key is not None and state.key[2] in turning and not state.modified:
-                state._expire(state.dict, self.identity_map._modified)
 
     def _register_persistent(self, states: set[InstanceState[Any]]) -> None:
         if self._flush_at_work is not None:
@@ -608,6 +626,17 @@ class ClusterSession(Session):
         for shard, items in groups.items():
             with self._carrying(Target(shard, master=True, replica=False)):
                 super()._bulk_save_mappings(mapper, items, **options)
+
+
+def _load_with_token(
+    session: ClusterSession, statement: Any, identity: Any, *, load_options: Any, identity_token: Any, **others: Any
+) -> Any:
+    """SQLAlchemy's ``_load_on_pk_identity`` with load options that were made before."""
+    if identity_token is not None and load_options is QueryContext.default_load_options:
+        load_options, identity_token = _load_options(identity_token)[_LOAD_OPTIONS], None
+    return loading._load_on_pk_identity(
+        session, statement, identity, load_options=load_options, identity_token=identity_token, **others
+    )
 
 
 def _identity_of(options: Mapping[str, Any]) -> Any:
@@ -646,7 +675,8 @@ def _load_options(shard: str) -> immutabledict[str, Any]:
 def _with_token(options: Mapping[str, Any], shard: str, kind: StatementKind) -> immutabledict[str, Any]:
     if kind is StatementKind.SELECT:
         return _given(options).union({"identity_token": shard}) if options else _load_options(shard)
-    return _given(options).union({"identity_token": shard}).union(_load_options(shard))
+    tokened: immutabledict[str, Any] = _given(options).union({"identity_token": shard, **_load_options(shard)})
+    return tokened
 
 
 def _given(options: Mapping[str, Any]) -> immutabledict[str, Any]:

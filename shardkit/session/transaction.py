@@ -102,8 +102,6 @@ class ClusterTransaction(SessionTransaction):
             )
         for shard in wanted:
             self._written[shard] = None
-            self._on_master.add(shard)
-            self.reading.pop((shard, True), None)
 
     def engine_for(self, shard: str, *, master: bool, read_from_replica: bool) -> Engine:
         """The endpoint of a shard for one statement.
@@ -112,8 +110,7 @@ class ClusterTransaction(SessionTransaction):
         """
         role, number = Role.MASTER, 0
         if master:
-            self._on_master.add(shard)
-            self.reading.pop((shard, True), None)
+            self.turn_to_master(shard)
         elif read_from_replica and shard not in self._on_master:
             chosen = self._replicas.get(shard)
             if chosen is None:
@@ -129,9 +126,11 @@ class ClusterTransaction(SessionTransaction):
             self._masters[shard] = engine
         return engine
 
-    def reads_replica(self, shard: str) -> bool:
-        """Whether this transaction has read this shard's rows from a replica and not yet turned to the master."""
-        return shard in self._replicas and shard not in self._on_master
+    def turn_to_master(self, shard: str) -> bool:
+        """From now on this shard is used on its master; True when its rows were read from a replica before."""
+        self._on_master.add(shard)
+        self.reading.pop((shard, True), None)
+        return self._replicas.pop(shard, None) is not None
 
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         if bind in self._connections:
@@ -238,7 +237,15 @@ class ClusterTransaction(SessionTransaction):
             else:
                 committed.append(shard)
         if failed:
+            for shard in committed:
+                self._mark_ended(shard)
             raise PartialCommit(committed, failed)
+
+    def _mark_ended(self, shard: str) -> None:
+        """So that the rollback which follows a partial commit leaves alone what is durable."""
+        connection, _, should_commit, autoclose = self._connections[self._masters[shard]]
+        entry = (connection, cast("Transaction", _Ended()), should_commit, autoclose)
+        self._connections[connection] = self._connections[connection.engine] = entry
 
     def _first_commit_failed(self, shard: str, error: exc.DBAPIError, *, alone: bool) -> None:
         """Nothing is durable yet, unless the answer to this very COMMIT was lost."""
@@ -257,6 +264,15 @@ class ClusterTransaction(SessionTransaction):
         finally:
             if self._pin is not None:
                 self._pin.release()
+
+
+class _Ended:
+    """Stands for a transaction that has been committed."""
+
+    is_active = False
+
+    def rollback(self) -> None:
+        """Nothing is left to be undone."""
 
 
 def _end_reading(connection: Connection, transaction: Transaction) -> None:

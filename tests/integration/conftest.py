@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import shardkit
 from shardkit.cluster import Cluster, create_cluster
 from shardkit.engines import GivenEngines
 from shardkit.shardmap import ShardMap
+from shardkit.testing import TcpProxy
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit.topology import Endpoint
 from tests.integration.shop import SHARDS, Base, Databases, sqlite_databases
@@ -125,6 +126,22 @@ def server_shop(request: pytest.FixtureRequest, database_server: LocalDatabaseSe
     made = _server_shop(request)
     yield made
     made.close()
+
+
+@pytest.fixture
+def distant_shop(server_shop: Shop, database_server: LocalDatabaseServer) -> Iterator[Shop]:
+    """The shop on the shared server, each of its databases 0.2 s away (there and back)."""
+    with ExitStack() as stack:
+        proxies = [stack.enter_context(TcpProxy(database_server.host, database_server.port)) for _ in SHARDS]
+        for proxy in proxies:
+            proxy.delay(0.1)
+        masters = {
+            shard: proxy.endpoint(str(server_shop.masters[shard].database))
+            for shard, proxy in zip(SHARDS, proxies, strict=True)
+        }
+        made = Shop(Databases(masters, server_shop.connect), "server", server_shop.options)
+        yield made
+        made.close()
 
 
 def empty(server: LocalDatabaseServer, endpoint: Endpoint) -> None:

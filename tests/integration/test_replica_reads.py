@@ -1,0 +1,233 @@
+"""Reads on replicas where asked: fresh ones only, one a shard and transaction, and never past the transaction's writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import func, select
+
+import shardkit
+from shardkit.cluster import Cluster
+from shardkit.topology import Endpoint
+from tests.integration.conftest import Shop, empty
+from tests.integration.shop import Base, User
+from tests.integration.test_cluster import wait_until
+
+
+class ReplicatedShop:
+    """A shop whose first shard has two replicas. Nothing replicates: every database says in its rows which it is."""
+
+    def __init__(self, shop: Shop, replicas: list[Endpoint], max_lag: float = 1.0) -> None:
+        self.shop = shop
+        self.replicas = replicas
+        self.cluster: Cluster = shop.open(shop.map({"shop-0": replicas}), max_lag=max_lag)
+        self.user = shop.users_on("shop-0", 1)[0]
+        for number in range(len(replicas)):
+            Base.metadata.create_all(self.cluster.engine("shop-0", "replica", number))
+        for endpoint, name in (
+            (shop.masters["shop-0"], "master"),
+            *((r, f"replica {n}") for n, r in enumerate(replicas)),
+        ):
+            shop.execute(endpoint, f"INSERT INTO users (id, name) VALUES ({self.user}, '{name}')")
+            with closing(shop.connect(endpoint)) as connection:
+                cursor = connection.cursor()
+                cursor.execute(
+                    "CREATE TABLE IF NOT EXISTS shardkit_heartbeat "
+                    "(shard VARCHAR(190) PRIMARY KEY, beat BIGINT, written_at BIGINT)"
+                )
+                cursor.execute("CREATE TABLE IF NOT EXISTS shardkit_position (hop VARCHAR(190) PRIMARY KEY, gtid TEXT)")
+                connection.commit()
+
+    def beat(self, *behind: float | None) -> None:
+        """Have each replica hold a heartbeat of so many seconds ago (from now on, for a minute), or none."""
+        for replica, seconds in zip(self.replicas, behind, strict=True):
+            self.shop.execute(replica, "DELETE FROM shardkit_heartbeat")
+            if seconds is not None:
+                written = int((time.time() - seconds) * 1_000_000)
+                self.shop.execute(replica, f"INSERT INTO shardkit_heartbeat VALUES ('shop-0', 1, {written})")
+        self.cluster.health.wait()
+
+    def fresh(self) -> set[int]:
+        """The replicas that may serve reads now."""
+        return {replica[1] for replica in self.cluster.health.fresh(self.cluster._replicas_of("shop-0"))}
+
+    def read(self, **options: object) -> str:
+        """Which database answers a read of a new transaction."""
+        with shardkit.sessionmaker(self.cluster, read_from="replica")() as session:
+            return session.scalars(select(User.name).where(User.id == self.user), execution_options=options).one()
+
+
+@pytest.fixture
+def replicated(shop: Shop, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ReplicatedShop]:
+    """With replicas that are never too far behind: a lag of up to a minute is allowed."""
+    yield from _replicated(shop, tmp_path, request, max_lag=60.0)
+
+
+@pytest.fixture
+def strict(shop: Shop, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ReplicatedShop]:
+    """With replicas that may be a second behind."""
+    yield from _replicated(shop, tmp_path, request, max_lag=1.0)
+
+
+def _replicated(shop: Shop, tmp_path: Path, request: pytest.FixtureRequest, max_lag: float) -> Iterator[ReplicatedShop]:
+    if shop.kind == "sqlite":
+        yield ReplicatedShop(
+            shop, [Endpoint("", 0, str(tmp_path / f"replica-{number}.db"), "sqlite") for number in range(2)], max_lag
+        )
+        return
+    replicas: list[Endpoint] = request.getfixturevalue("server_replicas")
+    for replica in replicas:
+        empty(request.getfixturevalue("database_server"), replica)
+    yield ReplicatedShop(shop, replicas, max_lag)
+
+
+def test_reads_go_to_a_replica_only_where_asked(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    with shardkit.sessionmaker(replicated.cluster)() as session:
+        assert session.get_one(User, replicated.user).name == "master"
+    assert replicated.read().startswith("replica")
+    assert replicated.read(shardkit_read_from="master") == "master"
+    with shardkit.sessionmaker(replicated.cluster)() as session:
+        statement = select(User.name).where(User.id == replicated.user).execution_options(shardkit_read_from="replica")
+        assert session.scalars(statement).one().startswith("replica")
+    with shardkit.sessionmaker(replicated.cluster)() as session:
+        found = session.get_one(User, replicated.user, execution_options={"shardkit_read_from": "replica"})
+        assert found.name.startswith("replica")
+
+
+def test_both_replicas_take_part(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    assert {replicated.read() for _ in range(60)} == {"replica 0", "replica 1"}
+
+
+def test_a_transaction_stays_on_one_replica(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    statement = select(User.name).where(User.id == replicated.user)
+    for _ in range(5):
+        with shardkit.sessionmaker(replicated.cluster, read_from="replica")() as session:
+            assert len({session.scalars(statement).one() for _ in range(20)}) == 1
+
+
+def test_a_scattered_read_uses_replicas_where_there_are_some(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    other = replicated.shop.users_on("shop-1", 1)[0]
+    replicated.shop.execute(
+        replicated.shop.masters["shop-1"], f"INSERT INTO users (id, name) VALUES ({other}, 'master')"
+    )
+    with shardkit.sessionmaker(replicated.cluster, read_from="replica")() as session:
+        names = sorted(session.scalars(select(User.name)).all())
+    assert names[0] == "master"
+    assert names[1].startswith("replica")
+
+
+def test_after_a_write_that_shard_is_read_on_its_master(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    with shardkit.sessionmaker(replicated.cluster, read_from="replica")() as session:
+        user = session.get_one(User, replicated.user)
+        assert user.name.startswith("replica")
+        user.age = 30
+        session.flush()
+        assert session.scalars(select(User.name).where(User.id == replicated.user)).one() == "master"
+        session.rollback()
+        assert session.scalars(select(User.name).where(User.id == replicated.user)).one().startswith("replica")
+
+
+def test_a_flush_that_a_read_causes_turns_that_read_to_the_master(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    new = replicated.shop.users_on("shop-0", 2)[1]
+    with shardkit.sessionmaker(replicated.cluster, read_from="replica")() as session:
+        session.add(User(id=new, name="new"))
+        assert session.scalar(select(func.count()).select_from(User).where(User.id == new)) == 1
+        session.rollback()
+
+
+def test_objects_read_before_the_first_write_are_read_again_on_the_master(replicated: ReplicatedShop) -> None:
+    """Else an object would show the replica's values beside rows of the master's."""
+    replicated.beat(0, 0)
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    new = replicated.shop.users_on("shop-0", 2)[1]
+    with shardkit.sessionmaker(replicated.cluster, read_from="replica")() as session:
+        user = session.get_one(User, replicated.user)
+        assert user.name.startswith("replica")
+        session.add(User(id=new, name="new"))
+        session.flush()
+        assert user.name == "master"
+        session.rollback()
+
+
+def test_an_update_statement_turns_its_shard_to_the_master(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    with shardkit.sessionmaker(replicated.cluster, read_from="replica")() as session:
+        user = session.get_one(User, replicated.user)
+        session.execute(sa.update(User).where(User.id == replicated.user).values(age=31))
+        assert session.scalars(select(User.name).where(User.id == replicated.user)).one() == "master"
+        assert user.name == "master"
+        session.rollback()
+
+
+def test_locking_reads_go_to_the_master(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    with shardkit.sessionmaker(replicated.cluster, read_from="replica")() as session:
+        statement = select(User.name).where(User.id == replicated.user).with_for_update()
+        assert session.scalars(statement).one() == "master"
+        assert session.scalars(select(User.name).where(User.id == replicated.user)).one() == "master"
+    with shardkit.sessionmaker(replicated.cluster, read_from="replica")() as session:
+        assert session.get_one(User, replicated.user, with_for_update=True).name == "master"
+
+
+def test_a_replica_without_a_heartbeat_gets_no_reads(strict: ReplicatedShop) -> None:
+    strict.beat(None, None)
+    assert strict.fresh() == set()
+    assert strict.read() == "master"
+
+
+def test_a_replica_that_is_too_far_behind_gets_no_reads_until_it_is_back(replicated: ReplicatedShop) -> None:
+    replicated.beat(3600, 0)
+    wait_until(lambda: replicated.fresh() == {1})
+    assert {replicated.read() for _ in range(20)} == {"replica 1"}
+    replicated.beat(3600, 3600)
+    wait_until(lambda: replicated.fresh() == set())
+    assert replicated.read() == "master"
+    replicated.beat(0, 3600)
+    wait_until(lambda: replicated.fresh() == {0})
+    assert replicated.read() == "replica 0"
+
+
+def test_a_replica_that_cannot_be_asked_gets_no_reads(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    replicated.shop.execute(replicated.replicas[0], "DROP TABLE shardkit_heartbeat")
+    wait_until(lambda: replicated.fresh() == {1})
+    reading = replicated.cluster.health.reading(replicated.cluster._replicas_of("shop-0")[0])
+    assert reading is not None
+    assert "shardkit_heartbeat" in reading.error
+
+
+def test_lag_is_counted_in_seconds_by_the_servers_own_clock(replicated: ReplicatedShop) -> None:
+    replicated.beat(20, 40)
+    first, second = replicated.cluster._replicas_of("shop-0")
+
+    def lags() -> list[float]:
+        readings = [replicated.cluster.health.reading(replica) for replica in (first, second)]
+        return [reading.lag for reading in readings if reading is not None and reading.lag is not None]
+
+    wait_until(lambda: len(lags()) == 2 and 20 <= lags()[0] < 25 and 40 <= lags()[1] < 45)
+
+
+def test_a_shard_without_replicas_is_read_on_its_master(replicated: ReplicatedShop) -> None:
+    other = replicated.shop.users_on("shop-1", 1)[0]
+    with shardkit.sessionmaker(replicated.cluster, read_from="replica")() as session:
+        assert session.get(User, other) is None
