@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -209,7 +210,8 @@ class ShardMap:
         except KeyError:
             raise UnknownTable(
                 f"the shard map of {self.cluster!r} does not name the table {name!r}",
-                hint=f"add it to a keyspace; the map knows {_some(sorted(self._tables))}",
+                hint=_did_you_mean(name, self._tables)
+                + f"add it to a keyspace; the map has {_some(sorted(self._tables))}",
             ) from None
 
     def keyspace(self, name: str) -> Keyspace:
@@ -222,7 +224,7 @@ class ShardMap:
         except KeyError:
             raise UnknownTable(
                 f"the shard map of {self.cluster!r} has no keyspace {name!r}",
-                hint=f"it has {_some(sorted(self.keyspaces))}",
+                hint=f"{_did_you_mean(name, self.keyspaces)}it has {_some(sorted(self.keyspaces))}",
             ) from None
 
     def shard(self, name: str) -> Shard:
@@ -235,7 +237,7 @@ class ShardMap:
         except KeyError:
             raise UnknownTable(
                 f"the shard map of {self.cluster!r} has no shard {name!r}",
-                hint=f"it has {_some(sorted(self.shards))}",
+                hint=f"{_did_you_mean(name, self.shards)}it has {_some(sorted(self.shards))}",
             ) from None
 
     def locate(self, table: str, key: Mapping[str, Any] | Sequence[Any] = ()) -> Placement:
@@ -336,6 +338,11 @@ class ShardMap:
 
 def _checked(changed: ShardMap) -> ShardMap:
     return ShardMap.parse(document_of(changed))
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, list(known), n=1, cutoff=0.75)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

@@ -25,7 +25,7 @@ _ENTRIES = {
     entries={name: entry for name, entry in _ENTRIES.items() if find_spec(entry.module) is not None},
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.option("-v", "--verbose", count=True, help="Log what happens to standard error; twice for more.")
+@click.option("-v", "--verbose", count=True, metavar="", help="Log what happens to standard error; twice for more.")
 @click.version_option(package_name="shardkit")
 def cli(verbose: int) -> None:
     """Sharding, read off-loading and change data capture for MySQL and MariaDB.

@@ -40,7 +40,7 @@ def explain(error: BaseException) -> Failure:
         case InvalidShardMap():
             return Failure(
                 error.message.partition("\n")[0].rstrip(":"),
-                error.hint or "mend the lines named, then try 'shardkit map validate'",
+                error.hint or _map_hint(error),
                 error.problems,
                 error.exit_code,
                 type(error).__name__,
@@ -74,6 +74,12 @@ def explain(error: BaseException) -> Failure:
         "run it again with 'shardkit -v' to see where it comes from, and report it",
         kind=type(error).__name__,
     )
+
+
+def _map_hint(error: InvalidShardMap) -> str:
+    if any(problem.startswith("cannot be read") for problem in error.problems):
+        return "check the path and its permissions"
+    return "mend what is named, then check it with 'shardkit map validate FILE'"
 
 
 def _database_failure(error: BaseException) -> Failure:

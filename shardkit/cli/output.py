@@ -79,7 +79,7 @@ class Output:
     def line(self, text: str = "", *, style: str = "") -> None:
         """One line for people."""
         if not self.as_json:
-            self._stdout.print(Text(text, style=style), soft_wrap=True)
+            _print(self._stdout, Text(text, style=style))
 
     def done(self, text: str) -> None:
         """The last line of a command that changed something."""
@@ -114,11 +114,11 @@ class Output:
 
     def note(self, text: str) -> None:
         """Something worth knowing, on standard error."""
-        self._stderr.print(Text(text, style="dim"), soft_wrap=True)
+        _print(self._stderr, Text(text, style="dim"))
 
     def warning(self, text: str) -> None:
         """Something that may go wrong, on standard error."""
-        self._stderr.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+        _print(self._stderr, Text.assemble(("warning: ", "yellow"), text))
 
     def progress(self) -> Progress:
         """Progress bars on standard error; plain lines now and then where that is not a terminal.
@@ -156,7 +156,7 @@ class Output:
         from shardkit.errors import PreconditionFailed  # keeps SQLAlchemy out of --help
 
         for line in plan:
-            self._stderr.print(Text(f"  {line}"), soft_wrap=True)
+            _print(self._stderr, Text(f"  {line}"))
         if yes:
             return
         if not sys.stdin.isatty():
@@ -166,6 +166,11 @@ class Output:
         self._stderr.print(Text(f"{question} [y/N] ", style="bold"), end="")
         if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
             raise PreconditionFailed("nothing was changed: the answer was not yes")
+
+
+def _print(console: Console, text: Text) -> None:
+    """Wrapped between words on a terminal; a line is a line everywhere else."""
+    console.print(text, soft_wrap=not console.is_terminal)
 
 
 def _failure_document(failure: Failure) -> dict[str, object]:

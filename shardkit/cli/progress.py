@@ -196,7 +196,7 @@ class Progress:
 
     def line(self, text: str) -> None:
         """A line above the bars."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(text), soft_wrap=not self._console.is_terminal)
 
     def changed(self, task: Task) -> None:
         """Draw a task again; called by the task."""

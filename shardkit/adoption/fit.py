@@ -1,0 +1,64 @@
+"""Whether the databases are as a map says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shardkit.adoption import hazards
+from shardkit.adoption.tables import ColumnFacts, TableFacts, read_database
+from shardkit.credentials import CredentialSource
+from shardkit.partition import HashPartition, ListPartition, Partition, RangePartition, typed_value
+from shardkit.shardmap import ShardMap, TableInfo
+
+
+def misfits(shard_map: ShardMap, credentials: CredentialSource) -> list[str]:
+    """What of the map the masters' databases do not have, or what would go wrong there; one sentence each.
+
+    :raises ShardUnreachable: when a master does not answer.
+    """
+    return [
+        f"{shard.name}: {finding}"
+        for shard in shard_map.shards.values()
+        for finding in _on_shard(shard_map, shard.name, read_database(shard.name, shard.master, credentials))
+    ]
+
+
+def _on_shard(shard_map: ShardMap, shard: str, found: dict[str, TableFacts]) -> Iterator[str]:
+    for info in shard_map.tables.values():
+        if shard not in info.shards:
+            continue
+        if info.name not in found:
+            yield f"there is no table {info.name}"
+        elif info.kind == "sharded":
+            yield from _sharded(info, found[info.name])
+
+
+def _sharded(info: TableInfo, facts: TableFacts) -> Iterator[str]:
+    missing = [column for column in info.key if column not in facts.columns]
+    yield from (f"the table {info.name} has no key column {column}" for column in missing)
+    for column in info.key:
+        if column not in missing:
+            yield from hazards.key_hazards(facts, facts.columns[column])
+            yield from _values(info, facts.columns[column])
+    if not missing:
+        yield from hazards.sharded_hazards(facts, info.key)
+
+
+def _values(info: TableInfo, column: ColumnFacts) -> Iterator[str]:
+    """Values that stand in the map but can never stand in the column."""
+    kind = column.kind
+    for value in _written_values(info.keyspace.partition) if kind is not None else ():
+        try:
+            typed_value(kind, value)  # type: ignore[arg-type] # not None: see above
+        except TypeError as error:
+            yield f"keyspace {info.keyspace.name}: {error}: {info.name}.{column.name} is {kind}"
+
+
+def _written_values(partition: Partition | None) -> Iterator[object]:
+    match partition:
+        case HashPartition():
+            yield from (key[0] for key in partition.exceptions)
+        case ListPartition():
+            yield from (value for values in partition.values.values() for value in values)
+        case RangePartition():
+            yield from (end for ends in partition.bounds.values() for end in ends)

@@ -1,0 +1,192 @@
+"""``shardkit status``: the cluster at a glance."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from shardkit.cli.options import map_option, map_store, output_option
+from shardkit.cli.output import Column, Output
+from shardkit.topology import Endpoint, Role
+
+if TYPE_CHECKING:
+    from shardkit.credentials import CredentialSource
+    from shardkit.engines import Engines
+    from shardkit.mapstore import ClientState
+    from shardkit.shardmap import ShardMap
+    from shardkit_cdc.status import HopStatus
+
+_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointStatus:
+    """One database, as it answered.
+
+    :param seconds: to connect and to ask.
+    :param lag_seconds: how far its data are behind the master's; None for masters, and where nobody relays.
+    :param relay: the state of the hop that fills it; None where there is none.
+    """
+
+    shard: str
+    role: str
+    endpoint: str
+    reachable: bool
+    version: str | None = None
+    writable: bool | None = None
+    seconds: float | None = None
+    relay: str | None = None
+    lag_seconds: float | None = None
+    behind: int | None = None
+    position: str | None = None
+    error: str | None = None
+
+
+@click.command()
+@map_option
+@output_option
+def status(map_source: str, out: Output) -> int:
+    """Every shard's databases: role, reachable or not, lag; and the map that processes run on.
+
+    Exit code 1 when a database does not answer or a relay hop has failed.
+    """
+    from shardkit.credentials import from_environment
+
+    with map_store(map_source) as store:
+        shard_map = store.load()
+        source = store.source
+        clients = store.clients()
+    credentials = from_environment()
+    for shard in shard_map.shards.values():
+        credentials(shard.master)  # without a user there is nothing to ask for, and one error says so
+    databases = look(shard_map, credentials)
+    out.result(
+        {
+            "source": source,
+            "cluster": shard_map.cluster,
+            "map_version": shard_map.version,
+            "clients": clients,
+            "moves": shard_map.moves,
+            "databases": databases,
+        }
+    )
+    out.line(f"cluster {shard_map.cluster}, map version {shard_map.version} ({source})", style="bold")
+    out.line(_clients_line(clients, shard_map.version))
+    out.table(
+        ["shard", "role", "endpoint", "state", Column("lag s", right=True), Column("behind", right=True), "server"],
+        [_row(database) for database in databases],
+    )
+    for move in shard_map.moves:
+        out.line(f"job {move.job} moves {len(move.buckets)} buckets of {move.keyspace}: {move.source} -> {move.target}")
+    for database in databases:
+        if database.error:
+            out.warning(database.error)
+    return 0 if all(database.reachable and database.relay != "failed" for database in databases) else 1
+
+
+def _clients_line(clients: Sequence[ClientState], current: int) -> str:
+    if not clients:
+        return "no process has announced itself"
+    versions = Counter(client.version for client in clients)
+    behind = sum(number for version, number in versions.items() if version < current)
+    line = f"{len(clients)} running {'process' if len(clients) == 1 else 'processes'}"
+    return f"{line}, {behind} on an older map" if behind else f"{line}, all on this map"
+
+
+def _row(database: EndpointStatus) -> tuple[object, ...]:
+    state = (
+        "unreachable" if not database.reachable else "up" if database.relay is None else f"up, relay {database.relay}"
+    )
+    return (
+        database.shard,
+        database.role,
+        database.endpoint,
+        state,
+        None if database.lag_seconds is None else f"{database.lag_seconds:.2f}",
+        database.behind,
+        database.version,
+    )
+
+
+def look(shard_map: ShardMap, credentials: CredentialSource) -> list[EndpointStatus]:
+    """Ask every endpoint of the map, all at once; one that does not answer costs a few seconds."""
+    from shardkit.engines import Engines, EngineSettings
+
+    places = [
+        _Place(shard.name, role, number, endpoint)
+        for shard in shard_map.shards.values()
+        for role in Role
+        for number, endpoint in enumerate(shard.with_role(role))
+    ]
+    hops = _hops(shard_map, credentials)
+    engines = Engines(EngineSettings(credentials))
+    try:
+        with ThreadPoolExecutor(max_workers=min(_AT_ONCE, len(places))) as pool:
+            return list(pool.map(lambda place: _ask(place, engines, hops.get(place.endpoint)), places))
+    finally:
+        engines.dispose()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    shard: str
+    role: Role
+    number: int
+    endpoint: Endpoint
+
+
+def _hops(shard_map: ShardMap, credentials: CredentialSource) -> Mapping[Endpoint, HopStatus]:
+    """The relay hops by the endpoint that they fill."""
+    from shardkit_cdc.daemon import hops_of
+    from shardkit_cdc.status import hop_status
+
+    shards = [shard for shard in shard_map.shards.values() if shard.master.dialect != "sqlite"]
+    targets = [spec.target for shard in shards for spec in hops_of(shard)]
+    return dict(zip(targets, hop_status(shards, credentials), strict=True))
+
+
+def _ask(place: _Place, engines: Engines, hop: HopStatus | None) -> EndpointStatus:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from shardkit.errors import ShardkitError
+
+    shown = EndpointStatus(place.shard, str(place.role), str(place.endpoint), reachable=False)
+    began = time.monotonic()
+    try:
+        version, writable = _answer(place, engines)
+    except (ShardkitError, SQLAlchemyError) as error:
+        return replace(shown, error=str(error))
+    shown = replace(
+        shown, reachable=True, version=version, writable=writable, seconds=round(time.monotonic() - began, 4)
+    )
+    if hop is None:
+        return shown
+    return replace(
+        shown,
+        relay=hop.state,
+        lag_seconds=hop.lag_seconds,
+        behind=hop.behind,
+        position=hop.position or None,
+        error=hop.error or None,
+    )
+
+
+def _answer(place: _Place, engines: Engines) -> tuple[str, bool]:
+    """The server's version, and whether it takes writes."""
+    from shardkit.errors import PreconditionFailed
+
+    endpoint = place.endpoint
+    if endpoint.dialect == "sqlite" and not Path(endpoint.database).exists():
+        raise PreconditionFailed(f"there is no file {endpoint.database}", hint="check the path in the shard map")
+    with engines.probe(place.shard, place.role, endpoint, place.number).connect() as connection:
+        if endpoint.dialect == "sqlite":
+            return f"SQLite {connection.exec_driver_sql('SELECT sqlite_version()').scalar_one()}", True
+        version, read_only = connection.exec_driver_sql("SELECT VERSION(), @@read_only").one()
+        return str(version), not read_only
