@@ -38,6 +38,7 @@ def create_cluster(
     driver: str = "pymysql",
     async_driver: str = ASYNC_DRIVERS["mysql"],
     engine_options: Mapping[str, Any] | None = None,
+    async_engine_options: Mapping[str, Any] | None = None,
     max_lag: float = 1.0,
     store_timeout: float = 10.0,
 ) -> Cluster:
@@ -50,13 +51,17 @@ def create_cluster(
         (``mariadb+pymysql``).
     :param async_driver: the same for asyncio sessions.
     :param engine_options: passed to every `sqlalchemy.create_engine`.
+    :param async_engine_options: the same for asyncio sessions, whose driver takes other ``connect_args``; the same ones
+        by default.
     :param max_lag: seconds; a replica further behind gets no reads.
     :param store_timeout: seconds that reaching the map's store may take.
     :raises MapStoreUnavailable: when the store cannot be reached.
     :raises InvalidShardMap: when what it holds is not a map.
     """
     store = source if isinstance(source, MapStore) else open_store(source, timeout=store_timeout)
-    settings = EngineSettings(credentials or from_environment(), driver, async_driver, dict(engine_options or {}))
+    settings = EngineSettings(
+        credentials or from_environment(), driver, async_driver, dict(engine_options or {}), async_engine_options
+    )
     try:
         return Cluster(store, settings, given=engines, max_lag=max_lag)
     except BaseException:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from sqlalchemy import URL, Engine, create_engine, event
-from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
@@ -35,6 +35,9 @@ ASYNC_DRIVERS = {"mysql": "asyncmy", "sqlite": "aiosqlite"}
 #: Seconds that a probe waits for its server.
 PROBE_SECONDS = 2
 
+#: Seconds after which a pooled connection is replaced: before the server's own eight hours, without asking each time.
+POOL_RECYCLE_SECONDS = 3600
+
 _PROBE = " probe"
 _SIGNAL = 1644  # ER_SIGNAL_EXCEPTION: what a trigger's SIGNAL arrives as
 _REFUSAL = "shardkit:"
@@ -50,12 +53,14 @@ class EngineSettings:
     :param driver: the DBAPI for servers (``pymysql``, ``mysqldb``), or with SQLAlchemy's name for the dialect before it
         (``mariadb+pymysql``).
     :param options: passed to `sqlalchemy.create_engine`.
+    :param async_options: passed to `sqlalchemy.ext.asyncio.create_async_engine`; None: the same ones.
     """
 
     credentials: CredentialSource
     driver: str = "pymysql"
     async_driver: str = ASYNC_DRIVERS["mysql"]
     options: Mapping[str, Any] = field(default_factory=dict)
+    async_options: Mapping[str, Any] | None = None
 
     def url(self, endpoint: Endpoint, *, asynchronous: bool = False) -> URL:
         """The SQLAlchemy URL of an endpoint, with this process's driver and credentials."""
@@ -73,11 +78,11 @@ class EngineSettings:
             database=endpoint.database,
         )
 
-    def options_for(self, url: URL) -> dict[str, Any]:
+    def options_for(self, url: URL, *, asynchronous: bool) -> dict[str, Any]:
         """The engine options for this URL: ours for servers, and the application's over them."""
-        if url.get_backend_name() == "sqlite":
-            return dict(self.options)
-        return {"pool_recycle": 3600, **dict(self.options)}
+        theirs = self.options if not asynchronous or self.async_options is None else self.async_options
+        ours = {} if url.get_backend_name() == "sqlite" else {"pool_recycle": POOL_RECYCLE_SECONDS}
+        return {**ours, **theirs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +175,7 @@ class Engines:
 
     def _make(self, slot: _Slot) -> Engine | AsyncEngine:
         url = self._settings.url(slot.endpoint, asynchronous=slot.asynchronous)
-        options = self._settings.options_for(url)
+        options = self._settings.options_for(url, asynchronous=slot.asynchronous)
         engine: Engine | AsyncEngine
         try:
             engine = (create_async_engine if slot.asynchronous else create_engine)(url, **options)
@@ -191,6 +196,7 @@ class Engines:
                 event.listen(core, "checkout", _add_crc32_once)
         else:
             event.listen(core, "connect", _stamp)
+            event.listen(core, "do_connect", _connect)
         event.listen(core, "handle_error", _Translator(shard, role, endpoint, self._on_refusal))
 
     def keep(self, shards: Iterable[Shard]) -> None:
@@ -282,6 +288,19 @@ def _add_crc32(connection: Any, record: Any) -> None:
 def _add_crc32_once(connection: Any, record: Any, _proxy: Any) -> None:
     if "shardkit_crc32" not in record.info:
         _add_crc32(connection, record)
+
+
+def _connect(dialect: Dialect, _record: Any, arguments: Any, options: Any) -> Any:
+    """Connect, and say what to install where the server's way of checking passwords needs it."""
+    try:
+        return dialect.connect(*arguments, **options)
+    except RuntimeError as error:
+        if "cryptography" not in str(error):
+            raise
+        raise PreconditionFailed(
+            "the server checks passwords with caching_sha2_password, for which the driver lacks a package",
+            hint="pip install cryptography, or connect over TLS (engine_options={'connect_args': {'ssl': ...}})",
+        ) from error
 
 
 def _stamp(connection: Any, record: Any) -> None:

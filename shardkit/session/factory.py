@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, get_args
+from weakref import WeakSet
 
 from sqlalchemy import orm
 from sqlalchemy.ext import asyncio as sa_asyncio
@@ -14,12 +16,16 @@ from shardkit.routing.route import ScatterPolicy
 from shardkit.session.session import ClusterSession, ReadFrom
 from shardkit.session.transaction import CommitMode
 
+logger = logging.getLogger(__name__)
+
+_told: WeakSet[Cluster] = WeakSet()
+
 
 def sessionmaker(
     cluster: Cluster,
     *,
     read_from: ReadFrom = "master",
-    transactions: str = "single",
+    transactions: str = "atomic",
     scatter: ScatterPolicy = "allow",
     class_: type[orm.Session] = ClusterSession,
     **session_options: Any,
@@ -28,9 +34,10 @@ def sessionmaker(
 
     :param read_from: ``master``, or ``replica``: reads go to a replica that is fresh enough, as long as the transaction
         has not written to that shard.
-    :param transactions: ``single``: a transaction may write to one shard, writing to a second raises
-        `SecondShardWritten` and rolls back; ``best_effort``: shards commit one after the other, a failure between them
-        raises `PartialCommit`.
+    :param transactions: what a transaction that writes to several shards does. ``atomic``: it is committed on all of
+        them or on none, by two-phase commit; SQLite has none, and falls back to best_effort. ``best_effort``: shards
+        commit one after the other, a failure between them raises `PartialCommit`. ``single``: writing to a second
+        shard raises `SecondShardWritten` and rolls back. A transaction on one shard is an ordinary one in each of them.
     :param scatter: what a read over several shards does: ``allow``, ``warn`` (a `ScatterWarning`) or ``refuse``.
     :param class_: a `sqlalchemy.orm.Session` subclass of the application.
     :param session_options: as for `sqlalchemy.orm.sessionmaker`: ``expire_on_commit=``, ``info=``, ...
@@ -41,7 +48,7 @@ def sessionmaker(
         class_=_cluster_class(class_),
         cluster=cluster,
         read_from=read_from,
-        transactions=transactions,
+        transactions=_possible(cluster, transactions),
         scatter=scatter,
         **session_options,
     )
@@ -51,7 +58,7 @@ def async_sessionmaker(
     cluster: Cluster,
     *,
     read_from: ReadFrom = "master",
-    transactions: str = "single",
+    transactions: str = "atomic",
     scatter: ScatterPolicy = "allow",
     class_: type[sa_asyncio.AsyncSession] = sa_asyncio.AsyncSession,
     sync_session_class: type[orm.Session] = ClusterSession,
@@ -64,11 +71,25 @@ def async_sessionmaker(
         sync_session_class=_cluster_class(sync_session_class),
         cluster=cluster,
         read_from=read_from,
-        transactions=transactions,
+        transactions=_possible(cluster, transactions),
         scatter=scatter,
         asynchronous=True,
         **session_options,
     )
+
+
+def _possible(cluster: Cluster, transactions: str) -> str:
+    """What the cluster's databases can do: SQLite has no two-phase commit, which is said once."""
+    if transactions != CommitMode.ATOMIC or cluster.view.planner.dialect_name != "sqlite":
+        return transactions
+    if cluster not in _told and len(cluster.map.shards) > 1:
+        _told.add(cluster)
+        logger.warning(
+            "SQLite has no two-phase commit: on %s, a transaction that writes to several shards commits them one after "
+            "the other, and raises PartialCommit when one of them fails",
+            cluster.map.cluster,
+        )
+    return CommitMode.BEST_EFFORT
 
 
 def _cluster_class(given: type[orm.Session]) -> type[ClusterSession]:

@@ -91,7 +91,7 @@ class ClusterSession(Session):
         cluster: Cluster,
         *,
         read_from: ReadFrom = "master",
-        transactions: str = "single",
+        transactions: str = "atomic",
         scatter: ScatterPolicy = "allow",
         asynchronous: bool = False,
         **options: Any,
@@ -584,20 +584,19 @@ class ClusterSession(Session):
         if not self._dirty_states and not self._deleted and not self._new:
             super()._flush(objects)
             return
-        transaction = self._outermost()
-        flush = Flush(self, transaction.view)
+        flush = Flush(self, self._outermost().view)
         carried, self._carried = self._carried, None
         self._flush_at_work = flush
         self.connection_callable = flush.connection_for  # type: ignore[assignment]
         try:
-            self._before_flush(flush, transaction)
+            self._before_flush(flush)
             super()._flush(objects)
         finally:
             self.connection_callable = None
             self._flush_at_work = None
             self._carried = carried
 
-    def _before_flush(self, flush: Flush, transaction: ClusterTransaction) -> None:
+    def _before_flush(self, flush: Flush) -> None:
         """Decide what can be decided before anything is sent."""
         try:
             flush.prepare(self._new, set(self._dirty_states).difference(self._deleted), self._deleted)

@@ -198,7 +198,3 @@ def _flush(cluster: Cluster, database: str) -> list[Row]:
 
 
 
-
-if __name__ == "__main__":
-    for row in run():
-        print(row)

@@ -1,4 +1,4 @@
-"""Reads on replicas where asked: fresh ones only, one a shard and transaction, and never past the transaction's writes."""
+"""Reads on replicas where asked: fresh ones only, one a shard and transaction, never past the transaction's writes."""
 
 from __future__ import annotations
 
