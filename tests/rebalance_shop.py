@@ -26,6 +26,7 @@ from shardkit.rebalance import Job, MoveBuckets, Plan, Split, apply_plan, cancel
 from shardkit.rebalance.failpoint import VARIABLE
 from shardkit.shardmap import ShardMap
 from shardkit.testing.database import LocalDatabaseServer
+from shardkit.topology import Shard
 
 FIRST, SECOND = "shop-0", "shop-1"
 BUCKETS = 32
@@ -39,7 +40,7 @@ DDL = (
          balance DECIMAL(12, 2) NOT NULL DEFAULT 0, UNIQUE KEY by_email (email)
        ) CHARACTER SET utf8mb4""",
     """CREATE TABLE orders (
-         id BIGINT NOT NULL PRIMARY KEY, user_id BIGINT NOT NULL, item VARBINARY(40), amount INT NOT NULL,
+         id BIGINT NOT NULL PRIMARY KEY, user_id BIGINT, item VARBINARY(40), amount INT NOT NULL,
          KEY by_user (user_id), CONSTRAINT of_user FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE
        ) CHARACTER SET utf8mb4""",
     """CREATE TABLE stores (
@@ -83,7 +84,9 @@ class Shop:
     def contents(self) -> dict[str, list[tuple[Any, ...]]]:
         """Every row of every sharded table, over both shards."""
         return {
-            table: sorted(row for shard in self.databases for row in self.rows(shard, f"SELECT * FROM {table}"))
+            table: sorted(
+                (row for shard in self.databases for row in self.rows(shard, f"SELECT * FROM {table}")), key=repr
+            )
             for table in TABLES
         }
 
@@ -92,14 +95,13 @@ class Shop:
         shard_map = self.map
         found: dict[str, list[tuple[Any, ...]]] = {}
         for table, key in TABLES.items():
-            found[table] = sorted(
-                row
+            rows = (
+                (shard, row[0], row[1:])
                 for shard in self.databases
-                for value, row in (
-                    (row[0], row[1:]) for row in self.rows(shard, f"SELECT {key}, {table}.* FROM {table}")
-                )
-                if shard_map.locate(table, [value]).shard == shard
+                for row in self.rows(shard, f"SELECT {key}, {table}.* FROM {table}")
             )
+            placed = (row for shard, value, row in rows if shard_map.locate(table, [value]).shard == shard)
+            found[table] = sorted(placed, key=repr)
         return found
 
     def misplaced(self) -> list[str]:
@@ -144,6 +146,16 @@ class Shop:
         """Ids of users in these buckets."""
         shard_map, wanted = self.map, set(buckets)
         return [number for number in range(1, USERS + 1) if shard_map.locate(table, [number]).bucket in wanted]
+
+    def add_shard(self, name: str) -> None:
+        """A third shard with an empty database."""
+        database = f"{self.databases[FIRST]}_{len(self.databases)}"
+        self.server.execute(f"CREATE DATABASE {database}")
+        self.databases[name] = database
+        with closing(open_store(self.source)) as store:
+            current = store.load()
+            shards = {**current.shards, name: Shard(name, self.server.endpoint(database))}
+            store.publish(current.with_shards(shards), expected_version=current.version)
 
     # --- rebalancing
 
@@ -306,5 +318,5 @@ def open_shop(server: LocalDatabaseServer, source: str, cluster: str = "shop") -
         yield shop
     finally:
         shop.close()
-        for name in databases.values():
+        for name in shop.databases.values():
             server.execute(f"DROP DATABASE IF EXISTS {name}")

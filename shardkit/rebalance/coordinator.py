@@ -28,12 +28,14 @@ class Settings:
     :param client_patience: seconds that processes get to take up a new map.
     :param replica_patience: seconds that replicas get to apply a change of their master.
     :param freeze_patience: seconds over which the freeze is tried again behind open transactions.
+    :param table_patience: seconds over which making a trigger is tried again behind open transactions.
     """
 
     rows_per_second: float | None = None
     client_patience: float = 60.0
     replica_patience: float = 60.0
     freeze_patience: float = 60.0
+    table_patience: float = 60.0
 
 
 class Observer(Protocol):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from shardkit.errors import PreconditionFailed, RebalanceError
 from shardkit.rebalance.fence import Owned, change_ownership, describe, read_ownership
 from shardkit.rebalance.job import Job
-from shardkit.rebalance.servers import LockWait, Server
+from shardkit.rebalance.servers import LockWait, Server, in_list
 from shardkit.rebalance.tables import quoted
 
 #: Seconds that the freeze waits for one exclusive lock: while it waits, new writers of the buckets wait behind it.
@@ -227,8 +227,14 @@ def open_buckets(target: Server, job: Job, lease: Lease) -> None:
 
 
 def release(server: Server, job: Job) -> None:
-    """Take the job's name off its rows, in the caller's transaction."""
-    server.run("UPDATE shardkit_ownership SET job = NULL WHERE job = %s", job.id)
+    """Take the job's name off its rows, in the caller's transaction. Touches no other row: they would be locked."""
+    names = [str(bucket) for bucket in job.buckets]
+    server.run(
+        f"UPDATE shardkit_ownership SET job = NULL WHERE keyspace = %s AND bucket IN {in_list(names)} AND job = %s",
+        job.keyspace,
+        *names,
+        job.id,
+    )
 
 
 def finish(server: Server, job: Job, lease: Lease, event: str) -> None:

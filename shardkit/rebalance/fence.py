@@ -5,9 +5,9 @@ and triggers on the keyspace's tables which read the row of the bucket written, 
 writer's transaction ends. So an exclusive lock on the row waits for every open writer and lets no later one pass, raw
 SQL included; and a row that does not say ``owned`` refuses the write.
 
-The triggers check rows as they are stored: after an INSERT or UPDATE (before one, an AUTO_INCREMENT key is still 0, a
-generated key is not computed, and another trigger may yet change it), and before a DELETE. An error in them undoes the
-statement all the same.
+The triggers run before the change, so that their error comes before all others (a moved parent row would else be a
+foreign key's fault). Where the key is AUTO_INCREMENT or generated they run after it: before, such a key is 0 or not yet
+computed, and its bucket would be another one. An error undoes the statement all the same.
 
 A job's own connections carry the user variable ``@shardkit_coordinator`` and are let through: each transaction that
 they write begins by locking the job's row and comparing its token (`shardkit.rebalance.cutover.Lease`).
@@ -21,9 +21,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+import pymysql
+
 from shardkit.errors import PreconditionFailed, RebalanceError
 from shardkit.partition import Bucket, format_buckets
-from shardkit.rebalance.servers import LockWait, Server, in_list
+from shardkit.rebalance.servers import DDL_LOCK_SECONDS, LockWait, Server, code_of, in_list
 from shardkit.rebalance.tables import Table, quoted, text_literal
 from shardkit.shardmap import Keyspace
 
@@ -32,8 +34,9 @@ SQLSTATE = "45S01"
 ERRNO = 1644  # ER_SIGNAL_EXCEPTION
 #: What a SIGNAL's MESSAGE_TEXT holds; more is an error of its own.
 MESSAGE_CHARACTERS = 128
-#: Seconds over which trigger DDL is tried again behind open transactions.
-DDL_PATIENCE = 60.0
+#: Seconds over which DDL is tried without waiting for the table at all.
+IMPATIENT_SECONDS = 5.0
+_NO_TRIGGERS_BESIDE_LOG = 1419  # ER_BINLOG_CREATE_ROUTINE_NEED_SUPER
 
 
 class Owned(StrEnum):
@@ -73,7 +76,7 @@ class Trigger:
     @property
     def name(self) -> str:
         """At most 64 characters, like every identifier."""
-        digest = zlib.crc32(f"{self.table} {self.body}".encode())
+        digest = zlib.crc32(f"{self.table} {self.timing} {self.body}".encode())
         return f"{PREFIX}fence_{self.event[:3].lower()}_{self.table[:36]}_{digest:08x}"
 
     @property
@@ -88,15 +91,19 @@ class Trigger:
 def triggers_of(keyspace: Keyspace, table: Table) -> tuple[Trigger, ...]:
     """The three triggers that fence one table."""
     new, old = (table.bucket(keyspace.partition, row) for row in ("NEW", "OLD"))
+    key = [table.column(name) for name in table.key]
+    timing = "AFTER" if any(column.auto_increment or column.generated for column in key) else "BEFORE"
     return (
-        Trigger(table.name, "AFTER", "INSERT", _body(keyspace.name, [new])),
-        Trigger(table.name, "AFTER", "UPDATE", _body(keyspace.name, [old, new])),
+        Trigger(table.name, timing, "INSERT", _body(keyspace.name, [new])),
+        Trigger(table.name, timing, "UPDATE", _body(keyspace.name, [old, new])),
         Trigger(table.name, "BEFORE", "DELETE", _body(keyspace.name, [old])),
     )
 
 
 def _body(keyspace: str, buckets: Sequence[str]) -> str:
-    checks = " ".join(_check(keyspace, bucket) for bucket in buckets)
+    checks = _check(keyspace, buckets[0])
+    for bucket in buckets[1:]:
+        checks += f" IF NOT (({bucket}) <=> shardkit_bucket) THEN {_check(keyspace, bucket)} END IF;"
     return (
         "BEGIN"
         " DECLARE shardkit_bucket VARCHAR(63) CHARACTER SET ascii COLLATE ascii_bin;"
@@ -143,11 +150,14 @@ def is_ours(trigger: str) -> bool:
     return trigger.startswith(f"{PREFIX}fence_")
 
 
-def install(server: Server, keyspace: Keyspace, tables: Sequence[Table], wait: Callable[[float], None]) -> None:
+def install(
+    server: Server, keyspace: Keyspace, tables: Sequence[Table], wait: Callable[[float], None], *, patience: float
+) -> None:
     """Have exactly today's triggers on every table. New ones are made before old ones go: the fence never opens.
 
     :param wait: called with the seconds to wait between two tries.
-    :raises RebalanceError: when open transactions keep a table's metadata lock for a minute.
+    :param patience: seconds over which a table is tried again.
+    :raises RebalanceError: when open transactions keep a table's metadata lock for longer.
     :raises PreconditionFailed: when the account may not make triggers.
     """
     there = triggers_on(server, [table.name for table in tables])
@@ -155,10 +165,10 @@ def install(server: Server, keyspace: Keyspace, tables: Sequence[Table], wait: C
         wanted = {trigger.name: trigger for trigger in triggers_of(keyspace, table)}
         for name, trigger in wanted.items():
             if name not in there[table.name]:
-                change_table(server, trigger.create, table.name, wait)
+                change_table(server, trigger.create, table.name, wait, patience)
         for name in there[table.name]:
             if is_ours(name) and name not in wanted:
-                change_table(server, f"DROP TRIGGER IF EXISTS {quoted(name)}", table.name, wait)
+                change_table(server, f"DROP TRIGGER IF EXISTS {quoted(name)}", table.name, wait, patience)
 
 
 def missing_triggers(server: Server, keyspace: Keyspace, tables: Sequence[Table]) -> tuple[str, ...]:
@@ -172,26 +182,32 @@ def missing_triggers(server: Server, keyspace: Keyspace, tables: Sequence[Table]
     )
 
 
-def change_table(server: Server, ddl: str, table: str, wait: Callable[[float], None]) -> None:
+def change_table(server: Server, ddl: str, table: str, wait: Callable[[float], None], patience: float) -> None:
     """Run DDL that needs a table for itself, giving way to open transactions instead of stalling everybody behind us.
 
-    :raises RebalanceError: after a minute of tries.
+    DDL that waits makes everybody else wait, and can make a transaction that has read the table and now writes it a
+    deadlock's victim. MariaDB can try without waiting, so that is done for a while first; MySQL's least is a second.
+
+    :raises RebalanceError: after ``patience`` seconds of tries.
     """
-    deadline = time.monotonic() + DDL_PATIENCE
-    pause = 0.05
+    started = time.monotonic()
+    pause = 0.01
     while True:
+        elapsed = time.monotonic() - started
+        patient = server.flavour == "mysql" or elapsed >= min(IMPATIENT_SECONDS, patience / 2)
+        server.run(f"SET SESSION lock_wait_timeout = {DDL_LOCK_SECONDS if patient else 0}")
         try:
             server.run(ddl)
         except LockWait:
-            if time.monotonic() >= deadline:
+            if elapsed >= patience:
                 raise RebalanceError(
-                    f"{server}: table {table} has been in use by open transactions for {DDL_PATIENCE:.0f} s",
+                    f"{server}: table {table} has been in use by open transactions for {patience:.0f} s",
                     hint="end the long transactions there (SHOW PROCESSLIST), then run the same command again",
                 ) from None
             wait(pause)
-            pause = min(pause * 2, 2.0)
-        except Exception as error:
-            if error.args and error.args[0] == 1419:
+            pause = min(pause * 2, 2.0) if patient else 0.01
+        except pymysql.MySQLError as error:
+            if code_of(error)[0] == _NO_TRIGGERS_BESIDE_LOG:
                 raise PreconditionFailed(
                     f"{server}: the account may not create triggers while the binary log is on",
                     hint="SET GLOBAL log_bin_trust_function_creators = 1 there, or use an account with SUPER",
@@ -199,6 +215,8 @@ def change_table(server: Server, ddl: str, table: str, wait: Callable[[float], N
             raise
         else:
             return
+        finally:
+            server.run(f"SET SESSION lock_wait_timeout = {DDL_LOCK_SECONDS}")
 
 
 # --- ownership rows ----------------------------------------------------------------------------------------------

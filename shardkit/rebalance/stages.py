@@ -201,7 +201,7 @@ class Stages:
         self._check_source_owns()
         self._patiently(partial(cutover.import_buckets, self._target, job, self._lease), "refused writers")
         for server in (self._target, self._source):
-            fence.install(server, self._keyspace, tables, co.wait)
+            fence.install(server, self._keyspace, tables, co.wait, patience=co.settings.table_patience)
         reach("prepared.fenced")
         self._refuse_strays(tables)
         older = clients.marks((self._from, self._to), co.credentials)
