@@ -25,18 +25,17 @@ def load(cluster: Cluster, progress: Progress, *, month: int | None = None) -> d
 
     :returns: rows by table.
     """
-    everywhere = sessionmaker(cluster, transactions="best_effort")  # a reference table is written on every shard
-    one_shard = sessionmaker(cluster)
+    factory = sessionmaker(cluster)
     rows = {
-        "airlines": _insert(everywhere, Airline, data.airlines(), progress),
-        "airports": _insert(everywhere, Airport, data.airports(), progress),
-        "planes": _insert(everywhere, Plane, data.planes(), progress),
-        "weather": _insert(one_shard, Weather, data.weather(), progress),
+        "airlines": _insert(factory, Airline, data.airlines(), progress),
+        "airports": _insert(factory, Airport, data.airports(), progress),
+        "planes": _insert(factory, Plane, data.planes(), progress),
+        "weather": _insert(factory, Weather, data.weather(), progress),
     }
     rows["daily_visits"] = _insert_by_shard(
-        cluster, one_shard, DailyVisits, data.daily_visits(data.flights(month)), "airport", progress
+        cluster, factory, DailyVisits, data.daily_visits(data.flights(month)), "airport", progress
     )
-    rows["flights"] = _insert_by_shard(cluster, one_shard, Flight, data.flights(month), "tailnum", progress)
+    rows["flights"] = _insert_by_shard(cluster, factory, Flight, data.flights(month), "tailnum", progress)
     return rows
 
 

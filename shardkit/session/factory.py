@@ -13,7 +13,8 @@ from sqlalchemy.ext import asyncio as sa_asyncio
 from shardkit.cluster import Cluster
 from shardkit.errors import ShardkitError
 from shardkit.routing.route import ScatterPolicy
-from shardkit.session.session import ClusterSession, ReadFrom
+from shardkit.session.session import ClusterSession
+from shardkit.session.transacting import ReadFrom
 from shardkit.session.transaction import CommitMode
 
 logger = logging.getLogger(__name__)
