@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shardkit_cdc.status import HopStatus
 
 _AT_ONCE = 16
+_SERVER_TIMEOUTS = {"connect_timeout": 5, "read_timeout": 5, "write_timeout": 5}  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +127,18 @@ def look(shard_map: ShardMap, credentials: CredentialSource) -> list[EndpointSta
         for number, endpoint in enumerate(shard.with_role(role))
     ]
     hops = _hops(shard_map, credentials)
-    engines = Engines(EngineSettings(credentials))
+    engines = {
+        "mysql": Engines(EngineSettings(credentials, options={"connect_args": _SERVER_TIMEOUTS})),
+        "sqlite": Engines(EngineSettings(credentials)),
+    }
     try:
         with ThreadPoolExecutor(max_workers=min(_AT_ONCE, len(places))) as pool:
-            return list(pool.map(lambda place: _ask(place, engines, hops.get(place.endpoint)), places))
+            return list(
+                pool.map(lambda place: _ask(place, engines[place.endpoint.dialect], hops.get(place.endpoint)), places)
+            )
     finally:
-        engines.dispose()
+        for some in engines.values():
+            some.dispose()
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +192,7 @@ def _answer(place: _Place, engines: Engines) -> tuple[str, bool]:
     endpoint = place.endpoint
     if endpoint.dialect == "sqlite" and not Path(endpoint.database).exists():
         raise PreconditionFailed(f"there is no file {endpoint.database}", hint="check the path in the shard map")
-    with engines.probe(place.shard, place.role, endpoint, place.number).connect() as connection:
+    with engines.sync(place.shard, place.role, endpoint, place.number).connect() as connection:
         if endpoint.dialect == "sqlite":
             return f"SQLite {connection.exec_driver_sql('SELECT sqlite_version()').scalar_one()}", True
         version, read_only = connection.exec_driver_sql("SELECT VERSION(), @@read_only").one()
