@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shardkit.session.factory import async_sessionmaker, sessionmaker
-from shardkit.session.session import ClusterSession, ScatterWarning
+from shardkit.session.session import ClusterSession
+from shardkit.session.statements import ScatterWarning
 
 __all__ = ["ClusterSession", "ScatterWarning", "async_sessionmaker", "sessionmaker"]

@@ -19,7 +19,7 @@ from shardkit.session.parallel import runner_for
 from shardkit.session.results import merged
 
 if TYPE_CHECKING:
-    from shardkit.session.session import ClusterSession
+    from shardkit.session.statements import RoutedSession
 
 
 class _Part(NamedTuple):
@@ -33,7 +33,7 @@ class _Part(NamedTuple):
 
 
 def select_from_several(
-    session: ClusterSession,
+    session: RoutedSession,
     route: Route,
     options_for: Callable[[str], immutabledict[str, Any]],
     bind_arguments_for: Callable[[str], dict[str, Any]],

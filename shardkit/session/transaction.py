@@ -24,7 +24,7 @@ from shardkit.snapshots import Pin, View
 from shardkit.topology import Role
 
 if TYPE_CHECKING:
-    from shardkit.session.session import ClusterSession
+    from shardkit.session.transacting import TransactingSession
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class ReplanNeeded(StaleShardMap):
 class ClusterTransaction(SessionTransaction):
     """The outermost transaction of a `ClusterSession`. Savepoints and flushes inside it are SQLAlchemy's own."""
 
-    def __init__(self, session: ClusterSession, origin: SessionTransactionOrigin) -> None:
+    def __init__(self, session: TransactingSession, origin: SessionTransactionOrigin) -> None:
         self._cluster: Cluster = session.cluster
         self._asynchronous = session.asynchronous
         self._mode = session.commit_mode
@@ -169,8 +169,8 @@ class ClusterTransaction(SessionTransaction):
         )
 
     @property
-    def _session(self) -> ClusterSession:
-        return cast("ClusterSession", self.session)
+    def _session(self) -> TransactingSession:
+        return cast("TransactingSession", self.session)
 
     # --- ending
 

@@ -1,0 +1,141 @@
+"""Objects and their shards: get(), the identity map, and what becomes of loaded objects when their rows move."""
+
+# The private members used below are extension points in all but name: SQLAlchemy's own sharding extension uses them.
+# ruff: noqa: SLF001
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+from sqlalchemy import inspect as sa_inspect
+from sqlalchemy import select
+from sqlalchemy.exc import MultipleResultsFound
+from sqlalchemy.orm import InstanceState, Mapper, loading
+from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.base import PassiveFlag
+from sqlalchemy.util import EMPTY_DICT
+
+from shardkit.errors import StaleShardMap
+from shardkit.session.homes import home_of
+from shardkit.session.tokens import load_with_token
+from shardkit.session.transacting import TransactingSession
+from shardkit.session.transaction import ReplanNeeded
+from shardkit.snapshots import View
+
+
+class IdentitySession(TransactingSession):
+    """A session whose objects carry the shard that they live on in their identity."""
+
+    def _get_impl(self, entity: Any, primary_key_identity: Any, db_load_fn: Any, **options: Any) -> Any:
+        if db_load_fn is loading._load_on_pk_identity:
+            db_load_fn = load_with_token
+        mapper = cast("Mapper[Any] | None", sa_inspect(entity))
+        if options.get("identity_token") is not None or mapper is None or not mapper.is_mapper:
+            return super()._get_impl(entity, primary_key_identity, db_load_fn, **options)
+        options["identity_token"] = self._shard_to_get(mapper, primary_key_identity, options)
+        try:
+            return super()._get_impl(entity, primary_key_identity, db_load_fn, **options)
+        except ReplanNeeded:
+            options["identity_token"] = self._shard_to_get(mapper, primary_key_identity, options)
+            return super()._get_impl(entity, primary_key_identity, db_load_fn, **options)
+
+    def _shard_to_get(self, mapper: Mapper[Any], identity: Any, options: Mapping[str, Any]) -> str | None:
+        given = options.get("execution_options") or self.execution_options
+        if given and (given.get("shardkit_shard") or given.get("shardkit_key")):
+            return None  # the planner reads them
+        values = identity if isinstance(identity, tuple | list) else (identity,)
+        if isinstance(identity, dict) or len(values) != len(mapper.primary_key):
+            return None  # SQLAlchemy makes it a tuple, or refuses it
+        return home_of(self._outermost().view, mapper).shard_of_identity(values)
+
+    def _identity_lookup(
+        self,
+        mapper: Mapper[Any],
+        primary_key_identity: Any,
+        identity_token: Any = None,
+        passive: PassiveFlag = PassiveFlag.PASSIVE_OFF,
+        lazy_loaded_from: InstanceState[Any] | None = None,
+        execution_options: Any = EMPTY_DICT,  # noqa: ARG002 - the base's signature
+        bind_arguments: Any = None,  # noqa: ARG002
+    ) -> Any:
+        if identity_token is not None:
+            return super()._identity_lookup(mapper, primary_key_identity, identity_token, passive, lazy_loaded_from)
+        if not self.identity_map._dict:  # nothing there: the usual case of a first get()
+            return None
+        look = partial(self._look, mapper, primary_key_identity, passive, lazy_loaded_from)
+        home = home_of(self._outermost().view, mapper)
+        shard = home.shard_of_identity(tuple(primary_key_identity))
+        if shard is not None:
+            return look(shard)
+        tokens = home.info.shards if home.tokened else (None, *home.info.shards)
+        found = [instance for instance in map(look, tokens) if instance is not None]
+        if len(found) > 1 and home.tokened:
+            raise MultipleResultsFound(
+                f"several shards have a {mapper.class_.__name__} {tuple(primary_key_identity)}: its primary key does "
+                f"not hold the shard key of {home.table.name!r}"
+            )
+        return found[0] if found else None
+
+    def _look(
+        self,
+        mapper: Mapper[Any],
+        identity: Any,
+        passive: PassiveFlag,
+        lazy_loaded_from: InstanceState[Any] | None,
+        token: str | None,
+    ) -> Any:
+        return super()._identity_lookup(mapper, identity, token, passive, lazy_loaded_from)
+
+    def use_view(self, view: View) -> None:
+        """A transaction begins on this map: objects whose rows have moved meanwhile get their new shard."""
+        if view.map.version != self._map_version:
+            if self._map_version:
+                self._rehome(view)
+            self._map_version = view.map.version
+
+    def _rehome(self, view: View) -> None:
+        for state in self.identity_map.all_states():
+            home = home_of(view, state.mapper)
+            key = home.key_of(state) if home.tokened else None
+            if home.tokened and key is None:
+                self._unplaced.add(state)
+            else:
+                self._move_identity(state, home.shard_of_key(key))
+
+    def _move_identity(self, state: InstanceState[Any], shard: str | None) -> None:
+        self._unplaced.discard(state)
+        if state.key is not None and state.key[2] != shard:
+            self.identity_map.safe_discard(state)
+            state.key = (state.key[0], state.key[1], shard)
+            state.identity_token = shard
+            self.identity_map.replace(state)
+
+    def find_shard(self, state: InstanceState[Any]) -> str:
+        """Where the row of an object is now, which was loaded before buckets moved and whose key is not loaded.
+
+        :raises StaleShardMap: when it is not to be found, or was found before as another object.
+        """
+        mapper, identity = state.mapper, state.identity
+        assert identity is not None  # noqa: S101 - it has been loaded before
+        known = set(self.identity_map.all_states())
+        statement = select(mapper).where(
+            *(column == value for column, value in zip(mapper.primary_key, identity, strict=True))
+        )
+        with self.no_autoflush:
+            rows = self.execute(statement).unique().scalars().all()
+        found = [instance_state(row) for row in rows]
+        if len(found) != 1 or found[0] in known or found[0].key is None:
+            raise StaleShardMap(
+                f"the row of {mapper.class_.__name__} {tuple(identity)} is not where it was before its buckets moved",
+                hint="load it again by its key",
+            )
+        shard = str(found[0].key[2])
+        self.expunge(rows[0])
+        self._move_identity(state, shard)
+        return shard
+
+    def is_unplaced(self, state: InstanceState[Any]) -> bool:
+        """Whether an object's shard is not known since buckets moved."""
+        return state in self._unplaced

@@ -1,0 +1,360 @@
+"""Statements: planned on the transaction's map, sent to the shards that their rows are on."""
+
+# The private members used below are extension points in all but name: SQLAlchemy's own sharding extension uses them.
+# ruff: noqa: SLF001
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Executable, Result, Select
+from sqlalchemy import inspect as sa_inspect
+from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.orm import ORMExecuteState
+from sqlalchemy.sql import coercions, roles
+from sqlalchemy.sql.base import CompileState
+from sqlalchemy.util import EMPTY_DICT, immutabledict
+
+from shardkit.errors import RoutingError
+from shardkit.routing.merge import merge_rows
+from shardkit.routing.route import Route, RouteOptions, StatementKind
+from shardkit.session.homes import home_of
+from shardkit.session.identity import IdentitySession
+from shardkit.session.inserts import filled
+from shardkit.session.results import WriteResult, empty, merged
+from shardkit.session.scatter import select_from_several
+from shardkit.session.tokens import LOAD_OPTIONS, PARENT_LOAD, as_immutable, existing, identity_of, tokened, with_token
+from shardkit.session.transacting import ReadFrom, Target
+from shardkit.session.transaction import ClusterTransaction, ReplanNeeded
+from shardkit.snapshots import View
+
+#: The bind argument that says where a statement goes, once that is decided.
+TARGET = "shardkit_target"
+_ORM_SELECT: Any = CompileState.plugins["orm", "select"]
+
+
+class ScatterWarning(UserWarning):
+    """A read touched several shards under ``scatter="warn"``."""
+
+
+class NoSingleBind(RoutingError, UnboundExecutionError):
+    """A bind was asked for, and several shards may be meant."""
+
+
+class RoutedSession(IdentitySession):
+    """A session that plans each statement."""
+
+    def _execute_internal(
+        self,
+        statement: Executable,
+        params: Any = None,
+        *,
+        execution_options: Any = EMPTY_DICT,
+        bind_arguments: Any = None,
+        _parent_execute_state: ORMExecuteState | None = None,
+        _add_event: Any = None,
+        _scalar_result: bool = False,
+    ) -> Any:
+        if bind_arguments and (TARGET in bind_arguments or "bind" in bind_arguments):
+            return super()._execute_internal(
+                statement,
+                params,
+                execution_options=execution_options,
+                bind_arguments=bind_arguments,
+                _parent_execute_state=_parent_execute_state,
+                _add_event=_add_event,
+                _scalar_result=_scalar_result,
+            )
+        if self.dispatch.do_orm_execute or _parent_execute_state is not None or _add_event is not None:
+            # handlers may change the statement: it is planned after the last of them
+            return super()._execute_internal(
+                statement,
+                params,
+                execution_options=execution_options,
+                bind_arguments=bind_arguments,
+                _parent_execute_state=_parent_execute_state,
+                _add_event=self._planned_after(_add_event),
+                _scalar_result=_scalar_result,
+            )
+        if not isinstance(statement, Executable):
+            statement = coercions.expect(roles.StatementRole, statement)
+        return self._route(statement, params, execution_options, bind_arguments, None, _scalar_result)
+
+    def _planned_after(self, event: Callable[[ORMExecuteState], Any] | None) -> Callable[[ORMExecuteState], Any]:
+        def plan_and_run(state: ORMExecuteState) -> Any:
+            answer = None if event is None else event(state)
+            if answer is not None or TARGET in state.bind_arguments or "bind" in state.bind_arguments:
+                return answer
+            options = immutabledict(state.local_execution_options).union(state._update_execution_options)
+            return self._route(state.statement, state.parameters, options, state.bind_arguments, state, scalar=False)
+
+        return plan_and_run
+
+    def _route(
+        self,
+        statement: Any,
+        params: Any,
+        options: Mapping[str, Any],
+        bind_arguments: Mapping[str, Any] | None,
+        parent: ORMExecuteState | None,
+        scalar: bool,
+    ) -> Any:
+        try:
+            return self._plan_and_run(statement, params, options, bind_arguments, parent, scalar)
+        except ReplanNeeded:
+            if identity_of(options) is not None:
+                raise  # whoever chose the shard has to choose again
+            return self._plan_and_run(statement, params, options, bind_arguments, parent, scalar)
+
+    def _plan_and_run(
+        self,
+        statement: Any,
+        params: Any,
+        options: Mapping[str, Any],
+        bind_arguments: Mapping[str, Any] | None,
+        parent: ORMExecuteState | None,
+        scalar: bool,
+    ) -> Any:
+        transaction = self._outermost()
+        transaction.begin_statement()
+        view = transaction.view
+        route_options, read_from = self._route_options, self._read_from
+        if options or statement._execution_options or self.execution_options:
+            token = identity_of(options)
+            if token is not None:  # get() and refresh of an object whose shard is known
+                refreshed = options[LOAD_OPTIONS]._refresh_state
+                if refreshed is not None:
+                    shard = self.find_shard(refreshed) if refreshed in self._unplaced else refreshed.key[2]
+                    if shard != token:  # its row has moved since the statement was made
+                        token, options = shard, as_immutable(options).union({"identity_token": shard})
+                if "shardkit_read_from" in options:
+                    read_from = options["shardkit_read_from"]
+                elif "shardkit_read_from" in statement._execution_options:
+                    read_from = statement._execution_options["shardkit_read_from"]
+                elif self.execution_options:
+                    read_from = self.execution_options.get("shardkit_read_from", read_from)
+                target = Target(existing(view, token), statement._for_update_arg is not None, read_from == "replica")
+                return self._run(statement, params, options, bind_arguments, target, parent, scalar)
+            combined = self._merged_options(statement, options)
+            read_from = combined.get("shardkit_read_from", read_from)
+            route_options = RouteOptions.from_execution_options(combined, policy=route_options.policy)
+            if "identity_token" in combined and route_options.shard is None:
+                route_options = replace(route_options, shard=combined["identity_token"])
+        if statement.is_insert:
+            statement, params = filled(statement, params, view, self.cluster.next_id)
+        route = view.planner.plan(statement, params, route_options)
+        if len(route.shards) != 1 or route.merge is not None:
+            answer = self._run_on_several(route, view, options, bind_arguments, parent, read_from)
+            return answer.scalar() if scalar else answer
+        shard = route.shards[0]
+        if route.alternatives:
+            shard = self._stay(transaction, route)
+        target = Target(shard, route.writes or route.locking, read_from == "replica")
+        if statement._propagate_attrs and tokened(view, route):
+            options = with_token(options, shard, route.kind)
+        if route.shard_statements:
+            statement, params = route.statement_for(shard), route.parameters_for(shard)
+        if not route.writes:
+            return self._run(statement, params, options, bind_arguments, target, parent, scalar)
+        self.admit_writes(route.shards)
+        with self._carrying(target):
+            return self._run(statement, params, options, bind_arguments, target, parent, scalar)
+
+    def _run(
+        self,
+        statement: Any,
+        params: Any,
+        options: Mapping[str, Any],
+        bind_arguments: Mapping[str, Any] | None,
+        target: Target,
+        parent: ORMExecuteState | None,
+        scalar: bool,
+    ) -> Any:
+        arguments = {**bind_arguments, TARGET: target} if bind_arguments else {TARGET: target}
+        if target.master:
+            self._turn_to_masters((target.shard,))
+        if (
+            type(statement) is Select
+            and parent is None
+            and not self.execution_options
+            and statement._propagate_attrs.get("compile_state_plugin") == "orm"
+        ):
+            # what Session.execute does with a SELECT of mapped classes once its handlers have run: the usual case
+            select, options, params = _ORM_SELECT.orm_pre_session_exec(
+                self, statement, params, options, arguments, False
+            )
+            connection = self._reading_connection(target)
+            result = _ORM_SELECT.orm_execute_statement(self, select, params or {}, options, arguments, connection)
+            return result.scalar() if scalar else result
+        return super()._execute_internal(
+            statement,
+            params,
+            execution_options=options,
+            bind_arguments=arguments,
+            _parent_execute_state=parent,
+            _scalar_result=scalar,
+        )
+
+    def _merged_options(self, statement: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the session, the statement and the call, the later over the earlier. Loaders inherit the read
+        options of the statement that they belong to."""
+        inherited: Mapping[str, Any] = EMPTY_DICT
+        if (context := options.get(PARENT_LOAD)) is not None:
+            outer = {**context.query._execution_options, **context.execution_options}
+            inherited = {name: outer[name] for name in ("shardkit_read_from", "shardkit_scatter") if name in outer}
+        return {**self.execution_options, **inherited, **statement._execution_options, **options}
+
+    def _stay(self, transaction: ClusterTransaction, route: Route) -> str:
+        """A shard of several that would do: one that the transaction talks to already, where there is one."""
+        in_use = transaction.shards_in_use()
+        for shard in route.alternatives:
+            if shard in in_use:
+                return shard
+        return route.shards[0]
+
+    @contextmanager
+    def _carrying(self, target: Target) -> Iterator[None]:
+        """Bulk operations ask for their bind again, without the arguments that they were called with."""
+        before, self._carried = self._carried, target
+        try:
+            yield
+        finally:
+            self._carried = before
+
+    def _run_on_several(
+        self,
+        route: Route,
+        view: View,
+        options: Mapping[str, Any],
+        bind_arguments: Mapping[str, Any] | None,
+        parent: ORMExecuteState | None,
+        read_from: ReadFrom,
+    ) -> Any:
+        if route.warning:
+            warnings.warn(route.warning, ScatterWarning, stacklevel=5)
+        if not route.shards:
+            self._autoflush()
+            if route.kind is not StatementKind.SELECT:
+                return WriteResult(0)
+            return empty(route.statement, iter(()) if route.merge is None else merge_rows(route.merge, ()))
+        orm = route.statement._propagate_attrs.get("compile_state_plugin") == "orm"
+        carry_shard = orm and tokened(view, route)
+        given = immutabledict(options)
+
+        def options_for(shard: str) -> immutabledict[str, Any]:
+            return with_token(given, shard, route.kind) if carry_shard else given
+
+        def target_for(shard: str) -> Target:
+            return Target(shard, route.writes or route.locking, read_from == "replica")
+
+        def arguments_for(shard: str) -> dict[str, Any]:
+            return {**(bind_arguments or {}), TARGET: target_for(shard)}
+
+        if route.kind is StatementKind.SELECT and not route.writes:
+            session_options = immutabledict(
+                {
+                    name: value
+                    for name, value in self.execution_options.items()
+                    if name not in route.statement._execution_options
+                }
+            )
+            return select_from_several(
+                self, route, lambda shard: session_options.union(options_for(shard)), arguments_for
+            )
+        self.admit_writes(route.shards)
+        results: list[Result[Any]] = []
+        for shard in route.shards:
+            target = target_for(shard)
+            own = options_for(shard)
+            if route.replicated and results:
+                own = own.union({"synchronize_session": False})  # objects follow the first shard's rows
+            with self._carrying(target):
+                statement, params = route.statement_for(shard), route.parameters_for(shard)
+                results.append(self._run(statement, params, own, bind_arguments, target, parent, False))
+        return _combined_write(route, results)
+
+    # --- binds
+
+    def get_bind(
+        self,
+        mapper: Any = None,
+        *,
+        clause: Any = None,
+        bind: Engine | Connection | None = None,
+        shardkit_target: Target | None = None,
+        shardkit_shard: str | None = None,
+        shardkit_key: Mapping[str, Any] | None = None,
+        **_others: Any,
+    ) -> Engine | Connection:
+        """The engine that a statement goes to. Bind arguments of ours: ``shardkit_shard``, or ``shardkit_key`` together
+        with a mapper."""
+        if bind is not None:
+            return bind
+        target = shardkit_target or self._carried
+        if target is None:
+            target = self._target_without_route(mapper, clause, shardkit_shard, shardkit_key)
+            if target.master and self._transaction is not None:
+                self.admit_writes((target.shard,))
+        return self._outermost().engine_for(target.shard, master=target.master, read_from_replica=target.replica)
+
+    def _target_without_route(
+        self, mapper: Any, clause: Any, shard: str | None, key: Mapping[str, Any] | None
+    ) -> Target:
+        """Who asks for a bind without a statement may do anything with it: so it is a master, and counts as written."""
+        view = self._outermost().view
+        if shard is not None:
+            return Target(existing(view, shard), master=True, replica=False)
+        if len(view.map.shards) == 1:
+            return Target(next(iter(view.map.shards)), master=True, replica=False)
+        if clause is not None:
+            options = replace(self._route_options, key=key)
+            route = view.planner.plan(clause, None, options)
+            if len(route.shards) == 1:
+                return Target(route.shards[0], master=route.writes or route.locking, replica=False)
+        elif mapper is not None:
+            home = home_of(view, sa_inspect(mapper).mapper)
+            if key is not None:
+                return Target(view.map.locate(home.info.name, key).shard, master=True, replica=False)
+            if len(home.info.shards) == 1:
+                return Target(home.info.shards[0], master=True, replica=False)
+        raise NoSingleBind(
+            "a connection was asked for without saying to which shard",
+            hint="session.connection(bind_arguments={'shardkit_shard': 'shop-0'}); "
+            "a many-to-many table over several shards: map it as a class of its own",
+        )
+
+    def _reading_connection(self, target: Target) -> Connection:
+        root = self._root
+        if root is not None and root is self._transaction and not target.master and self._trans_context_manager is None:
+            known = root.reading.get((target.shard, target.replica))
+            if known is not None and root.is_active:
+                return known
+        connection = self._connection_for_bind(self.get_bind(shardkit_target=target))
+        if not target.master and self._root is not None and self._root is self._transaction:
+            self._root.reading[target.shard, target.replica] = connection
+        return connection
+
+    def connection_to_read(self, bind_arguments: Mapping[str, Any]) -> Connection:
+        """The connection of this transaction that these bind arguments lead to."""
+        return self._connection_for_bind(self.get_bind(**bind_arguments))
+
+    def connection_to_write(self, shard: str) -> Connection:
+        """The connection of this transaction to a shard's master; the shard counts as written."""
+        self.admit_writes((shard,))
+        return self._connection_for_bind(self.get_bind(shardkit_target=Target(shard, master=True, replica=False)))
+
+
+def _combined_write(route: Route, results: Sequence[Result[Any]]) -> WriteResult:
+    for replayed in results[1:] if route.replicated else ():
+        replayed.close()
+    counts = [getattr(result, "rowcount", -1) for result in results]
+    count = -1 if -1 in counts else counts[0] if route.replicated else sum(counts)
+    if route.merge is not None:
+        return WriteResult(count, merged(route.merge, results, route.statement))
+    if route.replicated and getattr(results[0], "returns_rows", False):
+        return WriteResult(count, results[0])
+    return WriteResult(count)

@@ -1,0 +1,78 @@
+"""Identity tokens: the shard that an object carries in its identity, and the options by which the ORM gives it."""
+
+# The private members used below are extension points in all but name: SQLAlchemy's own sharding extension uses them.
+# ruff: noqa: SLF001
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy.orm import Session, loading
+from sqlalchemy.orm.context import QueryContext
+from sqlalchemy.util import immutabledict
+
+from shardkit.errors import StaleShardMap
+from shardkit.routing.route import Route, StatementKind
+from shardkit.snapshots import View
+
+#: The execution option that holds the ORM's own load options.
+LOAD_OPTIONS = "_sa_orm_load_options"
+#: The execution option on the statements of selectin and other loaders: the context of the statement they belong to.
+PARENT_LOAD = "sa_top_level_orm_context"
+
+
+def tokened(view: View, route: Route) -> bool:
+    """Whether objects of this statement carry their shard in their identity."""
+    try:
+        return view.tokens[route.tables]
+    except KeyError:
+        tables = view.map.tables
+        spread = any(name in tables and tables[name].kind == "sharded" for name in route.tables)
+        answer = view.tokens[route.tables] = spread and len(view.map.shards) > 1
+        return answer
+
+
+@lru_cache(maxsize=4096)
+def load_options_of(shard: str) -> immutabledict[str, Any]:
+    """What makes the ORM give the objects it loads this shard as their identity token."""
+    loading: Any = QueryContext.default_load_options + {"_identity_token": shard}
+    return immutabledict({LOAD_OPTIONS: loading})
+
+
+def with_token(options: Mapping[str, Any], shard: str, kind: StatementKind) -> immutabledict[str, Any]:
+    if kind is StatementKind.SELECT:
+        return as_immutable(options).union({"identity_token": shard}) if options else load_options_of(shard)
+    tokened: immutabledict[str, Any] = as_immutable(options).union({"identity_token": shard, **load_options_of(shard)})
+    return tokened
+
+
+def as_immutable(options: Mapping[str, Any]) -> immutabledict[str, Any]:
+    return options if isinstance(options, immutabledict) else immutabledict(options)
+
+
+def identity_of(options: Mapping[str, Any]) -> Any:
+    """The shard that a load by identity asks for; None for every other statement."""
+    load = options.get(LOAD_OPTIONS)
+    return None if load is None or PARENT_LOAD in options else load._identity_token
+
+
+def existing(view: View, shard: Any) -> str:
+    if shard not in view.map.shards:
+        raise StaleShardMap(
+            f"shard {shard!r} is not in the shard map (version {view.map.version})",
+            hint="load the object again: its rows have moved",
+        )
+    return str(shard)
+
+
+def load_with_token(
+    session: Session, statement: Any, identity: Any, *, load_options: Any, identity_token: Any, **others: Any
+) -> Any:
+    """SQLAlchemy's ``_load_on_pk_identity`` with load options that were made before."""
+    if identity_token is not None and load_options is QueryContext.default_load_options:
+        load_options, identity_token = load_options_of(identity_token)[LOAD_OPTIONS], None
+    return loading._load_on_pk_identity(
+        session, statement, identity, load_options=load_options, identity_token=identity_token, **others
+    )
