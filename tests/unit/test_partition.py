@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from enum import Enum, IntEnum, StrEnum
+from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -93,6 +95,16 @@ BUCKETS = [
 @pytest.mark.parametrize(("key", "bucket"), BUCKETS)
 def test_the_bucket_of_a_key_never_changes(key: tuple[object, ...], bucket: int) -> None:
     assert HashPartition().bucket_of(key) == bucket
+
+
+def test_the_documented_table_is_true() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "keys.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|[^|]*\|[^|]*\| `([^|]+)` \| (?:`([^|]+)`|\(empty\)) \| (\d+) \|$", page, re.MULTILINE)
+    assert len(rows) == 11
+    for example, text, bucket in rows:
+        value = eval(example, {"UUID": UUID, "date": date, "datetime": datetime, "Decimal": Decimal})
+        assert canonical_text(value) == text
+        assert HashPartition().bucket_of((value,)) == int(bucket), example
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from datetime import date, datetime
 from decimal import Decimal
+from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -67,6 +69,12 @@ def test_the_map_of_the_design_is_read(shop: ShardMap) -> None:
         Endpoint("10.0.0.4", 3306, "shop"),
     )
     assert shop.shard("shop-1").replication is ReplicationKind.NATIVE
+
+
+def test_the_documented_map_is_good() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "shard-map.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert ShardMap.parse(example).locate("users", [42]) == Placement("orders", "hot-1", "shop-0")
 
 
 def test_tables_know_their_place(shop: ShardMap) -> None:
