@@ -296,18 +296,14 @@ ROWS: Mapping[type[Base], Sequence[Mapping[str, Any]]] = {
         }
         for n in range(60)
     ],
-    Line: [
-        {"id": n, "user_id": (n % 20) % 26, "order_id": n % 20, "price": Decimal(n % 9) / 2} for n in range(40)
-    ],
+    Line: [{"id": n, "user_id": (n % 20) % 26, "order_id": n % 20, "price": Decimal(n % 9) / 2} for n in range(40)],
     Country: [{"code": "kr", "title": "Korea"}, {"code": "de", "title": "Germany"}, {"code": "no", "title": None}],
     Read: [
         {"id": n, "tenant": None if n % 11 == 0 else n % 5, "day": None if n % 7 == 0 else n % 4, "value": n % 6}
         for n in range(40)
     ],
     Store: [{"id": n, "region": ("seoul", "incheon", "busan", None)[n % 4], "size": n % 3} for n in range(12)],
-    Visit: [
-        {"id": n, "region": ("seoul", "incheon", "busan", None)[n % 4], "store_id": n % 12} for n in range(30)
-    ],
+    Visit: [{"id": n, "region": ("seoul", "incheon", "busan", None)[n % 4], "store_id": n % 12} for n in range(30)],
     Member: [{"id": n, "age": None if n % 8 == 0 else 8 + n, "name": f"m{n % 5}"} for n in range(40)],
     Invoice: [{"id": n, "user_id": n % 24} for n in range(10)],
     Payment: [{"id": n, "invoice_id": n % 10} for n in range(15)],

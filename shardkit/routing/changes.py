@@ -296,6 +296,8 @@ def _over_sets(
 ) -> Route:
     shards = tuple(shard for shard in shard_map.shards if shard in by_shard)
     split = {shard: ShardStatement(route.statement, by_shard[shard]) for shard in shards}
+    if len(shards) == 1 and len(by_shard[shards[0]]) == len(parameter_sets(route.parameters)):
+        split = {}
     return replace(route, shards=shards, buckets=frozenset(buckets), shard_statements=split)
 
 

@@ -68,6 +68,8 @@ def _standard(column_type: TypeEngine[Any]) -> bool:
 
 
 def _decorated(column_type: TypeDecorator[Any], dialect: Dialect) -> Reader | None:
+    if type(column_type).bind_processor is not TypeDecorator.bind_processor:
+        return None  # it does more than process_bind_param()
     inner = reader_of(column_type.load_dialect_impl(dialect), dialect)
     if inner is None:
         return None
@@ -238,27 +240,26 @@ def _datetime(column_type: TypeEngine[Any], dialect: Dialect) -> Reader | None:
 
 
 _SQLITE_DIGITS: Final = 15  # what a REAL holds exactly
+_DEFAULT_PRECISION: Final = 10  # DECIMAL is DECIMAL(10, 0)
 
 
 def _decimal(column_type: TypeEngine[Any], dialect: Dialect) -> Reader:
     scale: int = getattr(column_type, "scale", None) or 0
-    precision: int | None = getattr(column_type, "precision", None)
-    if dialect.name == "sqlite":
-        scale, precision = _SQLITE_DIGITS, _SQLITE_DIGITS
-    elif precision is None:
-        precision = 10  # DECIMAL is DECIMAL(10, 0)
+    precision: int = getattr(column_type, "precision", None) or _DEFAULT_PRECISION
+    sqlite = dialect.name == "sqlite"
 
     def read(value: Any) -> Any:
-        if type(value) is int:
-            return value if abs(value) < 10 ** (precision - min(scale, precision - 1)) else Untrusted("too many digits")
-        if type(value) is not Decimal:
+        if type(value) is not Decimal and type(value) is not int:
             return None if value is None else _wrong(value, "a Decimal")
-        if not value.is_finite():
+        number = Decimal(value)
+        if not number.is_finite():
             return Untrusted("not a finite number")
-        _, digits, exponent = value.normalize().as_tuple()
-        if -int(exponent) > scale or len(digits) + max(int(exponent), 0) > precision:
-            return Untrusted(f"{column_type!r} rounds it")
-        return value
+        _, digits, exponent = number.as_tuple()
+        while digits and digits[-1] == 0:
+            digits, exponent = digits[:-1], int(exponent) + 1
+        whole, fraction = len(digits) + int(exponent), -int(exponent)
+        fits = len(digits) <= _SQLITE_DIGITS if sqlite else fraction <= scale and whole <= precision - scale
+        return value if fits or not digits else Untrusted(f"{column_type!r} rounds it")
 
     return read
 
@@ -292,6 +293,8 @@ def sends_alike(bound: TypeEngine[Any], column_type: TypeEngine[Any]) -> bool:
 def _same_type(one: TypeEngine[Any], other: TypeEngine[Any]) -> bool:
     if type(one) is not type(other):
         return False
+    if isinstance(one, sa.Enum) and isinstance(other, sa.Enum):
+        return one.enum_class is other.enum_class and one.enums == other.enums
     key = one._static_cache_key  # noqa: SLF001 - SQLAlchemy's own test of two types being equal
     return isinstance(key, tuple) and key == other._static_cache_key  # noqa: SLF001
 

@@ -1,8 +1,9 @@
 """Sort keys: hidden columns that make the merge sort, group and tell apart as the database does, not as Python would.
 
 MySQL and MariaDB compare strings by their collation, which only the server knows: ``WEIGHT_STRING()`` gives the bytes
-it compares. Collations that pad need it padded to one length (or 'a' sorts before 'a\\t'). SQLite compares by storage
-class, then by value: NULL, numbers, text by bytes, blobs by bytes (https://www.sqlite.org/datatype3.html#comparisons).
+it compares. Collations that pad compare as if every text went on with blanks for ever (or 'a' would sort before
+'a\\t'). SQLite compares by storage class, then by value: NULL, numbers, text by bytes, blobs by bytes
+(https://www.sqlite.org/datatype3.html#comparisons).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Comparison(StrEnum):
 
     NUMBER = "number"
     BYTES = "bytes"
+    WEIGHTS = "text"
     SQLITE = "sqlite"
 
 
@@ -52,6 +54,49 @@ class SortKey:
     descending: bool = False
     nulls_first: bool = True
 
+
+class _Padded:
+    """The weights of a text that compares as if it went on with blanks for ever."""
+
+    __slots__ = ("blank", "weights")
+
+    def __init__(self, weights: bytes, blank: bytes) -> None:
+        while weights.endswith(blank):
+            weights = weights.removesuffix(blank)
+        self.weights = weights
+        self.blank = blank
+
+    def __lt__(self, other: _Padded) -> bool:
+        length = max(len(self.weights), len(other.weights))
+        return self._to(length) < other._to(length)
+
+    def _to(self, length: int) -> bytes:
+        missing = length - len(self.weights)
+        return self.weights + (self.blank * (missing // len(self.blank) + 1))[:missing]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Padded) and self.weights == other.weights
+
+    def __hash__(self) -> int:
+        return hash(self.weights)
+
+
+def _pad_and_weights(sent: bytes) -> Any:
+    """What `WeightString` sends, as something that compares as the texts do.
+
+    :raises RoutingError: for a collation that compares on several levels: its weights do not say how it pads.
+    """
+    if sent[0] == _SEVERAL_LEVELS:
+        raise RoutingError(
+            "text of a collation that compares on several levels cannot be sorted over shards",
+            hint="use a collation of one level (a binary one, or *_ai_ci), or sort by another column",
+        )
+    blank = sent[1 : 1 + sent[0]]
+    weights = sent[1 + sent[0] :]
+    return _Padded(weights, blank) if blank else weights
+
+
+_SEVERAL_LEVELS: Final = 255
 
 #: A row -> something that compares as the database's own order does.
 Ordering: TypeAlias = Callable[[tuple[Any, ...]], Any]
@@ -110,6 +155,8 @@ def comparable(value: Any, comparison: Comparison) -> Any:
             return value
         case Comparison.BYTES if isinstance(value, bytes | bytearray | memoryview):
             return bytes(value)
+        case Comparison.WEIGHTS if isinstance(value, bytes | bytearray | memoryview):
+            return _pad_and_weights(bytes(value))
         case Comparison.SQLITE:
             if isinstance(value, int | float):
                 return (1, value)
@@ -127,7 +174,12 @@ _NUMBERS = (int, float, Decimal)
 
 
 class WeightString(FunctionElement[bytes]):
-    """The bytes that the server compares a text by: text, and its longest length in characters."""
+    """What the server compares a text by, as `_pad_and_weights` reads it.
+
+    The bytes are: the length of a blank's weight (0: the collation does not pad, 255: it compares on several levels),
+    that weight, and the weights of the text. ``WEIGHT_STRING(x AS CHAR(n))`` would pad by itself, but by characters:
+    where a character has no weight, or two (German sharp s), equal texts get different bytes (seen on MySQL 9.7).
+    """
 
     type = sa.LargeBinary()
     inherit_cache = True
@@ -135,21 +187,31 @@ class WeightString(FunctionElement[bytes]):
 
 @compiles(WeightString)
 def _weight_string(element: WeightString, compiler: SQLCompiler, **kw: Any) -> str:
-    text, length = element.clauses
+    (text,) = element.clauses
     sql = compiler.process(text, **kw)
-    padded = f"weight_string({sql} AS CHAR({int(length.name)}))"
     percent = "%%" if compiler.preparer._double_percents else "%"  # noqa: SLF001 - as SQLAlchemy's own literals do
-    # without padding: MariaDB's *_nopad_*, MySQL's *_0900_* and uca1400 nopad, and binary
-    plain = " OR ".join(
-        f"collation({sql}) {test}"
-        for test in (f"LIKE '{percent}nopad{percent}'", f"LIKE '{percent}0900{percent}'", "= 'binary'")
+
+    def named(*patterns: str) -> str:
+        tests = (f"collation({sql}) LIKE '{pattern.replace('%', percent)}' ESCAPE '!'" for pattern in patterns)
+        return " OR ".join(tests)
+
+    weights, blank = f"weight_string({sql})", f"weight_string(right(concat({sql}, ' '), 1))"
+    return (
+        f"CASE WHEN {named('%0900%', 'binary')} THEN concat(char(0), {weights})"
+        f" WHEN {named('%!_w2', '%!_as!_%', '%!_cs')} THEN concat(char(255), left({weights}, 0))"
+        f" WHEN {named('%nopad%')} THEN concat(char(0), {weights})"
+        f" ELSE concat(char(length({blank})), {blank}, {weights}) END"
     )
-    return f"if({plain}, weight_string({sql}), {padded})"
 
 
 def raw(expression: ColumnElement[Any]) -> ColumnElement[Any]:
     """The value as the driver gives it, with no result processing."""
     return sa.type_coerce(expression, NullType())
+
+
+def _numbered(expression: ColumnElement[Any]) -> ColumnElement[Any]:
+    """The number that the server takes a date, a time or an ENUM for: it sorts as they do."""
+    return raw(sa.type_coerce(expression, sa.Integer()) + sa.literal_column("0"))
 
 
 def sort_column(expression: ColumnElement[Any], dialect: Dialect) -> tuple[ColumnElement[Any], Comparison]:
@@ -174,15 +236,15 @@ def _on_server(expression: Any, stored: Any, dialect: Dialect) -> tuple[ColumnEl
                 raise _unsortable(expression, "an expression over an ENUM sorts as text")
             if not stored.native_enum:
                 return _text(expression, stored.length)
-            return raw(expression + sa.literal_column("0")), Comparison.NUMBER
+            return _numbered(expression), Comparison.NUMBER
         case sa.Boolean() | sa.Integer() | sa.Double() | sa.Numeric():
             return raw(expression), Comparison.NUMBER
         case sa.Float():
             return raw(expression + sa.literal_column("0e0")), Comparison.NUMBER  # FLOAT is sent rounded: as DOUBLE
         case sa.Date() | sa.DateTime() | sa.Time():
-            return raw(sa.type_coerce(expression, sa.Integer()) + sa.literal_column("0")), Comparison.NUMBER
+            return _numbered(expression), Comparison.NUMBER
         case sa.Uuid() if dialect.name == "mysql":
-            return WeightString(expression, sa.literal_column("32")), Comparison.BYTES
+            return WeightString(expression), Comparison.WEIGHTS
         case sa.LargeBinary() | sa.BINARY() | sa.VARBINARY():
             length = getattr(stored, "length", None)
             if length is None or length > LONGEST_BYTES:
@@ -204,7 +266,7 @@ def _text(expression: ColumnElement[Any], length: int | None) -> tuple[ColumnEle
         raise _unsortable(expression, "the longest length of its text is not known")
     if length is None or length > LONGEST_TEXT:
         raise _unsortable(expression, f"it may be longer than max_sort_length ({LONGEST_TEXT} characters)")
-    return WeightString(expression, sa.literal_column(str(length))), Comparison.BYTES
+    return WeightString(expression), Comparison.WEIGHTS
 
 
 def bare(expression: Any) -> Any:

@@ -81,6 +81,9 @@ class _Splitting:
         distinct = self._distinct() if query.distinct and not self.context.keyed_rows else ()
         order = tuple(self._order(each) for each in self._order_by())
         split = self._with_hidden(self.statement)
+        if any(key.comparison is Comparison.WEIGHTS for key in distinct):
+            # texts that are equal may have other bytes ('a' and 'a '): a shard's LIMIT would count them twice
+            return MergePlan(split.limit(None).offset(None), self._visible, order, distinct, None, limit, offset)
         if limit is not None or offset:
             split = split.limit(None if limit is None else limit + offset).offset(None)
         return MergePlan(split, self._visible, order, distinct, None, limit, offset)
@@ -240,9 +243,8 @@ class _Splitting:
         own = self._hide(raw(expression))
         match how:
             case Aggregate.MIN | Aggregate.MAX:
-                column, comparison = sort_column(arguments[0], self.context.dialect)
-                wrap = sa.func.min if how is Aggregate.MIN else sa.func.max
-                return Combine(how, place, own, order=self._hide(raw(wrap(column))), comparison=comparison)
+                column, comparison = sort_column(expression, self.context.dialect)
+                return Combine(how, place, own, order=self._hide(column), comparison=comparison)
             case Aggregate.AVG:
                 total, count = self._hide(raw(sa.func.sum(arguments[0]))), self._hide(raw(sa.func.count(arguments[0])))
                 return Combine(how, place, own, total, count)

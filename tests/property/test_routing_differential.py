@@ -246,5 +246,3 @@ def _comparable(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 def test_generated_selects_give_the_answer_of_one_database(shop: Shop) -> None:
     check_one(shop)
     assert Tally.answered >= ANSWERED * Tally.asked
-
-

@@ -1,0 +1,242 @@
+"""Strings, numbers and dates sort, group and differ over shards as the server itself sorts and tells them apart."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from datetime import date, datetime, time
+from decimal import Decimal
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
+
+from shardkit.errors import RoutingError
+from shardkit.routing.merge import merge_rows
+from shardkit.routing.planner import Planner
+from shardkit.shardmap import ShardMap
+from shardkit.testing.database import LocalDatabaseServer
+
+SHARDS = ("s0", "s1", "s2")
+#: Collations that both servers have: padding and not, case and accents told apart or not.
+COMMON = ["utf8mb4_general_ci", "utf8mb4_unicode_ci", "utf8mb4_unicode_520_ci", "utf8mb4_bin", "utf8mb4_swedish_ci"]
+OF_FLAVOUR = {
+    "mariadb": ["utf8mb4_nopad_bin", "utf8mb4_unicode_nopad_ci", "latin1_german2_ci"],
+    "mysql": ["utf8mb4_0900_ai_ci", "utf8mb4_0900_as_cs", "utf8mb4_0900_bin", "latin1_german2_ci"],
+}
+WORDS = [
+    None, "", " ", "a", "a ", "a\t", "a\x01", "A", "á", "ä", "ae", "b", "B", "ß", "ss", "z", "Z", "zz", "é", "e", "E",
+    "10", "9", "ab", "a b", "a-b", "aB", "o", "ö", "oe", "a  ", "\t", "_", "~",
+]  # fmt: skip
+
+
+class Databases:
+    """One database with all rows, three with a part each."""
+
+    def __init__(self, server: LocalDatabaseServer, flavour: str) -> None:
+        self.server = server
+        self.names = {shard: f"order_{os.getpid()}_{shard}" for shard in (*SHARDS, "whole")}
+        self.metadata = sa.MetaData()
+        collations = COMMON + OF_FLAVOUR[flavour]
+        self.texts = {
+            name: sa.Column(
+                f"t_{name}",
+                sa.String(20, collation=name).with_variant(
+                    mysql.VARCHAR(20, charset=name.split("_")[0], collation=name), "mysql", "mariadb"
+                ),
+            )
+            for name in collations
+        }
+        self.table = sa.Table(
+            "things",
+            self.metadata,
+            sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+            *self.texts.values(),
+            sa.Column("amount", sa.Numeric(12, 3)),
+            sa.Column("ratio", sa.Float),
+            sa.Column("exact", sa.Double),
+            sa.Column("day", sa.Date),
+            sa.Column("moment", sa.DateTime),
+            sa.Column("hour", sa.Time),
+            sa.Column("size", sa.Enum("small", "large", "medium")),
+            sa.Column("raw", sa.VARBINARY(20)),
+            sa.Column("long", sa.Text),
+            sa.Column("flag", sa.Boolean),
+        )
+        self.engines = {}
+        for shard, name in self.names.items():
+            server.execute(f"DROP DATABASE IF EXISTS {name}")
+            server.execute(f"CREATE DATABASE {name} CHARACTER SET utf8mb4")
+            self.engines[shard] = sa.create_engine(server.dsn(name))
+            self.metadata.create_all(self.engines[shard])
+        self.map = ShardMap.parse(
+            {
+                "format": 1,
+                "cluster": "order",
+                "keyspaces": {
+                    "things": {
+                        "partition": {"by": "hash", "buckets": 3},
+                        "tables": {"things": "id"},
+                        "placement": {"s0": "0", "s1": "1", "s2": "2"},
+                    }
+                },
+                "shards": {shard: {"master": f"mysql://127.0.0.1:1/{shard}"} for shard in SHARDS},
+            }
+        )
+        self.planner = Planner(self.map, dialect_name="mysql")
+
+    def fill(self) -> None:
+        rows = []
+        for n, word in enumerate(WORDS * 2):
+            row: dict[str, Any] = {"id": n}
+            for name, column in self.texts.items():
+                row[column.name] = (
+                    None if word is None else word.encode("latin1").decode("latin1") if "latin1" in name else word
+                )
+            row |= {
+                "amount": None if n % 7 == 0 else Decimal(n % 11) * 10**6 + Decimal("0.125") * (n % 5),
+                "ratio": None if n % 9 == 0 else (n * 0.1) ** 3 / 7,
+                "exact": n / 7,
+                "day": None if n % 8 == 0 else date(1000 + n * 37 % 900, 1 + n % 12, 1 + n % 28),
+                "moment": None if n % 6 == 0 else datetime(2000 + n % 3, 1, 1, n % 24, n % 60),  # noqa: DTZ001 - DATETIME has no zone
+                "hour": None if n % 5 == 0 else time(n % 24, n % 60),
+                "size": (None, "small", "large", "medium")[n % 4],
+                "raw": None if n % 10 == 0 else bytes([n % 256, 0, n * 3 % 256]),
+                "long": word,
+                "flag": (None, True, False)[n % 3],
+            }
+            rows.append(row)
+        by_shard: dict[str, list[dict[str, Any]]] = {"whole": rows}
+        for row in rows:
+            by_shard.setdefault(self.map.locate("things", [row["id"]]).shard, []).append(row)
+        for shard, own in by_shard.items():
+            with self.engines[shard].begin() as connection:
+                connection.execute(self.table.insert(), own)
+
+    def at_once(self, statement: Any) -> list[tuple[Any, ...]]:
+        with self.engines["whole"].connect() as connection:
+            return [tuple(row) for row in connection.execute(statement)]
+
+    def over_shards(self, statement: Any) -> list[tuple[Any, ...]]:
+        route = self.planner.plan(statement)
+        assert route.shards == SHARDS
+        assert route.merge is not None
+        streams = []
+        for shard in route.shards:
+            with self.engines[shard].connect() as connection:
+                streams.append([tuple(row) for row in connection.execute(route.statement_for(shard))])
+        return list(merge_rows(route.merge, streams))
+
+    def close(self) -> None:
+        for shard, name in self.names.items():
+            self.engines[shard].dispose()
+            self.server.execute(f"DROP DATABASE {name}")
+
+
+@pytest.fixture(scope="module")
+def databases(database_server: LocalDatabaseServer, flavour: str) -> Iterator[Databases]:
+    made = Databases(database_server, flavour)
+    try:
+        made.fill()
+        yield made
+    finally:
+        made.close()
+
+
+def text_columns() -> list[str]:
+    return [*COMMON, *OF_FLAVOUR[os.environ.get("SHARDKIT_TEST_FLAVOUR", "mariadb")]]
+
+
+OTHERS = ["amount", "ratio", "exact", "day", "moment", "hour", "size", "raw", "flag"]
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("name", [*text_columns(), *OTHERS])
+def test_rows_are_sorted_as_the_server_sorts(databases: Databases, name: str, descending: bool) -> None:
+    column = databases.table.c[name if name in OTHERS else f"t_{name}"]
+    by = column.desc() if descending else column
+    statement = sa.select(databases.table.c.id, column).order_by(by, databases.table.c.id).limit(60).offset(3)
+    assert databases.over_shards(statement) == databases.at_once(statement)
+
+
+@pytest.mark.parametrize("name", text_columns())
+def test_groups_and_distinct_values_are_the_servers_own(databases: Databases, name: str) -> None:
+    column = databases.table.c[f"t_{name}"]
+    groups = sa.select(sa.func.count(), sa.func.min(databases.table.c.id)).group_by(column).order_by(column)
+    assert databases.over_shards(groups) == databases.at_once(groups)
+    # which of the equal spellings is shown is the server's free choice: only their number is fixed
+    distinct = sa.select(column).distinct()
+    assert len(databases.over_shards(distinct)) == len(databases.at_once(distinct))
+    if name.endswith("_bin") and "nopad" in name:
+        assert Counter(databases.over_shards(distinct)) == Counter(databases.at_once(distinct))
+
+
+@pytest.mark.parametrize("name", text_columns())
+def test_the_least_and_the_greatest_text_are_the_servers_own(databases: Databases, name: str) -> None:
+    column = databases.table.c[f"t_{name}"]
+    with databases.engines["whole"].connect() as connection:
+        for function in (sa.func.min, sa.func.max):
+            (over,) = databases.over_shards(sa.select(function(column)))[0]
+            equal = sa.select(sa.func.count()).where(
+                sa.select(function(column)).scalar_subquery() == sa.literal(over, column.type)
+            )
+            assert connection.scalar(equal) == 1
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_distinct_values_of_other_types(databases: Databases, name: str) -> None:
+    statement = sa.select(databases.table.c[name]).distinct()
+    assert Counter(databases.over_shards(statement)) == Counter(databases.at_once(statement))
+
+
+def test_numbers_are_combined_exactly(databases: Databases) -> None:
+    c = databases.table.c
+    statement = sa.select(
+        sa.func.sum(c.amount), sa.func.avg(c.amount), sa.func.avg(c.id), sa.func.count(), sa.func.sum(c.id),
+        sa.func.min(c.day), sa.func.max(c.moment), sa.func.min(c.amount), sa.func.max(c.raw), sa.func.max(c.hour),
+    )  # fmt: skip
+    (over,), (once,) = databases.over_shards(statement), databases.at_once(statement)
+    assert over == once
+    assert [str(value) for value in over] == [str(value) for value in once]
+
+
+def test_averages_of_groups_have_the_servers_digits(databases: Databases) -> None:
+    c = databases.table.c
+    statement = (
+        sa.select(c.size, sa.func.avg(c.amount), sa.func.sum(c.amount))
+        .group_by(c.size)
+        .having(sa.func.count() > 2)
+        .order_by(sa.func.sum(c.amount).desc())
+    )
+    over, once = databases.over_shards(statement), databases.at_once(statement)
+    assert [[str(value) for value in row] for row in over] == [[str(value) for value in row] for row in once]
+
+
+def test_text_that_is_compared_on_several_levels_is_refused(databases: Databases, flavour: str) -> None:
+    if flavour == "mysql":
+        pytest.skip("MySQL's collations of several levels do not pad: their weights compare as they are")
+    table = sa.Table(
+        "levels", sa.MetaData(), sa.Column("id", sa.Integer, primary_key=True), sa.Column("t", sa.String(9))
+    )
+    for shard in SHARDS:
+        with databases.engines[shard].begin() as connection:
+            text = "VARCHAR(9) CHARACTER SET utf8mb4 COLLATE utf8mb4_thai_520_w2"
+            connection.exec_driver_sql(f"CREATE TABLE levels (id INT PRIMARY KEY, t {text})")
+            connection.execute(table.insert(), [{"id": n, "t": word} for n, word in enumerate(("a", "A", None))])
+    document = databases.map.dump().replace("things: id", "levels: id")
+    databases_map = ShardMap.parse(document)
+    route = Planner(databases_map, dialect_name="mysql").plan(sa.select(table.c.t).order_by(table.c.t))
+    streams = []
+    for shard in SHARDS:
+        with databases.engines[shard].connect() as connection:
+            streams.append([tuple(row) for row in connection.execute(route.statement_for(shard))])
+    assert route.merge is not None
+    with pytest.raises(RoutingError, match="several levels"):
+        list(merge_rows(route.merge, streams))
+
+
+def test_text_that_may_be_longer_than_the_server_sorts_is_refused(databases: Databases) -> None:
+    with pytest.raises(RoutingError, match="max_sort_length"):
+        databases.planner.plan(sa.select(databases.table.c.id).order_by(databases.table.c.long))

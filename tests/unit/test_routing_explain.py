@@ -1,0 +1,78 @@
+"""A route in words and in JSON."""
+
+from __future__ import annotations
+
+import json
+import timeit
+
+import sqlalchemy as sa
+
+from shardkit.routing.explain import explain_json, explain_text
+from shardkit.routing.planner import Planner, plan
+from tests.routing_shop import Country, Order, User, shop_map
+
+PLANNER = Planner(shop_map())
+
+
+def test_a_keyed_statement() -> None:
+    place = PLANNER.shard_map.locate("users", [5])
+    found = explain_json(PLANNER.plan(sa.select(User.id).where(User.id == 5)))
+    assert found == {
+        "statement": "select",
+        "shards": [place.shard],
+        "role": "any",
+        "keyspace": "orders",
+        "tables": ["users"],
+        "buckets": [place.bucket],
+        "scattered": False,
+        "replicated": False,
+        "alternatives": [],
+        "reasons": ["users.id = value pins users"],
+        "merge": [],
+        "sql": {place.shard: "SELECT users.id \nFROM users \nWHERE users.id = %s"},
+    }
+    json.dumps(found)
+
+
+def test_a_statement_over_shards_says_how_it_is_merged() -> None:
+    route = PLANNER.plan(sa.select(Order.note, sa.func.count()).group_by(Order.note).order_by(Order.note).limit(3))
+    text = explain_text(route)
+    assert text.splitlines()[:6] == [
+        "select on s0, s1, s2 (any)",
+        "  because: no condition pins orders.user_id",
+        "  merge: group: combine COUNT",
+        "  merge: sort the groups",
+        "  merge: take 3",
+        "  s0, s1, s2:",
+    ]
+
+
+def test_values_do_not_appear() -> None:
+    route = PLANNER.plan(sa.select(User).where(User.id == 987654, User.name == "secret"))
+    assert "987654" not in explain_text(route)
+    assert "secret" not in explain_text(route)
+
+
+def test_writes_and_locks_need_the_master() -> None:
+    assert explain_json(PLANNER.plan(sa.delete(User).where(User.id == 5)))["role"] == "master"
+    assert explain_json(PLANNER.plan(sa.select(User).where(User.id == 5).with_for_update()))["role"] == "master"
+
+
+def test_a_reference_table_is_read_anywhere() -> None:
+    found = explain_text(PLANNER.plan(sa.select(Country.code)))
+    assert "or any of: s0, s1, s2" in found
+
+
+def test_nothing_to_send_is_said_so() -> None:
+    assert "nothing is sent" in explain_text(PLANNER.plan(sa.select(User).where(User.id.in_([]))))
+
+
+def test_planning_once_needs_no_planner() -> None:
+    assert plan(sa.select(User).where(User.id == 5), None, shop_map(), dialect_name="sqlite").shards
+
+
+def test_a_known_shape_is_planned_in_microseconds() -> None:
+    """Far above what it takes (a busy machine must not fail the test), far below a compilation (about 1 ms)."""
+    statement = sa.select(User).where(User.id == 5)
+    PLANNER.plan(statement)
+    assert min(timeit.repeat(lambda: PLANNER.plan(statement), number=200, repeat=5)) / 200 < 100e-6

@@ -1,0 +1,317 @@
+"""Where writes go, and that the rows over shards are then those of one database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.schema import CreateTable, DropTable
+
+from shardkit.errors import MissingKey, RoutingError
+from shardkit.routing.planner import Planner
+from shardkit.routing.route import RouteOptions, StatementKind
+from shardkit.shardmap import ShardMap
+from tests.routing_shop import ROWS, Country, Currency, Invoice, Member, Order, Read, Shop, Store, User
+
+u, o = User, Order
+
+
+@pytest.fixture
+def shop() -> Iterator[Shop]:
+    made = Shop()
+    made.fill(ROWS)
+    yield made
+    made.close()
+
+
+def same(shop: Shop, *models: Any) -> None:
+    for model in models:
+        over, once = shop.contents(model)
+        assert over == once
+
+
+NEW = [{"id": n, "name": f"n{n}"} for n in range(100, 130)]
+
+
+def test_a_row_goes_to_the_shard_of_its_key(shop: Shop) -> None:
+    for row in NEW:
+        found = shop.change(sa.insert(u).values(**row))
+        place = shop.map.locate("users", [row["id"]])
+        assert (found.shards, found.buckets) == ((place.shard,), frozenset({place.bucket}))
+        assert found.writes
+    same(shop, u)
+
+
+def test_many_sets_of_parameters_are_split_by_shard(shop: Shop) -> None:
+    found = shop.change(sa.insert(u.__table__), NEW)
+    assert found.shards == ("s0", "s1", "s2")
+    assert sorted(row["id"] for shard in found.shards for row in found.parameters_for(shard)) == [r["id"] for r in NEW]
+    same(shop, u)
+
+
+@pytest.mark.parametrize("rows", [NEW, [(row["id"], row["name"], None, None, None, None) for row in NEW]])
+def test_rows_in_one_values_clause_are_split_by_shard(shop: Shop, rows: list[Any]) -> None:
+    found = shop.change(sa.insert(u.__table__).values(rows))
+    assert found.shards == ("s0", "s1", "s2")
+    same(shop, u)
+
+
+def test_orm_inserts_go_by_attribute_names(shop: Shop) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Person(Base):
+        __tablename__ = "users"
+        number: Mapped[int] = mapped_column("id", primary_key=True)
+
+    planner = Planner(shop.map)
+    found = planner.plan(sa.insert(Person), [{"number": row["id"]} for row in NEW])
+    assert found.shards == ("s0", "s1", "s2")
+    for shard in found.shards:
+        for row in found.parameters_for(shard):
+            assert shop.map.locate("users", [row["number"]]).shard == shard
+    assert planner.plan(sa.insert(Person).values(number=100)).shards == (shop.map.locate("users", [100]).shard,)
+
+
+def test_tables_of_one_mapped_class_go_together() -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Employee(Base):
+        __tablename__ = "employees"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        kind: Mapped[str] = mapped_column(sa.String(5))
+        __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "e"}  # noqa: RUF012 - as the ORM reads it
+
+    class Manager(Employee):
+        __tablename__ = "managers"
+        id: Mapped[int] = mapped_column(sa.ForeignKey("employees.id"), primary_key=True)
+        level: Mapped[int]
+        __mapper_args__ = {"polymorphic_identity": "m"}  # noqa: RUF012 - as the ORM reads it
+
+    shard_map = two_shards({"employees": "id", "managers": "id"})
+    planner = Planner(shard_map)
+    found = planner.plan(sa.insert(Manager), [{"id": n, "level": 1} for n in range(20)])
+    assert found.tables == ("employees", "managers")
+    for shard in found.shards:
+        assert {shard_map.locate("managers", [row["id"]]).shard for row in found.parameters_for(shard)} == {shard}
+    assert len(planner.plan(sa.select(Manager).where(Manager.id == 5)).shards) == 1
+    assert len(planner.plan(sa.update(Manager), [{"id": 5, "level": 2}]).shards) == 1
+
+
+def two_shards(tables: dict[str, Any]) -> ShardMap:
+    return ShardMap.parse(
+        {
+            "format": 1,
+            "cluster": "two",
+            "keyspaces": {
+                "all": {
+                    "partition": {"by": "hash", "buckets": 8},
+                    "tables": tables,
+                    "placement": {"s0": "0-1, 4-5", "s1": "2-3, 6-7"},
+                }
+            },
+            "shards": {name: {"master": f"mysql://{name}/shop"} for name in ("s0", "s1")},
+        }
+    )
+
+
+def test_null_is_a_key_where_the_column_takes_it(shop: Shop) -> None:
+    found = shop.change(sa.insert(o).values(id=900, user_id=None))
+    assert found.buckets == frozenset({0})
+    assert shop.change(sa.insert(Store).values(id=900, region=sa.null())).shards == ("s2",)
+    same(shop, o, Store)
+
+
+def test_keys_of_every_partition(shop: Shop) -> None:
+    assert shop.change(sa.insert(Store).values(id=901, region="busan")).shards == ("s1",)
+    assert shop.change(sa.insert(Member).values(id=901, age=25)).shards == ("s1",)
+    assert shop.change(sa.insert(Read).values(id=901, tenant=1, day=None)).shards == (
+        shop.map.locate("reads", [1, None]).shard,
+    )
+    assert shop.change(sa.insert(Invoice).values(id=901)).shards == ("s3",)
+    same(shop, Store, Member, Read, Invoice)
+
+
+def test_bound_parameters_inside_values(shop: Shop) -> None:
+    statement = sa.insert(u.__table__).values(id=sa.bindparam("number"), name="x")
+    found = shop.change(statement, [{"number": n} for n in range(200, 220)])
+    assert len(found.shards) == 3
+    same(shop, u)
+
+
+def test_a_plain_default_of_the_model_is_a_value() -> None:
+    table = sa.Table("t", sa.MetaData(), sa.Column("id", sa.Integer), sa.Column("tenant", sa.Integer, default=7))
+    shard_map = two_shards({"t": "tenant"})
+    assert Planner(shard_map).plan(sa.insert(table).values(id=1)).shards == (shard_map.locate("t", [7]).shard,)
+
+
+def test_reference_tables_are_written_everywhere(shop: Shop) -> None:
+    for statement in (
+        sa.insert(Country).values(code="jp", title="Japan"),
+        sa.update(Country).where(Country.code == "jp").values(title=sa.func.upper(Country.title)),
+        sa.delete(Country).where(Country.code == "de"),
+    ):
+        found = shop.change(statement)
+        assert (found.shards, found.replicated, found.scattered) == (("s0", "s1", "s2"), True, False)
+    rows = {
+        shard: shop.answer(shop.route(sa.select(Country.code, Country.title).order_by(Country.code), shard=shard))
+        for shard in found.shards
+    }
+    assert rows["s0"] == rows["s1"] == rows["s2"] == [("jp", "JAPAN"), ("kr", "Korea"), ("no", None)]
+    now = datetime(2024, 1, 1)  # noqa: DTZ001 - DATETIME has no zone
+    assert shop.change(sa.insert(Currency).values(id=1, code="KRW", changed=now)).replicated
+    same(shop, Country, Currency)
+
+
+def test_upserts_whose_unique_indexes_hold_the_key(shop: Shop) -> None:
+    statement = sqlite_insert(u).values(id=5, name="new")
+    found = shop.change(statement.on_conflict_do_update(index_elements=["id"], set_={"name": "new"}))
+    assert len(found.shards) == 1
+    same(shop, u)
+    many = [{"id": n, "name": "again"} for n in range(10)]
+    shop.change(sqlite_insert(u.__table__).on_conflict_do_nothing(), many)
+    same(shop, u)
+    on_server = mysql.insert(u).values(id=5).on_duplicate_key_update(name="x")
+    assert len(Planner(shop.map).plan(on_server).shards) == 1
+
+
+def test_insert_from_select_with_everything_on_one_shard(shop: Shop) -> None:
+    rows = sa.select(sa.literal(5), u.id + 1000).where(u.id == 5)
+    assert len(shop.change(sa.insert(o).from_select(["user_id", "id"], rows)).shards) == 1
+    same(shop, o)
+
+
+def test_returning_from_several_shards(shop: Shop) -> None:
+    route = shop.route(sa.insert(u.__table__).returning(u.id), NEW)
+    assert route.merge is not None
+    rows = []
+    for shard in route.shards:
+        with shop.shards[shard].begin() as connection:
+            rows += connection.execute(route.statement_for(shard), route.parameters_for(shard)).all()
+    assert sorted(row[0] for row in rows) == [row["id"] for row in NEW]
+
+
+def test_updates_and_deletes_by_key(shop: Shop) -> None:
+    one = shop.change(sa.update(u).where(u.id == 5).values(name="five"))
+    assert one.shards == (shop.map.locate("users", [5]).shard,)
+    some = shop.change(sa.update(u).where(u.id.in_([1, 2, 3, 4])).values(name="some"))
+    assert len(some.shards) > 1
+    shop.change(sa.delete(o).where(o.user_id.in_([1, 2, 3])))
+    assert shop.change(sa.delete(u).where(u.id.in_([]))).shards == ()
+    same(shop, u, o)
+
+
+def test_changes_everywhere_where_asked(shop: Shop) -> None:
+    found = shop.change(sa.update(u).where(u.age == 11).values(name="eleven"), scatter=True)
+    assert found.shards == ("s0", "s1", "s2")
+    shop.change(sa.delete(u).where(~u.orders.any()), scatter=True)
+    shop.change(sa.update(o).where(o.user_id == u.id, u.age == 12).values(note="twelve"), scatter=True)
+    same(shop, u, o)
+
+
+def test_many_sets_of_parameters_of_an_update(shop: Shop) -> None:
+    table = u.__table__
+    statement = sa.update(table).where(table.c.id == sa.bindparam("number")).values(name=sa.bindparam("new"))
+    found = shop.change(statement, [{"number": n, "new": f"x{n}"} for n in range(12)])
+    assert len(found.shards) == 3
+    same(shop, u)
+
+
+def test_a_bulk_update_by_a_primary_key_that_is_the_key(shop: Shop) -> None:
+    sets = [{"id": n, "name": f"y{n}"} for n in range(12)]
+    found = shop.route(sa.update(u), sets)
+    assert len(found.shards) == 3
+    for shard in found.shards:
+        assert {shop.map.locate("users", [each["id"]]).shard for each in found.parameters_for(shard)} == {shard}
+
+
+def test_ddl_runs_where_the_table_stands(shop: Shop) -> None:
+    assert shop.route(CreateTable(u.__table__)).shards == ("s0", "s1", "s2")
+    assert shop.route(DropTable(Invoice.__table__)).shards == ("s3",)
+    assert shop.route(CreateTable(Country.__table__)).replicated
+    index = sa.Index("by_age", u.__table__.c.age, _table=None)
+    assert shop.route(sa.schema.CreateIndex(index)).shards == ("s0", "s1", "s2")
+    u.__table__.indexes.discard(index)
+
+
+def test_hints_say_where_raw_sql_goes(shop: Shop) -> None:
+    text = sa.text("SELECT 1")
+    assert shop.route(text, shard="s1").shards == ("s1",)
+    found = shop.route(text, key={"user_id": 5})
+    assert found.shards == (shop.map.locate("orders", [5]).shard,)
+    assert found.buckets == frozenset({shop.map.locate("orders", [5]).bucket})
+    assert shop.route(text, key={"tenant": 1, "day": 2}).shards == (shop.map.locate("reads", [1, 2]).shard,)
+    with pytest.raises(RoutingError, match="no table of the map is sharded by that"):
+        shop.route(text, key={"colour": 5})
+    with pytest.raises(sa.exc.InvalidRequestError, match="has no shard 's9'"):
+        shop.route(text, shard="s9")
+
+
+@pytest.mark.parametrize(
+    ("sql", "writes"),
+    [
+        ("SELECT 1", False),
+        ("  ( select 1 )", False),
+        ("SELECT 1 FOR UPDATE", True),
+        ("select * from t lock in share mode", True),
+        ("SELECT 1 INTO OUTFILE 'x'", True),
+        ("UPDATE t SET a = 1", True),
+        ("WITH a AS (SELECT 1) DELETE FROM t", True),
+        ("CALL p()", True),
+    ],
+)
+def test_raw_sql_that_may_write_needs_the_master(shop: Shop, sql: str, writes: bool) -> None:
+    found = shop.route(sa.text(sql), shard="s0")
+    assert (found.kind, found.writes) == (StatementKind.TEXT, writes)
+
+
+def test_a_hint_may_not_contradict_the_key_of_a_write(shop: Shop) -> None:
+    home = shop.map.locate("users", [5]).shard
+    wrong = next(shard for shard in ("s0", "s1", "s2") if shard != home)
+    for statement in (
+        sa.insert(u).values(id=5),
+        sa.update(u).where(u.id == 5).values(name="x"),
+        sa.delete(u).where(u.id == 5),
+    ):
+        with pytest.raises(RoutingError, match="shardkit_shard"):
+            shop.route(statement, shard=wrong)
+        assert shop.route(statement, shard=home).shards == (home,)
+        assert shop.route(statement, key={"id": 5}).shards == (home,)
+    with pytest.raises(RoutingError, match="one shard only"):
+        shop.route(sa.update(Country).values(title="x"), shard="s0")
+    with pytest.raises(RoutingError, match="contradict"):
+        shop.route(sa.select(u), shard=wrong, key={"id": 5})
+    with pytest.raises(RoutingError, match="places no part of 'invoices'"):
+        shop.route(sa.select(Invoice), shard="s0")
+    with pytest.raises(MissingKey, match="says nothing about its bucket"):
+        shop.route(sa.select(u), key={"id": "5"})
+
+
+def test_options_are_read_from_execution_options() -> None:
+    found = RouteOptions.from_execution_options({"shardkit_shard": "s0", "stream_results": True}, policy="refuse")
+    assert found == RouteOptions(shard="s0", policy="refuse")
+    assert RouteOptions.from_execution_options({"yield_per": 5}) == RouteOptions()
+    assert RouteOptions.from_execution_options({"shardkit_key": {"id": 1}, "shardkit_scatter": True}) == RouteOptions(
+        key={"id": 1}, scatter=True
+    )
+    for wrong in ({"shardkit_shard": 1}, {"shardkit_key": 5}, {"shardkit_scatter": "yes"}):
+        with pytest.raises(RoutingError):
+            RouteOptions.from_execution_options(wrong)
+
+
+def test_rows_of_objects_are_placed(shop: Shop) -> None:
+    assert shop.planner.place(u.__table__, {"id": 5}) == shop.map.locate("users", [5])
+    assert shop.planner.place(o.__table__, {"id": 5, "user_id": None}) == shop.map.locate("orders", [None])
+    assert shop.planner.place(Country.__table__, {"code": "kr"}) is None
+    assert shop.planner.place(Invoice.__table__, {"id": 1}) == shop.map.locate("invoices")
+    with pytest.raises(MissingKey, match=r"no value for its key users\.id"):
+        shop.planner.place(u.__table__, {"name": "x"})
+    with pytest.raises(MissingKey, match="may be stored as another"):
+        shop.planner.place(u.__table__, {"id": 5.0})
