@@ -130,9 +130,13 @@ def planes() -> list[Row]:
     return [_typed(record, _PLANE) for record in _records("planes")]
 
 
-def weather() -> list[Row]:
-    """26,115 hourly readings at the three airports, numbered from 1."""
-    return [{"id": number, **_typed(record, _WEATHER)} for number, record in enumerate(_records("weather"), 1)]
+def weather(month: int | None = None) -> list[Row]:
+    """26,115 hourly readings at the three airports, numbered from 1; those of one month where ``month`` is given."""
+    return [
+        {"id": number, **_typed(record, _WEATHER)}
+        for number, record in enumerate(_records("weather"), 1)
+        if month is None or record["month"] == str(month)
+    ]
 
 
 def flights(month: int | None = None) -> Iterator[Row]:

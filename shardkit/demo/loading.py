@@ -21,7 +21,7 @@ Progress = Callable[[str, int], None]
 
 
 def load(cluster: Cluster, progress: Progress, *, month: int | None = None) -> dict[str, int]:
-    """Load everything, or one month of flights with their visits.
+    """Load everything, or one month of flights with their visits and weather.
 
     :returns: rows by table.
     """
@@ -30,7 +30,7 @@ def load(cluster: Cluster, progress: Progress, *, month: int | None = None) -> d
         "airlines": _insert(factory, Airline, data.airlines(), progress),
         "airports": _insert(factory, Airport, data.airports(), progress),
         "planes": _insert(factory, Plane, data.planes(), progress),
-        "weather": _insert(factory, Weather, data.weather(), progress),
+        "weather": _insert(factory, Weather, data.weather(month), progress),
     }
     rows["daily_visits"] = _insert_by_shard(
         cluster, factory, DailyVisits, data.daily_visits(data.flights(month)), "airport", progress
