@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import rich_click as click
 
 from shardkit.cli.frame import Entry, LazyGroup, configure_logging
@@ -22,7 +20,7 @@ _ENTRIES = {
 
 @click.group(
     cls=LazyGroup,
-    entries={name: entry for name, entry in _ENTRIES.items() if find_spec(entry.module) is not None},
+    entries=_ENTRIES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option("-v", "--verbose", count=True, metavar="", help="Log what happens to standard error; twice for more.")

@@ -253,7 +253,7 @@ def history(map_source: str, limit: int, out: Output) -> None:
 
     rows: list[dict[str, Any]] = []
     with map_store(map_source) as store:
-        entries = list(store.history())[-limit - 1 :]
+        entries = store.history(limit + 1)
         before: ShardMap | None = None
         for entry in entries:
             try:

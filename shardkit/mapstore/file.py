@@ -16,7 +16,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from shardkit.errors import MapNotFound, MapStoreUnavailable
+from shardkit.errors import MapNotFound, MapStoreUnavailable, ShardMapError
 from shardkit.mapstore.store import ClientState, MapCallback, MapVersion, next_version, publisher, this_client
 from shardkit.mapstore.watches import CallbackWatch, Watches
 from shardkit.shardmap import ShardMap
@@ -64,10 +64,8 @@ class FileMapStore:
         """See `MapStore.load`."""
         try:
             found = self._read()
-        except (MapNotFound, MapStoreUnavailable):
-            if self._watches.newest is None:
-                raise
-            return self._watches.newest
+        except ShardMapError as error:
+            return self._watches.instead(error)
         return self._watches.see(found)
 
     def _read(self) -> ShardMap:
@@ -166,13 +164,13 @@ class FileMapStore:
     def _version_path(self, version: int) -> Path:
         return self._path.with_name(f"{self._path.name}.history") / f"{version}.yaml"
 
-    def history(self) -> Sequence[MapVersion]:
+    def history(self, limit: int | None = None) -> Sequence[MapVersion]:
         """See `MapStore.history`."""
         current = self.load().version
         kept = (int(path.stem) for path in self._version_path(0).parent.glob("*.yaml") if path.stem.isdecimal())
         # a publisher that died half way leaves a file for a version that never was
         versions = sorted({*(version for version in kept if version < current), current})
-        return tuple(self._entry(version) for version in versions)
+        return tuple(self._entry(version) for version in versions[-limit if limit else 0 :])
 
     def _entry(self, version: int) -> MapVersion:
         path = self._version_path(version)

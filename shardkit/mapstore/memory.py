@@ -70,9 +70,9 @@ class MemoryMapStore:
         with self._lock:
             self._watches = tuple(other for other in self._watches if other is not watch)
 
-    def history(self) -> Sequence[MapVersion]:
-        """Every version published."""
-        return tuple(entry for _, entry in list(self._versions.values()))
+    def history(self, limit: int | None = None) -> Sequence[MapVersion]:
+        """See `MapStore.history`."""
+        return tuple(entry for _, entry in list(self._versions.values()))[-limit if limit else 0 :]
 
     def load_version(self, version: int) -> ShardMap:
         """See `MapStore.load_version`."""

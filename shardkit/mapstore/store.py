@@ -66,12 +66,12 @@ class MapStore(Protocol):
         ...
 
     def load(self) -> ShardMap:
-        """The newest map. Never one older than this store has handed out before; while the store cannot be reached,
-        the last one that it handed out.
+        """The newest map. Never one older than this store has handed out before; while none can be read, the last one
+        that it handed out, with a line in the log.
 
         :raises MapStoreUnavailable: when the store cannot be reached and no map has been loaded yet.
         :raises MapNotFound: when nothing has been published yet.
-        :raises InvalidShardMap: when what is kept there is not a map.
+        :raises InvalidShardMap: when what is kept there is not a map, and none has been loaded yet.
         """
         ...
 
@@ -96,8 +96,11 @@ class MapStore(Protocol):
         """
         ...
 
-    def history(self) -> Sequence[MapVersion]:
-        """The versions that `load_version` can give, oldest first."""
+    def history(self, limit: int | None = None) -> Sequence[MapVersion]:
+        """The versions that `load_version` can give, oldest first.
+
+        :param limit: only the newest so many.
+        """
         ...
 
     def load_version(self, version: int) -> ShardMap:

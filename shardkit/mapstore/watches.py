@@ -90,6 +90,16 @@ class Watches:
             self._complain(f"ignored a change under the same version {found.version}: raise the version")
         return newest
 
+    def instead(self, error: ShardMapError) -> ShardMap:
+        """The newest map seen, in place of one that cannot be read now.
+
+        :raises ShardMapError: the error itself, when none has been seen.
+        """
+        if self._newest is None or self._closed:
+            raise error
+        self._complain(f"cannot be read now, version {self._newest.version} stays in use: {error}")
+        return self._newest
+
     def add(self, callback: MapCallback, after: int) -> CallbackWatch:
         """A new watcher; starts the thread."""
         watch = CallbackWatch(callback, after, self._remove)

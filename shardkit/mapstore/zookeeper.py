@@ -83,6 +83,7 @@ class ZooKeeperMapStore:
         self._kazoo: Any = None
         self._announced: ClientState | None = None
         self._written: tuple[Any, ClientState] | None = None  # session id, what stands in clients/<id>
+        self._lost_at: float | None = None
         self._closed = False
         self._watches = Watches(self.source, self._refresh, poll, self._leave_parent)
 
@@ -185,10 +186,8 @@ class ZooKeeperMapStore:
             return newest
         try:
             found, _ = self._read()
-        except MapStoreUnavailable:
-            if newest is None or self._closed:
-                raise
-            return newest
+        except ShardMapError as error:
+            return self._watches.instead(error)
         return self._watches.see(found)
 
     def _read(self, *, watch: bool = False) -> tuple[ShardMap, int]:
@@ -214,11 +213,25 @@ class ZooKeeperMapStore:
     def _refresh(self) -> None:
         """The watching thread's work: set the watch, take the map, and keep this client's registration alive."""
         if self._kazoo is not None and not self._kazoo.connected:
+            self._forget_the_past(self._kazoo)
             raise MapStoreUnavailable(f"the connection to ZooKeeper at {self._hosts} is lost")
+        self._lost_at = None
         try:
             self._watches.see(self._read(watch=True)[0])
         finally:
             self._register()
+
+    def _forget_the_past(self, kazoo: Any) -> None:
+        """A ZooKeeper restored from a backup refuses clients that have seen later transactions than it has, for ever.
+
+        Once the session cannot be saved any more there is nothing to protect: kazoo itself forgets the last transaction
+        with an expired session, but that is what such a server never tells it.
+        """
+        now = time.monotonic()
+        if self._lost_at is None:
+            self._lost_at = now
+        elif now - self._lost_at > self._session_timeout:
+            kazoo.last_zxid = 0
 
     # --- publishing
 
@@ -322,15 +335,15 @@ class ZooKeeperMapStore:
 
     # --- history
 
-    def history(self) -> Sequence[MapVersion]:
-        """The last 200 versions, oldest first."""
+    def history(self, limit: int | None = None) -> Sequence[MapVersion]:
+        """See `MapStore.history`; the last 200 versions are kept."""
         current = self.load().version
         try:
             names = self._wait(self.client.get_children_async(self.path("map_history")))
         except _AWAY:
             raise self._unreachable() from None
         versions = sorted(int(name) for name in names if name.isdecimal() and int(name) <= current)
-        entries = ((version, self._history_node(version)) for version in versions)
+        entries = ((version, self._history_node(version)) for version in versions[-limit if limit else 0 :])
         return tuple(
             MapVersion(version, datetime.fromisoformat(entry["at"]), entry["by"]) for version, entry in entries if entry
         )

@@ -214,6 +214,7 @@ def test_every_version_can_be_loaded_again(place: Place) -> None:
     entries = place.open().history()
     assert [entry.version for entry in entries] == [1, 2]
     assert all(before <= entry.published_at <= datetime.now(UTC) for entry in entries)
+    assert [entry.version for entry in store.history(1)] == [2]
     assert all("@" in entry.published_by for entry in entries)
     assert [place.open().load_version(version) for version in (1, 2)] == [first, second]
     with pytest.raises(MapNotFound, match="version 3"):
