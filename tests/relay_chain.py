@@ -20,12 +20,12 @@ from shardkit_cdc.relay import Hop, HopOptions, HopSpec, State
 DEADLINE = 60.0  # seconds: generous, only a hang reaches it
 
 
-def wait_for(condition: Callable[[], bool], what: str, *, deadline: float = DEADLINE) -> None:
+def wait_for(condition: Callable[[], bool], what: str | Callable[[], str], *, deadline: float = DEADLINE) -> None:
     """Wait until the condition holds; fail with ``what`` when it does not in time."""
     end = time.monotonic() + deadline
     while not condition():
         if time.monotonic() > end:
-            pytest.fail(f"{what}: not within {deadline:.0f} s")
+            pytest.fail(f"{what if isinstance(what, str) else what()}: not within {deadline:.0f} s")
         time.sleep(0.01)
 
 
@@ -43,6 +43,7 @@ class Chain:
         self.hops: list[Hop] = []
         self._threads: list[threading.Thread] = []
         self.options = HopOptions(retry_seconds=(0.05, 0.5))
+        self.story: Callable[[], str] = lambda: f"hops: {[hop.report for hop in self.hops]}"
 
     @property
     def master(self) -> LocalDatabaseServer:
@@ -127,7 +128,7 @@ class Chain:
             except Exception:  # noqa: BLE001 - its tables may not be there yet
                 return False
 
-        wait_for(arrived, f"{self.last.name} reaches {end}; hops: {[hop.report for hop in self.hops]}")
+        wait_for(arrived, lambda: f"{self.last.name} reaches {end}; {self.story()}")
 
     def contents(self, server: LocalDatabaseServer) -> Mapping[str, tuple[object, ...]]:
         """Every table, view and routine with its definition and, of tables, its checksum; shardkit's own left out."""

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from shardkit.credentials import CredentialSource
-from shardkit.errors import PreconditionFailed, ShardkitError, UnknownTable
+from shardkit.errors import Interrupted, PreconditionFailed, ShardkitError, UnknownTable
 from shardkit.mapstore import MapStore, ZooKeeperMapStore
 from shardkit.shardmap import ShardMap
 from shardkit.telemetry import RelayMetrics
@@ -161,7 +161,9 @@ class Relay:
             while time.monotonic() < end and not all(map(settled, self.hops)):
                 self._changed.wait(0.1)
         errors = [hop.report.error for hop in self.hops]
-        return [error for error in errors if error is not None] if errors and all(errors) else []
+        # A connection lost while starting is no refusal: the next attempt may well find everything in order.
+        refusals = [error for error in errors if error is not None and not isinstance(error, Interrupted)]
+        return refusals if len(refusals) == len(errors) else []
 
     def _all_ended(self) -> bool:
         hops = self.hops

@@ -49,7 +49,7 @@ class Daemon:
         process = self.process
         wait_for(
             lambda: process.poll() is not None or all(text in self.log()[self._seen :] for text in texts),
-            f"the daemon says {texts}; it says {self.log()[-2000:]}",
+            lambda: f"the daemon says {texts}; it says {self.log()[-3000:]}",
         )
         assert process.poll() is None, self.log()[-3000:]
 
@@ -185,6 +185,7 @@ def test_killed_in_the_middle_of_a_mixed_load(chain: Chain, tmp_path: Path, daem
     dice = random.Random(seed)
     daemon = Daemon(map_of(chain, tmp_path / "map.yaml"), tmp_path / "relay.log")
     daemons.append(daemon)
+    chain.story = lambda: f"the daemon says {daemon.log()[-3000:]}"
     load = Load(chain, seed)
     load.start()
     try:
