@@ -214,7 +214,7 @@ class ClusterTransaction(SessionTransaction):
                 held.discard(entry)
         self._commit_writers(writers)
         for connection, transaction, *_ in held:
-            _end_reading(connection, transaction)
+            _end_reading(connection, transaction, by_commit=not connection.invalidated)
         return None
 
     def _commit_two_phase(self, two_phase: TwoPhaseTransaction, held: set[Any]) -> CommitPending | None:
@@ -275,10 +275,16 @@ class _Ended:
         """Nothing is left to be undone."""
 
 
-def _end_reading(connection: Connection, transaction: Transaction) -> None:
-    """End a transaction that wrote nothing. Its server may be gone: what was read stays read."""
+def _end_reading(connection: Connection, transaction: Transaction, *, by_commit: bool = False) -> None:
+    """End a transaction that wrote nothing. Its server may be gone: what was read stays read.
+
+    :param by_commit: as one database would, since a function that a SELECT called may have written after all.
+    """
     try:
-        transaction.rollback()
+        if by_commit:
+            transaction.commit()
+        else:
+            transaction.rollback()
     except exc.DBAPIError as error:
         logger.info("a connection that only read was lost at the end of its transaction: %s", error)
         connection.invalidate(error)

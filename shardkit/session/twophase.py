@@ -27,7 +27,7 @@ from shardkit.errors import CommitUnknown
 from shardkit.session.parallel import runner_for
 
 if TYPE_CHECKING:
-    from shardkit.session.session import ClusterSession
+    from shardkit.session.transacting import TransactingSession
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ class BranchTransaction:
             self._branch.abandon(error)
 
 
-def two_phase_for(session: ClusterSession) -> TwoPhaseTransaction:
+def two_phase_for(session: TransactingSession) -> TwoPhaseTransaction:
     """The two-phase side of a session's new transaction. Costs nothing until a second master takes part."""
     cluster = session.cluster
 

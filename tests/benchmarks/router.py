@@ -195,6 +195,3 @@ def _flush(cluster: Cluster, database: str) -> list[Row]:
             "ok": value >= 1.8,
         }
     ]
-
-
-
