@@ -66,6 +66,13 @@ def explain(error: BaseException) -> Failure:
                 "check that ZooKeeper runs, then try again",
                 kind=type(error).__name__,
             )
+        case RuntimeError() if "cryptography" in str(error):  # PyMySQL, on MySQL's sha2 accounts without TLS
+            return Failure(
+                f"cannot log on: {_first_line(error)}",
+                "install the package cryptography, or use an account that authenticates otherwise",
+                exit_code=4,
+                kind="PreconditionFailed",
+            )
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
             return Failure(f"{where}{error.strerror or _named(error)}", kind=type(error).__name__)

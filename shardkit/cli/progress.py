@@ -97,7 +97,12 @@ class Task:
         self.started = owner.clock()
         self.pace = Pace(total, self.started)
         self.last_line = self.started
-        self.finished = False
+        self.finished_at: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is done."""
+        return self.finished_at is not None
 
     def advance(self, amount: int = 1) -> None:
         """So much more is done."""
@@ -124,7 +129,7 @@ class Task:
     def finish(self, label: str | None = None) -> None:
         """It is done."""
         self.label = label or self.label
-        self.finished = True
+        self.finished_at = self._owner.clock()
         self._owner.changed(self)
 
     @property
@@ -138,16 +143,17 @@ class Task:
 
     def speed(self, now: float) -> str:
         """``41,200 rows/s, 12 s left``, as much of it as is known."""
-        if self.finished:
-            took = now - self.started
-            rate = f", {self.pace.average(now):,.0f} {self.unit}/s" if took >= 0.5 and self.pace.done else ""
-            return f"in {duration(took)}{rate}"
-        rate_now, left = self.pace.rate(now), self.pace.seconds_left(now)
-        parts = [
-            "" if rate_now is None else f"{rate_now:,.0f} {self.unit}/s",
-            "" if left is None else f"{duration(left)} left",
-        ]
+        if self.finished_at is not None:
+            took = self.finished_at - self.started
+            average = self._rate(self.pace.average(self.finished_at) if took >= 0.5 else None)
+            return ", ".join(part for part in (f"in {duration(took)}", average) if part)
+        left = self.pace.seconds_left(now)
+        parts = (self._rate(self.pace.rate(now)), "" if left is None else f"{duration(left)} left")
         return ", ".join(part for part in parts if part)
+
+    def _rate(self, rate: float | None) -> str:
+        """Empty below one a second: steps are not rows."""
+        return "" if rate is None or rate < 1 else f"{rate:,.0f} {self.unit}/s"
 
 
 class Progress:

@@ -32,7 +32,7 @@ from shardkit.partition import (
 from shardkit.testing.database import LocalDatabaseServer
 
 SQLITE, SERVER = "sqlite", "server"
-EXAMPLES = settings(max_examples=20, deadline=None)
+EXAMPLES = settings(max_examples=12, deadline=None)
 
 
 def _characters(codec: str) -> st.SearchStrategy[str]:
@@ -286,6 +286,20 @@ def test_a_trigger_finds_the_same_bucket(server: sa.Engine, flavour: str) -> Non
     assert [tuple(row) for row in found] == [
         (name, plain.bucket_of((name,)), int(name == "pinned")) for name in ("서울", "pinned", "Pinned", None, "", "a ")
     ]
+
+
+def test_the_connections_character_set_does_not_matter(server: sa.Engine, flavour: str) -> None:
+    rows = Rows(server, "connections", [COLUMNS["text"]], flavour)
+    keys = [("서울",), ("é",), ("🛫",), ("a",)]
+    rows.fill(keys)
+    partition = HashPartition(5000)
+    bucket = partition.bucket_expression(rows.key_columns).compile(server, compile_kwargs={"literal_binds": True})
+    with server.connect() as connection:
+        for charset in ("latin1", "utf8mb3", "utf8mb4"):
+            connection.exec_driver_sql(f"SET NAMES {charset}")
+            found = connection.exec_driver_sql(f"SELECT {bucket} FROM connections ORDER BY row_id").scalars().all()
+            assert found == [partition.bucket_of(key) for key in keys], charset
+        connection.exec_driver_sql("SET NAMES utf8mb4")
 
 
 def test_a_number_pinned_on_a_text_column_pins_that_text_only(server: sa.Engine, flavour: str) -> None:

@@ -152,6 +152,7 @@ def test_an_error_is_json_too(as_json: Screen) -> None:
         (OSError(28, "No space left on device", "/data"), 1),
         (ConnectionLoss(), 1),
         (NoAuthError(), 4),
+        (RuntimeError("'cryptography' package is required for caching_sha2_password"), 4),
         (pymysql.err.OperationalError(1045, "Access denied"), 4),
         (pymysql.err.OperationalError(1213, "Deadlock"), 1),
     ],
@@ -441,6 +442,16 @@ def test_plain_lines_now_and_then() -> None:
         "half way",
         "copy flights: 1,000 of 1,000 rows (100%), in 10 s, 100 rows/s",
     ]
+
+
+def test_what_is_done_stays_as_long_as_it_took() -> None:
+    clock = Clock()
+    task = Progress(Console(file=io.StringIO()), clock=clock).task("wait", unit="steps")
+    clock.now += 20
+    task.advance()
+    task.finish()
+    clock.now += 40
+    assert task.speed(clock.now) == "in 20 s"
 
 
 def test_bars_on_a_terminal() -> None:
