@@ -17,6 +17,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from kazoo.exceptions import (
+    BadVersionError,
+    ConnectionClosedError,
+    ConnectionLoss,
+    NodeExistsError,
+    NoNodeError,
+    SessionExpiredError,
+)
+from kazoo.handlers.threading import KazooTimeoutError
+
 from shardkit.errors import PreconditionFailed, ShardkitError
 from shardkit.mapstore import FileMapStore, MapStore, ZooKeeperMapStore
 
@@ -100,12 +110,19 @@ class IdGenerator:
             if now != self._last_ms:
                 self._last_ms, self._sequence = now, 0
             if now > self._allowed_until:
-                lease.reserve(now + RESERVE_MS)
-                self._allowed_until = now + RESERVE_MS
+                self._reserve(lease, now + RESERVE_MS)
             stamp = (now - EPOCH_MS) << (_WORKER_BITS + _SEQUENCE_BITS)
             return stamp | lease.number << _SEQUENCE_BITS | self._sequence
 
     __call__ = next_id
+
+    def _reserve(self, lease: Lease, until_ms: int) -> None:
+        try:
+            lease.reserve(until_ms)
+        except PreconditionFailed:
+            self._lease = None  # the next call takes another number
+            raise
+        self._allowed_until = until_ms
 
     def _held(self) -> Lease:
         if self._lease is None or self._pid != os.getpid():
@@ -137,7 +154,8 @@ class IdGenerator:
         """Give the worker number back."""
         with self._lock:
             if self._lease is not None and self._pid == os.getpid():
-                self._lease.reserve(self._last_ms)
+                with contextlib.suppress(PreconditionFailed):  # what was reserved before stands
+                    self._lease.reserve(self._last_ms)
                 self._lease.close()
             self._lease = None
 
@@ -202,38 +220,45 @@ class FileLease:
 class ZooKeeperLease:
     """A worker number held by an ephemeral node ``workers/<n>/holder``; what is reserved stands in ``workers/<n>``.
 
-    ZooKeeper frees the number when it has not heard from the process for the session time-out. So every reservation is
-    a write that succeeds only while the node is ours, and ends within that time-out.
+    ZooKeeper frees the number when it has not heard from the process for the session time-out. A holder that it takes
+    for dead may still be alive: but each reservation is a write that succeeds only if nobody else has written since,
+    and the next holder begins after what was reserved.
+
+    :param timeout: seconds that each call may take: kazoo would wait for a lost connection for ever.
     """
 
-    def __init__(self, store: ZooKeeperMapStore) -> None:
+    def __init__(self, store: ZooKeeperMapStore, *, timeout: float = 10.0) -> None:
         self._store = store
+        self._timeout = timeout
         self._number, self._version, self._reserved = self._take()
 
     def _take(self) -> tuple[int, int, int]:
-        from kazoo.exceptions import NodeExistsError, NoNodeError
-
         client = self._store.client
         now = time.time_ns() // 1_000_000
-        client.ensure_path(self._store.path("workers"))
-        for number in self._numbers():
+        self._wait(client.ensure_path_async(self._store.path("workers")))
+        for number in _scattered_numbers():
             path = self._store.path("workers", str(number))
             try:
                 with contextlib.suppress(NodeExistsError):
-                    client.create(path, b"0")
-                client.create(f"{path}/holder", f"{os.getpid()}".encode(), ephemeral=True)
-                data, stat = client.get(path)
+                    self._wait(client.create_async(path, b"0"))
+                self._wait(client.create_async(f"{path}/holder", b"%d" % os.getpid(), ephemeral=True))
+                data, stat = self._wait(client.get_async(path))
             except (NodeExistsError, NoNodeError):
-                continue
+                continue  # held, or just given back
             if int(data) < now:
-                return number, stat.version, int(data)
-            client.delete(f"{path}/holder")
+                return number, int(stat.version), int(data)
+            self._wait(client.delete_async(f"{path}/holder"))
         raise PreconditionFailed(f"all {WORKERS} worker numbers are taken", hint="stop processes that issue ids")
 
-    @staticmethod
-    def _numbers() -> Iterator[int]:
-        start = os.getpid()
-        yield from ((start + step) % WORKERS for step in range(WORKERS))
+    def _wait(self, result: Any) -> Any:
+        """The value of a kazoo async result, within the time-out."""
+        try:
+            return result.get(timeout=self._timeout)
+        except (KazooTimeoutError, ConnectionLoss, ConnectionClosedError, SessionExpiredError) as error:
+            raise PreconditionFailed(
+                f"no worker number can be leased at {self._store.source}: {type(error).__name__}",
+                hint="ids are issued again once ZooKeeper answers",
+            ) from error
 
     @property
     def number(self) -> int:
@@ -244,20 +269,22 @@ class ZooKeeperLease:
         return self._reserved
 
     def reserve(self, until_ms: int) -> None:
-        from kazoo.exceptions import KazooException
-
-        client: Any = self._store.client
         path = self._store.path("workers", str(self._number))
         try:
-            self._version = client.set(path, b"%d" % until_ms, version=self._version).version
-        except KazooException as error:
+            stat = self._wait(self._store.client.set_async(path, b"%d" % until_ms, version=self._version))
+        except (BadVersionError, NoNodeError) as error:
             raise PreconditionFailed(
-                f"the lease on worker number {self._number} was lost: {type(error).__name__}",
-                hint="ids are issued again once ZooKeeper answers",
+                f"worker number {self._number} has been leased to another process meanwhile",
+                hint="ids are issued under another number from now on",
             ) from error
+        self._version = int(stat.version)
 
     def close(self) -> None:
-        from kazoo.exceptions import KazooException
+        with contextlib.suppress(PreconditionFailed, NoNodeError):  # else it ends with the session
+            self._wait(self._store.client.delete_async(self._store.path("workers", str(self._number), "holder")))
 
-        with contextlib.suppress(KazooException):
-            self._store.client.delete(self._store.path("workers", str(self._number), "holder"))
+
+def _scattered_numbers() -> Iterator[int]:
+    """Every worker number once, from a place of this process's own: else all would try the same ones first."""
+    start = os.getpid()
+    yield from ((start + step) % WORKERS for step in range(WORKERS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection
@@ -12,6 +12,7 @@ from sqlalchemy.orm.interfaces import RelationshipDirection
 
 from shardkit.errors import KeyChange, MissingKey, StaleShardMap
 from shardkit.session.homes import Home, check_generated, home_of
+from shardkit.session.shared import changed_values, missing_values, touched_values
 from shardkit.snapshots import View
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Flush:
         for state in dirty:
             home = home_of(self._view, state.mapper)
             home.refuse_key_change(state)
+            _complete_change(home, state)
             if _is_changed(state):
                 self._touch(home, None if home.replicated else self._shard_of_persistent(home, state))
             else:
@@ -79,6 +81,8 @@ class Flush:
         if home.generated is not None:
             check_generated(home.table, self._view.planner.dialect_name)
         home.fill(state, self._session.cluster.next_id)
+        if home.replicated:
+            _assign(state, missing_values(state.mapper, home.info, state.dict))
 
     def _early_shard(self, home: Home, state: InstanceState[Any]) -> str | None:
         """The shard of a new object, where its key is known before the flush; None where the flush will give it."""
@@ -110,11 +114,10 @@ class Flush:
         token = None if state.key is None else state.key[2]
         if isinstance(token, str) and token in home.info.shards:
             return token
-        key = home.key_of(state)
         if len(home.info.shards) == 1:
             return home.info.shards[0]
-        if key is not None and home.key:
-            return self._view.map.placement_of(home.info.keyspace, key).shard
+        if (shard := home.shard_of_key(home.key_of(state))) is not None:
+            return shard
         raise StaleShardMap(
             f"the {state.class_.__name__} {state.key and state.key[1]} was loaded before the shard map changed, "
             "and its shard is not known any more",
@@ -138,6 +141,34 @@ class Flush:
             state.identity_token = shard
         return self._connection(shard or home.info.shards[0])
 
+    def completed(
+        self, home: Home, mapper: Mapper[Any], item: Any, *, update: bool, states: bool, nulls: bool, changed_only: bool
+    ) -> Any:
+        """One item of a bulk operation with what has to be decided before any shard sees it.
+
+        :returns: the state, or a copy of the mapping where something was added.
+        """
+        if states:
+            if not update:
+                self._fill(home, item)
+            elif home.replicated:
+                changed = changed_values(item) if changed_only else item.dict
+                _assign(item, touched_values(mapper, home.info, changed))
+            values = item.dict
+        elif update:
+            return {**item, **touched_values(mapper, home.info, item)} if home.replicated else item
+        else:
+            added = {}
+            if home.generated is not None and item.get(home.generated.attribute) is None:
+                check_generated(home.table, self._view.planner.dialect_name)
+                added[home.generated.attribute] = self._session.cluster.next_id()
+            if home.replicated:
+                added.update(missing_values(mapper, home.info, {**item, **added}, nulls=nulls))
+            values = item = {**item, **added} if added else item
+        if home.replicated and not update:
+            _require_identity(home, mapper, values)
+        return item
+
     def shards_of_item(self, home: Home, item: Any, *, is_state: bool) -> Sequence[str]:
         """The shards that one item of a bulk operation is written on: a state, or a mapping by attribute name."""
         if home.replicated:
@@ -146,6 +177,7 @@ class Flush:
             return home.info.shards[:1]
         if is_state:
             if item.key is not None:
+                home.refuse_key_change(item)
                 return (self._shard_of_persistent(home, item),)
             self._fill(home, item)
             return (self._place(home, item) or home.info.shards[0],)
@@ -163,7 +195,9 @@ class Flush:
     def _replicated(self, home: Home, state: InstanceState[Any]) -> ReplicatedConnection:
         if state.key is None:
             self._fill(home, state)
-            _require_identity(home, state)
+            _require_identity(home, state.mapper, state.dict)
+        else:
+            _complete_change(home, state)
         key = home.info.name
         if key not in self._connections:
             self._session.admit_writes(home.info.shards)
@@ -258,12 +292,21 @@ def _has_relationship_to_key(home: Home, mapper: Mapper[Any]) -> bool:
     )
 
 
-def _require_identity(home: Home, state: InstanceState[Any]) -> None:
-    mapper = state.mapper
+def _assign(state: InstanceState[Any], values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(state.obj(), name, value)
+
+
+def _complete_change(home: Home, state: InstanceState[Any]) -> None:
+    if home.replicated and state.modified and (changed := changed_values(state)):
+        _assign(state, touched_values(state.mapper, home.info, changed))
+
+
+def _require_identity(home: Home, mapper: Mapper[Any], values: Mapping[str, Any]) -> None:
     for column in mapper.primary_key:
         if column.default is not None or column.server_default is not None:
             continue
-        if state.dict.get(mapper.get_property_by_column(column).key) is None:
+        if values.get(mapper.get_property_by_column(column).key) is None:
             raise MissingKey(
                 f"a new row of the reference table {home.table.name!r} has no {column.name}: "
                 "each shard would make one up",

@@ -85,10 +85,16 @@ class Home:
         return None if placement is None else placement.shard
 
     def shard_of_key(self, key: tuple[Any, ...] | None) -> str | None:
-        """The shard that an object with this key carries in its identity; None where objects carry none."""
-        if not self.tokened or key is None:
+        """The shard of an object with this key, as the object has it (before bind processing); None where it does not
+        tell."""
+        if not self.key or key is None:
             return None
-        return self.view.map.placement_of(self.info.keyspace, key).shard
+        row = {part.column: value for part, value in zip(self.key, key, strict=True)}
+        try:
+            placement = self.view.planner.place(self.table, row)
+        except MissingKey:
+            return None
+        return None if placement is None else placement.shard
 
     def key_of(self, state: InstanceState[Any]) -> tuple[Any, ...] | None:
         """The key values that an object has now; None where one is not loaded."""
@@ -196,6 +202,9 @@ def _find(view: View, mapper: Mapper[Any]) -> Home:
     table = tables[0]
     info = infos[table]
     key = tuple(_key_attribute(mapper, table, name) for name in info.key)
+    if len(info.shards) > 1:
+        for other in tables[1:]:
+            _check_same_key(mapper, key, other, infos[other])
     return Home(
         view=view,
         table=table,
@@ -205,6 +214,27 @@ def _find(view: View, mapper: Mapper[Any]) -> Home:
         tokened=info.kind == "sharded" and len(view.map.shards) > 1,
         plain_number=_plain_number(table, info, key),
     )
+
+
+def _check_same_key(mapper: Mapper[Any], key: Sequence[KeyAttribute], table: Table, info: TableInfo) -> None:
+    """:raises RoutingError: when a further table of the class is sharded by something else than the first."""
+    own = [_key_attribute(mapper, table, name).attribute for name in info.key]
+    equal: list[set[str]] = []
+    for each in mapper.iterate_to_root():
+        for one, other in each._inherits_equated_pairs or ():  # noqa: SLF001 - what joins the tables of inheritance
+            equal.append({mapper.get_property_by_column(column).key for column in (one, other)})  # type: ignore[arg-type]
+    same = len(own) == len(key) and all(
+        part.attribute == attribute or any({part.attribute, attribute} <= names for names in equal)
+        for part, attribute in zip(key, own, strict=True)
+    )
+    if not same:
+        raise RoutingError(
+            f"{mapper.class_.__name__} is mapped to {table.name} besides its first table, and the two are sharded by "
+            f"different columns ({', '.join(own)}; {', '.join(part.attribute for part in key)})",
+            table=table.name,
+            key=info.key,
+            hint="shard them by the same column: the rows of one object have to stand on one shard",
+        )
 
 
 def _plain_number(table: Table, info: TableInfo, key: Sequence[KeyAttribute]) -> int | None:

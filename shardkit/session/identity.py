@@ -98,11 +98,11 @@ class IdentitySession(TransactingSession):
     def _rehome(self, view: View) -> None:
         for state in self.identity_map.all_states():
             home = home_of(view, state.mapper)
-            key = home.key_of(state) if home.tokened else None
-            if home.tokened and key is None:
+            shard = home.shard_of_key(home.key_of(state)) if home.tokened else None
+            if home.tokened and shard is None:
                 self._unplaced.add(state)
             else:
-                self._move_identity(state, home.shard_of_key(key))
+                self._move_identity(state, shard)
 
     def _move_identity(self, state: InstanceState[Any], shard: str | None) -> None:
         self._unplaced.discard(state)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Column, Insert, Table, inspect
 
-from shardkit.errors import MissingKey
 from shardkit.session.homes import check_generated
+from shardkit.session.shared import computed
 from shardkit.shardmap import TableInfo
 from shardkit.snapshots import View
 
@@ -16,12 +17,13 @@ from shardkit.snapshots import View
 Maker = Callable[[], Any]
 
 
-def filled(statement: Any, parameters: Any, view: View, next_id: Maker) -> tuple[Any, Any]:
+def filled(statement: Any, parameters: Any, view: View, next_id: Maker, *, nulls: bool) -> tuple[Any, Any]:
     """The statement and its parameters with what has to be decided before any shard sees them.
 
     That is the integer primary key where the map says ``ids: generated``, and for a reference table what Python makes
     up by default, once for all shards.
 
+    :param nulls: whether the ORM sends None as NULL; by default it leaves the column out, and so to its default.
     :raises MissingKey: when the column for generated ids cannot hold them.
     """
     table = statement.table
@@ -31,10 +33,11 @@ def filled(statement: Any, parameters: Any, view: View, next_id: Maker) -> tuple
     makers = dict(_makers(table, info, view, next_id))
     if not makers:
         return statement, parameters
+    skipped = not nulls and statement.entity_description.get("entity") is not None
     if isinstance(parameters, Sequence) and parameters:
-        names = {_name(statement, column): maker for column, maker in makers.items()}
+        names = {_name(statement, column): (maker, skipped or maker is next_id) for column, maker in makers.items()}
         return statement, [_with_missing(row, names) for row in parameters]
-    return _with_missing_values(statement, parameters or {}, makers), parameters
+    return _with_missing_values(statement, parameters or {}, makers, None if skipped else next_id), parameters
 
 
 def _makers(table: Table, info: TableInfo, view: View, next_id: Maker) -> Iterable[tuple[Column[Any], Maker]]:
@@ -45,22 +48,7 @@ def _makers(table: Table, info: TableInfo, view: View, next_id: Maker) -> Iterab
     if info.kind == "reference":
         for column in table.columns:
             if column.default is not None and column.default.is_callable:
-                yield column, _call(column)
-
-
-def _call(column: Column[Any]) -> Maker:
-    default: Any = column.default
-
-    def make() -> Any:
-        try:
-            return default.arg(None)
-        except Exception as error:
-            raise MissingKey(
-                f"the default of {column} cannot be computed before its row is sent to every shard: {error}",
-                hint="give the value, or use a default without a context",
-            ) from error
-
-    return make
+                yield column, partial(computed, column, column.default)
 
 
 def _name(statement: Insert, column: Column[Any]) -> str:
@@ -69,25 +57,40 @@ def _name(statement: Insert, column: Column[Any]) -> str:
     return column.key if entity is None else inspect(entity).get_property_by_column(column).key
 
 
-def _with_missing(row: Mapping[str, Any], makers: Mapping[str, Maker]) -> dict[str, Any]:
-    return {**row, **{name: make() for name, make in makers.items() if row.get(name) is None}}
+def _with_missing(row: Mapping[str, Any], makers: Mapping[str, tuple[Maker, bool]]) -> dict[str, Any]:
+    """:param makers: with whether they stand in for None, too: an id does; a default does where None is left out."""
+    missing = {name: make() for name, (make, for_none) in makers.items() if _lacks(row, name, for_none=for_none)}
+    return {**row, **missing}
+
+
+def _lacks(row: Mapping[str, Any], name: str, *, for_none: bool) -> bool:
+    return row.get(name) is None if for_none else name not in row
 
 
 def _with_missing_values(
-    statement: Insert, parameters: Mapping[str, Any], makers: Mapping[Column[Any], Maker]
+    statement: Insert, parameters: Mapping[str, Any], makers: Mapping[Column[Any], Maker], for_none: Maker | None
 ) -> Insert:
+    """:param for_none: the maker that stands in for None, too; None: all do."""
     many: Any = statement._multi_values  # noqa: SLF001 - what values([...]) keeps; pinned by a test
     if many:
         wider = statement._clone()  # noqa: SLF001
         wider._multi_values = tuple(  # noqa: SLF001
-            [{**row, **{column: make() for column, make in makers.items() if column not in row}} for row in rows]
+            [
+                {**row, **{column.key: make() for column, make in makers.items() if column.key not in _keys(row)}}
+                for row in rows
+            ]
             for rows in many
         )
         return wider
-    given = {getattr(name, "key", name) for name in statement._values or ()}  # noqa: SLF001
+    given = _keys(statement._values or ())  # noqa: SLF001
     missing = {
         column: make()
         for column, make in makers.items()
-        if column.key not in given and parameters.get(_name(statement, column)) is None
+        if column.key not in given and _lacks(parameters, _name(statement, column), for_none=for_none in (None, make))
     }
     return statement.values(missing) if missing else statement
+
+
+def _keys(values: Iterable[Any]) -> set[str]:
+    """Column keys, whether given as names, columns or attributes."""
+    return {getattr(name, "key", name) for name in values}

@@ -65,10 +65,23 @@ class ClusterSession(RoutedSession):
         super()._register_persistent(states)
 
     def _bulk_save_mappings(self, mapper: Any, mappings: Any, **options: Any) -> None:
-        home = home_of(self._outermost().view, sa_inspect(mapper).mapper)
+        mapped = sa_inspect(mapper).mapper
+        home = home_of(self._outermost().view, mapped)
         groups: dict[str, list[Any]] = {}
         flush = Flush(self, self._outermost().view)
-        for item in mappings:
+        for given in mappings:
+            item = flush.completed(
+                home,
+                mapped,
+                given,
+                update=options["isupdate"],
+                states=options["isstates"],
+                nulls=options["render_nulls"],
+                changed_only=options["update_changed_only"],
+            )
+            if item is not given and options["return_defaults"]:
+                given.update(item)
+                item = given
             for shard in flush.shards_of_item(home, item, is_state=options["isstates"]):
                 groups.setdefault(shard, []).append(item)
         self.admit_writes(groups)

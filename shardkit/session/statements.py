@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Executable, Result, Select
+from sqlalchemy import Connection, Engine, Executable, Result, Select, Table
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.exc import UnboundExecutionError
-from sqlalchemy.orm import ORMExecuteState
+from sqlalchemy.orm import Mapper, ORMExecuteState
 from sqlalchemy.sql import coercions, roles
 from sqlalchemy.sql.base import CompileState
 from sqlalchemy.util import EMPTY_DICT, immutabledict
@@ -22,7 +22,7 @@ from sqlalchemy.util import EMPTY_DICT, immutabledict
 from shardkit.errors import RoutingError
 from shardkit.routing.merge import merge_rows
 from shardkit.routing.route import Route, RouteOptions, StatementKind
-from shardkit.session.homes import home_of
+from shardkit.session.homes import Home, home_of
 from shardkit.session.identity import IdentitySession
 from shardkit.session.inserts import filled
 from shardkit.session.results import WriteResult, empty, merged
@@ -145,7 +145,8 @@ class RoutedSession(IdentitySession):
             if "identity_token" in combined and route_options.shard is None:
                 route_options = replace(route_options, shard=combined["identity_token"])
         if statement.is_insert:
-            statement, params = filled(statement, params, view, self.cluster.next_id)
+            nulls = bool({**statement._execution_options, **options}.get("render_nulls"))
+            statement, params = filled(statement, params, view, self.cluster.next_id, nulls=nulls)
         route = view.planner.plan(statement, params, route_options)
         if len(route.shards) != 1 or route.merge is not None:
             answer = self._run_on_several(route, view, options, bind_arguments, parent, read_from)
@@ -316,10 +317,11 @@ class RoutedSession(IdentitySession):
             if len(route.shards) == 1:
                 return Target(route.shards[0], master=route.writes or route.locking, replica=False)
         elif mapper is not None:
-            home = home_of(view, sa_inspect(mapper).mapper)
+            mapper = sa_inspect(mapper).mapper
+            home = home_of(view, mapper)
             if key is not None:
                 return Target(view.map.locate(home.info.name, key).shard, master=True, replica=False)
-            if len(home.info.shards) == 1:
+            if len(home.info.shards) == 1 and (self._flush_at_work is None or _secondaries_on(view, mapper, home)):
                 return Target(home.info.shards[0], master=True, replica=False)
         raise NoSingleBind(
             "a connection was asked for without saying to which shard",
@@ -346,6 +348,22 @@ class RoutedSession(IdentitySession):
         """The connection of this transaction to a shard's master; the shard counts as written."""
         self.admit_writes((shard,))
         return self._connection_for_bind(self.get_bind(shardkit_target=Target(shard, master=True, replica=False)))
+
+
+def _secondaries_on(view: View, mapper: Mapper[Any], home: Home) -> bool:
+    """Whether the many-to-many tables that lead to this class stand where it stands, and nowhere else.
+
+    A flush asks for a connection by class alone when it writes such a table's rows.
+    """
+    tables = {
+        relationship.secondary
+        for each in mapper.registry.mappers
+        for relationship in each.relationships
+        if relationship.secondary is not None and relationship.mapper is mapper and not relationship.viewonly
+    }
+    return all(
+        not isinstance(each, Table) or view.map.table(each.fullname).shards == home.info.shards for each in tables
+    )
 
 
 def _combined_write(route: Route, results: Sequence[Result[Any]]) -> WriteResult:

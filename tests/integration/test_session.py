@@ -180,10 +180,16 @@ def test_missing_ids_are_generated_where_the_map_says_so(shop: Shop) -> None:
         session.add_all([Note(owner_id=number, text="x") for number in range(30)])
         session.commit()
         session.execute(insert(Note), [{"owner_id": number, "text": "bulk"} for number in range(30)])
+        session.execute(insert(Note).values(owner_id=1, text="one"))
+        session.execute(insert(Note).values({Note.owner_id: 2, Note.text: "one by attributes"}))
+        session.execute(insert(Note).values(owner_id=sa.bindparam("who"), text="one with parameters"), {"who": 3})
+        session.execute(insert(Note).values([{"owner_id": number, "text": "many"} for number in range(30)]))
+        session.execute(insert(Note.__table__), [{"owner_id": number, "text": "core"} for number in range(30)])
+        session.bulk_save_objects([Note(owner_id=number, text="legacy") for number in range(5)])
         session.commit()
     where = shop.where("notes", "id, owner_id")
     ids = [number for rows in where.values() for number, _ in rows]
-    assert len(set(ids)) == 60
+    assert len(set(ids)) == 60 + 3 + 30 + 30 + 5
     assert min(ids) > 2**32
     for shard, rows in where.items():
         assert all(shop.cluster.locate("notes", owner_id=owner).shard == shard for _, owner in rows)

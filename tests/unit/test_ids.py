@@ -45,6 +45,10 @@ def generator(lease: Lease, clock: Clock) -> IdGenerator:
     return IdGenerator(lambda: lease, clock, clock.sleep)
 
 
+def _gone(_: int) -> None:
+    raise PreconditionFailed("gone")
+
+
 def test_an_id_holds_time_worker_and_sequence() -> None:
     clock = Clock()
     ids = generator(Lease(7), clock)
@@ -81,13 +85,20 @@ def test_a_lost_lease_issues_nothing() -> None:
     ids = generator(lease, clock)
     ids.next_id()
 
-    def lost(_: int) -> None:
-        raise PreconditionFailed("gone")
-
-    lease.reserve = lost  # type: ignore[method-assign]
+    lease.reserve = _gone  # type: ignore[method-assign]
     clock.now += RESERVE_MS + 1
     with pytest.raises(PreconditionFailed):
         ids.next_id()
+
+
+def test_after_a_lost_lease_another_number_is_taken() -> None:
+    clock = Clock()
+    leases = [Lease(1), Lease(2)]
+    ids = IdGenerator(lambda: leases.pop(0), clock, clock.sleep)
+    leases[0].reserve = _gone  # type: ignore[method-assign]
+    with pytest.raises(PreconditionFailed):
+        ids.next_id()
+    assert ids.next_id() >> 12 & 1023 == 2
 
 
 def test_a_number_used_before_begins_after_what_its_last_holder_reserved() -> None:
