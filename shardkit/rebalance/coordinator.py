@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from shardkit.credentials import CredentialSource
-from shardkit.errors import JobStopped, ShardkitError
+from shardkit.errors import JobStopped, MapStoreUnavailable, ShardkitError
 from shardkit.mapstore import MapStore
 from shardkit.rebalance import cutover
 from shardkit.rebalance.failpoint import reach
@@ -104,6 +104,8 @@ class Coordinator:
 
     def last_words(self, error: BaseException) -> None:
         """Note why the job stopped. Where even that cannot be written, the record keeps its state all the same."""
+        if isinstance(error, MapStoreUnavailable):
+            return
         problem = error.message if isinstance(error, ShardkitError) else f"{type(error).__name__}"
         with contextlib.suppress(ShardkitError):
             self.revision = self.jobs.save(replace(self.job, problem=problem, updated_at=now()), self.revision)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -132,22 +132,31 @@ def _check(keyspace: str, bucket: str) -> str:
     )
 
 
-def triggers_on(server: Server, tables: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
-    """Every trigger on these tables: table -> names."""
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A trigger that stands on a table."""
+
+    table: str
+    name: str
+    event: str
+
+    @property
+    def ours(self) -> bool:
+        """Whether it belongs to the fence."""
+        return self.name.startswith(f"{PREFIX}fence_")
+
+
+def triggers_on(server: Server, tables: Iterable[str]) -> tuple[Found, ...]:
+    """Every trigger on these tables."""
     names = list(tables)
-    found: dict[str, list[str]] = {name: [] for name in names}
-    for table, trigger in server.rows(
-        "SELECT event_object_table, trigger_name FROM information_schema.triggers"
-        f" WHERE trigger_schema = DATABASE() AND event_object_table IN {in_list(names)}",
-        *names,
-    ):
-        found.setdefault(str(table), []).append(str(trigger))
-    return {table: tuple(triggers) for table, triggers in found.items()}
-
-
-def is_ours(trigger: str) -> bool:
-    """Whether a trigger of this name belongs to the fence."""
-    return trigger.startswith(f"{PREFIX}fence_")
+    return tuple(
+        Found(str(table), str(trigger), str(event))
+        for table, trigger, event in server.rows(
+            "SELECT event_object_table, trigger_name, event_manipulation FROM information_schema.triggers"
+            f" WHERE trigger_schema = DATABASE() AND event_object_table IN {in_list(names)}",
+            *names,
+        )
+    )
 
 
 def install(
@@ -163,22 +172,21 @@ def install(
     there = triggers_on(server, [table.name for table in tables])
     for table in tables:
         wanted = {trigger.name: trigger for trigger in triggers_of(keyspace, table)}
-        for name, trigger in wanted.items():
-            if name not in there[table.name]:
-                change_table(server, trigger.create, table.name, wait, patience)
-        for name in there[table.name]:
-            if is_ours(name) and name not in wanted:
-                change_table(server, f"DROP TRIGGER IF EXISTS {quoted(name)}", table.name, wait, patience)
+        found = {trigger.name for trigger in there if trigger.table == table.name and trigger.ours}
+        for name in wanted.keys() - found:
+            change_table(server, wanted[name].create, table.name, wait, patience)
+        for name in found - wanted.keys():
+            change_table(server, f"DROP TRIGGER IF EXISTS {quoted(name)}", table.name, wait, patience)
 
 
 def missing_triggers(server: Server, keyspace: Keyspace, tables: Sequence[Table]) -> tuple[str, ...]:
-    """The fence's triggers that are not there (any more)."""
-    there = triggers_on(server, [table.name for table in tables])
+    """The fence's triggers that are not there (any more). One that another version of shardkit has made will do."""
+    there = {(trigger.table, trigger.event) for trigger in triggers_on(server, keyspace.tables) if trigger.ours}
     return tuple(
         trigger.name
         for table in tables
         for trigger in triggers_of(keyspace, table)
-        if trigger.name not in there[table.name]
+        if (trigger.table, trigger.event) not in there
     )
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from shardkit.credentials import CredentialSource
 from shardkit.errors import PreconditionFailed
 from shardkit.partition import DirectoryPartition
-from shardkit.rebalance.fence import Owned, describe, is_ours, read_ownership, triggers_on
+from shardkit.rebalance.fence import Owned, describe, read_ownership, triggers_on
 from shardkit.rebalance.plan import Transfer
 from shardkit.rebalance.servers import Row, Server, in_list
 from shardkit.rebalance.tables import Table, key_kind, moving_tables, quoted, read_table
@@ -123,10 +123,10 @@ def _tables(server: Server, tables: Sequence[Table]) -> Iterator[str]:
             yield f"{server}: {table.name} is a {kind.lower()}: only plain tables move"
         elif engine != "InnoDB":
             yield f"{server}: {table.name} is kept by {engine}: only InnoDB has the row locks that the fence needs"
-    for name, triggers in triggers_on(server, names).items():
-        foreign = [trigger for trigger in triggers if not is_ours(trigger)]
-        if foreign:
-            yield f"{server}: {name} has triggers of its own ({', '.join(foreign)}), which a copy would fire"
+    foreign = [trigger for trigger in triggers_on(server, names) if not trigger.ours]
+    for name in dict.fromkeys(trigger.table for trigger in foreign):
+        own = ", ".join(trigger.name for trigger in foreign if trigger.table == name)
+        yield f"{server}: {name} has triggers of its own ({own}), which a copy would fire"
     yield from _foreign_keys(server, names)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,11 @@ from shardkit.errors import BucketClosed, PreconditionFailed, RebalanceError, St
 from shardkit.mapstore import MapStore, MemoryMapStore
 from shardkit.rebalance import Job, Progress, Settings, State, apply_plan, plan_move
 from shardkit.rebalance import MoveBuckets as Move
+from shardkit.rebalance.copy import Copy
+from shardkit.rebalance.cutover import Lease
+from shardkit.rebalance.servers import Server
+from shardkit.rebalance.tables import read_table
+from shardkit.rebalance.throttle import Throttle
 from shardkit.shardmap import ShardMap
 from shardkit.testing import LocalZooKeeper
 from shardkit.testing.database import LocalDatabaseServer
@@ -212,10 +217,9 @@ def test_an_auto_increment_key_cannot_slip_into_a_closed_bucket(shop: Shop) -> N
 
     plan = shop.plan()
     moving = {str(bucket) for bucket in plan.transfers[0].buckets}
-    shop.apply(plan, observer=At({State.COPYING: insert}))
+    shop.apply(plan, observer=At({State.VERIFYING: insert}))
     ids = [number for (number,) in shop.rows(FIRST, "SELECT id FROM users WHERE name = 'whoever'")]
-    assert ids
-    assert len(ids) < len(outcome)
+    assert 0 < len(ids) == outcome.count("") < len(outcome)
     assert not {str(shop.map.locate("users", [number]).bucket) for number in ids} & moving
 
 
@@ -552,6 +556,45 @@ def test_a_coordinator_that_wakes_up_after_it_was_taken_over_changes_nothing(sho
     assert shop.job().state is State.COMPLETED
     assert shop.job().problem == ""
     assert shop.misplaced() == []
+
+
+def test_a_chunk_of_a_coordinator_that_was_taken_over_is_not_written(shop: Shop) -> None:
+    """The last line of defence: the token in the chunk's own transaction."""
+    plan = shop.plan()
+    with pytest.raises(ZeroDivisionError):
+        shop.apply(plan, observer=At({State.COPYING: lambda: 1 / 0}))
+    late, of_now = Lease(plan.job_id(0), "a" * 32), Lease(plan.job_id(0), "b" * 32)
+    ends = {shard: (shard, "master", shop.server.endpoint(name)) for shard, name in shop.databases.items()}
+    with ExitStack() as stack:
+        source, target, lookup = (
+            stack.enter_context(closing(Server(*ends[shard], shop.server.credentials, binary=binary)))
+            for shard, binary in ((FIRST, False), (SECOND, True), (SECOND, False))
+        )
+        target.run("SET @shardkit_coordinator = 'rebalance'")
+        late.sign(target)
+        of_now.sign(target)
+        table = read_table(source, "users", ("id",))
+        where = table.predicate(shop.map.keyspaces["orders"].partition, plan.transfers[0].buckets)
+        quiet = At({})
+        for lease, outcome in (
+            (late, pytest.raises(RebalanceError, match=r"taken job .* over")),
+            (of_now, nullcontext()),
+        ):
+            copy = Copy(
+                plan.job_id(0),
+                source,
+                target,
+                lookup,
+                lease,
+                Throttle(),
+                quiet.states.clear,
+                time.sleep,
+                lambda *_: None,
+            )
+            with outcome:
+                copy.run(table, where)
+            count = shop.rows(SECOND, f"SELECT COUNT(*) FROM users WHERE {where}")[0][0]
+            assert bool(count) is (lease is of_now)
 
 
 def test_a_replica_that_is_not_fed_holds_the_job_and_is_named(shop: Shop) -> None:
