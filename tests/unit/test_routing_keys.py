@@ -146,6 +146,20 @@ def test_the_nulls_of_an_outer_join_are_not_the_null_key() -> None:
     assert trap(sa.select(u.id).outerjoin(u.orders).where(o.user_id.is_(None))) == ALL
 
 
+def test_an_anti_join_needs_the_other_side_whole() -> None:
+    """The NULL key's shard is the one that user 5's shard is compared with: neither may stand for all orders."""
+    nobody = next(n for n in range(60) if home("users", n) == home("orders", None))
+    anti = sa.select(u.id).outerjoin(o, o.giver == u.id).where(u.id == nobody, o.user_id.is_(None))
+    with pytest.raises(sa.exc.InvalidRequestError, match="not joined by their keys"):
+        route(anti)
+
+
+def test_the_value_of_any_row_of_a_group_is_not_the_groups() -> None:
+    grouped = sa.select(o.user_id, sa.func.count()).group_by(o.note).subquery()
+    with pytest.raises(sa.exc.InvalidRequestError, match="GROUP BY without the key"):
+        route(sa.select(grouped).where(grouped.c.user_id == 5))
+
+
 def test_a_limit_in_a_subquery_is_not_pruned_from_outside() -> None:
     first = sa.select(o.user_id).order_by(o.id).limit(5).subquery()
     with pytest.raises(sa.exc.InvalidRequestError, match="LIMIT inside a subquery"):
@@ -203,6 +217,12 @@ def test_ranges_prune_on_range_partitions() -> None:
     assert trap(sa.select(Member).where(Member.age.between(31, 40))) == ("s2",)
     assert trap(sa.select(Member).where(Member.age > 25, Member.age < 28)) == ("s1",)
     assert trap(sa.select(Member).where(Member.age == 25)) == ("s1",)
+
+
+def test_the_end_of_a_range_that_is_of_another_type_says_nothing() -> None:
+    odd = sa.literal(25.5, sa.Integer)
+    assert trap(sa.select(Member).where(Member.age >= odd)) == ALL
+    assert trap(sa.select(Member).where(Member.age.between(odd, 40))) == ALL
 
 
 def test_a_value_that_no_bucket_takes_matches_no_row() -> None:
