@@ -186,7 +186,7 @@ class Inserts:
         for column in table.c:
             default, server = getattr(column, "default", None), getattr(column, "server_default", None)
             automatic = column is getattr(table, "autoincrement_column", None)
-            changing = automatic or (default is not None and not default.is_scalar) or not _constant(server)
+            changing = automatic or (default is not None and not default.is_scalar) or not is_constant(server)
             if not changing:
                 continue
             names = {column.name, column.key, attribute_of(mapper, column)}
@@ -303,7 +303,7 @@ def check_same_everywhere(values: Iterable[Any], info: TableInfo) -> None:
 _LITERAL: Final = re.compile(r"\s*(-?\d+(\.\d+)?|'[^']*'|null|true|false)\s*", re.IGNORECASE)
 
 
-def _constant(server_default: Any) -> bool:
+def is_constant(server_default: Any) -> bool:
     """Whether a column's own default is the same on every shard."""
     if server_default is None or isinstance(server_default, sa.Computed):
         return True

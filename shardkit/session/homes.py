@@ -221,8 +221,8 @@ def _check_same_key(mapper: Mapper[Any], key: Sequence[KeyAttribute], table: Tab
     own = [_key_attribute(mapper, table, name).attribute for name in info.key]
     equal: list[set[str]] = []
     for each in mapper.iterate_to_root():
-        for one, other in each._inherits_equated_pairs or ():  # noqa: SLF001 - what joins the tables of inheritance
-            equal.append({mapper.get_property_by_column(column).key for column in (one, other)})  # type: ignore[arg-type]
+        pairs: Any = each._inherits_equated_pairs or ()  # noqa: SLF001 - the columns that join the tables of inheritance
+        equal += [{mapper.get_property_by_column(column).key for column in pair} for pair in pairs]
     same = len(own) == len(key) and all(
         part.attribute == attribute or any({part.attribute, attribute} <= names for names in equal)
         for part, attribute in zip(key, own, strict=True)

@@ -28,7 +28,8 @@ def missing_values(
     check_same_everywhere(values.values(), info)
     found: dict[str, Any] = {}
     for column, attribute in _columns(mapper):
-        if attribute in values and (values[attribute] is not None or nulls or column.type.should_evaluate_none):
+        given = attribute is not None and attribute in values
+        if given and (values[str(attribute)] is not None or nulls or column.type.should_evaluate_none):
             continue
         default = column.default
         if default is not None and default.is_callable and attribute is not None:
