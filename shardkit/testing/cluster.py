@@ -14,7 +14,7 @@ from shardkit.shardmap import ShardMap
 from shardkit.testing.database import ROOT_PASSWORD, ROOT_USER, Flavour, LocalDatabaseServer
 from shardkit.testing.mariadb import LocalMariaDB
 from shardkit.testing.mysql import LocalMySQL
-from shardkit.testing.record import ClusterRecord, ServerRecord, ServerState
+from shardkit.testing.record import ClusterRecord, ServerRecord, ServerState, load
 from shardkit.testing.server import LocalServer, close_together, start_together
 from shardkit.testing.zookeeper import LocalZooKeeper
 from shardkit.topology import Endpoint, Role, Shard
@@ -174,7 +174,13 @@ class LocalCluster:
         """Leave the cluster running when this process ends, and record how to find and stop it (`record.load`).
 
         :param map_source: where its shard map is, for whoever looks at the record.
+        :raises PreconditionFailed: when another cluster was left running under this name.
         """
+        if load(self.name) is not None:
+            raise PreconditionFailed(
+                f"a local cluster named {self.name} has been left running already",
+                hint=f"shardkit local down --name {self.name}",
+            )
         record = ClusterRecord(self.name, self.flavour, map_source, tuple(self._records()))
         record.save()
         for server in self.servers:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from shardkit.errors import ServerFailed
+from shardkit.errors import PreconditionFailed, ServerFailed
 from shardkit.mapstore import open_store
 from shardkit.shardmap import ShardMap
 from shardkit.testing import LocalCluster, record
@@ -155,6 +155,19 @@ def test_up_leaves_a_cluster_running_and_down_removes_it(tmp_path: Path) -> None
         assert not any(Path(directory).exists() for directory in server.directories)
     code, _, _ = shardkit("down")
     assert code == 4
+
+
+@pytest.mark.usefixtures("taken_down")
+def test_a_cluster_left_running_is_not_forgotten_for_another_of_its_name() -> None:
+    def left_running() -> LocalCluster:
+        return LocalCluster(1, replicas=0, staging=False, zookeeper=False, name="kept")
+
+    with left_running() as first:
+        first.detach()
+    with left_running() as second, pytest.raises(PreconditionFailed, match="left running already"):
+        second.detach()
+    assert not second.server("kept-0").running
+    assert first.server("kept-0").execute("SELECT 1") == [(1,)]
 
 
 @pytest.mark.usefixtures("taken_down")
