@@ -32,7 +32,12 @@ class IdentitySession(TransactingSession):
         if db_load_fn is loading._load_on_pk_identity:
             db_load_fn = load_with_token
         mapper = cast("Mapper[Any] | None", sa_inspect(entity))
-        if options.get("identity_token") is not None or mapper is None or not mapper.is_mapper:
+        if mapper is None or not mapper.is_mapper:
+            return super()._get_impl(entity, primary_key_identity, db_load_fn, **options)
+        if options.get("identity_token") is not None:
+            # merge() gives the shard that an object was loaded from: its row may have moved since
+            shard = self._shard_to_get(mapper, primary_key_identity, options)
+            options["identity_token"] = shard or options["identity_token"]
             return super()._get_impl(entity, primary_key_identity, db_load_fn, **options)
         options["identity_token"] = self._shard_to_get(mapper, primary_key_identity, options)
         try:
@@ -87,6 +92,22 @@ class IdentitySession(TransactingSession):
         token: str | None,
     ) -> Any:
         return super()._identity_lookup(mapper, identity, token, passive, lazy_loaded_from)
+
+    def _before_attach(self, state: InstanceState[Any], obj: object) -> bool:
+        attaching = super()._before_attach(state, obj)
+        if attaching and state.key is not None:
+            self._place_again(state, state.key)
+        return attaching
+
+    def _place_again(self, state: InstanceState[Any], key: Any) -> None:
+        """A detached object comes in: its row may have moved since it was loaded."""
+        home = home_of(self._outermost().view, state.mapper)
+        if not home.tokened or any(part.attribute in state.committed_state for part in home.key):
+            return
+        shard = home.shard_of_key(home.key_of(state))
+        if shard is not None and shard != key[2]:
+            state.key = (key[0], key[1], shard)
+            state.identity_token = shard
 
     def use_view(self, view: View) -> None:
         """A transaction begins on this map: objects whose rows have moved meanwhile get their new shard."""

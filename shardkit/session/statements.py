@@ -142,7 +142,10 @@ class RoutedSession(IdentitySession):
             combined = self._merged_options(statement, options)
             read_from = combined.get("shardkit_read_from", read_from)
             route_options = RouteOptions.from_execution_options(combined, policy=route_options.policy)
-            if "identity_token" in combined and route_options.shard is None:
+            if "identity_token" in options and PARENT_LOAD in options:
+                # of the statement that this loader belongs to: related rows may live elsewhere
+                options = as_immutable(options).union({"identity_token": None})
+            elif "identity_token" in combined and route_options.shard is None:
                 route_options = replace(route_options, shard=combined["identity_token"])
         if statement.is_insert:
             nulls = bool({**statement._execution_options, **options}.get("render_nulls"))

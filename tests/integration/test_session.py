@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import delete, event, func, insert, select, update
 from sqlalchemy.exc import InvalidRequestError, MultipleResultsFound, PendingRollbackError
-from sqlalchemy.orm import joinedload, selectinload
+from sqlalchemy.orm import immediateload, joinedload, selectinload
 
 import shardkit
 from shardkit.errors import KeyChange, MissingKey, RoutingError, ScatterRefused, ShardkitError
@@ -489,8 +490,10 @@ def test_a_related_object_on_another_shard_is_found_there(shop: Shop, users: dic
     with shop.session() as session:
         message = session.get_one(Message, 1)
         assert (message.sender.id, message.recipient.id) == (sender, recipient)
-    for loader in (selectinload,):
-        with shop.session() as session:
+    handled = shop.sessions()
+    event.listen(handled, "do_orm_execute", lambda _: None)
+    for factory, loader in itertools.product((shop.sessions(), handled), (selectinload, immediateload)):
+        with factory() as session:
             message = session.scalars(select(Message).options(loader(Message.recipient), loader(Message.sender))).one()
             assert sa.inspect(message).dict["recipient"].id == recipient
             assert sa.inspect(message).dict["sender"].id == sender
