@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import pymysql
 from pymysql.constants import CR, ER
 
+from shardkit import own_tables
 from shardkit.credentials import CredentialSource
 from shardkit.errors import Interrupted, PreconditionFailed, ShardkitError, Unreachable
 from shardkit.topology import Endpoint
@@ -73,6 +74,7 @@ def connect(
             autocommit=autocommit,
             connect_timeout=CONNECT_TIMEOUT,
             read_timeout=read_timeout,
+            init_command=own_tables.MARK_AS_SYSTEM,
         )
     except pymysql.MySQLError as error:
         raise connect_failure(error, endpoint) from None

@@ -9,6 +9,7 @@ only the last row event keeps its end-of-statement flag and no table map is repe
 from __future__ import annotations
 
 import binascii
+import struct
 from collections.abc import Iterable, Iterator
 
 from shardkit.errors import BadEvent
@@ -20,6 +21,9 @@ from shardkit_cdc.transactions import Rows
 STATEMENT_BYTES = 1 << 20
 #: Of ``max_allowed_packet`` a single row event may take this part: base64 adds a third, and the server copies.
 PACKET_SHARE = 3
+
+
+_LENGTH = struct.Struct("<I")
 
 
 def payloads(rows: Iterable[Rows], *, largest: int, usual: int = STATEMENT_BYTES) -> Iterator[bytes]:
@@ -59,9 +63,11 @@ def payloads(rows: Iterable[Rows], *, largest: int, usual: int = STATEMENT_BYTES
                 "the hop)",
             )
         flags = event_flags
-        last = len(body) + ROWS_FLAGS_AT
+        start = len(body)
+        last = start + ROWS_FLAGS_AT
         body += data
         body[last] = event_flags
+        _LENGTH.pack_into(body, start + 9, len(data))
     if body:
         body[last] |= STMT_END
         yield bytes(front + body)

@@ -18,13 +18,14 @@ from shardkit.errors import BadEvent, Interrupted, PositionLost, PreconditionFai
 from shardkit.topology import Endpoint
 from shardkit_cdc import events
 from shardkit_cdc.connection import DENIED, connect, server_errors
-from shardkit_cdc.events import Event, Format
+from shardkit_cdc.events import Event, Format, checked_event
 from shardkit_cdc.gtid import Flavour, MySQLPosition, Position
 
 _COM_BINLOG_DUMP = 0x12
 _COM_BINLOG_DUMP_GTID = 0x1E
 _RECEIVE_BYTES = 1 << 17
 _LONGEST_PACKET = 0xFFFFFF
+_PACKET_HEADER = struct.Struct("<I")
 #: Kinds that only keep the connection alive or describe the file.
 _NOISE = frozenset(
     {
@@ -137,18 +138,26 @@ class BinlogStream:
     def _next(self) -> list[Event]:
         buffer = self._buffer + self._receive()
         found: list[Event] = []
+        form = self.format
         at, size = 0, len(buffer)
         while size - at >= 4:
-            length = int.from_bytes(buffer[at : at + 3], "little")
+            length = _PACKET_HEADER.unpack_from(buffer, at)[0] & _LONGEST_PACKET  # the fourth byte counts packets
             end = at + 4 + length
             if length == _LONGEST_PACKET or end > size + _RECEIVE_BYTES:
-                event, buffer = self._long_packet(buffer[at:])
+                packet, buffer = self._long_packet(buffer[at:])
                 at, size = 0, len(buffer)
-                self._take(event, found)
+                self._take(packet, found)
                 continue
             if end > size:
                 break
-            self._take(buffer[at + 4 : end], found)
+            # What _take does for most events, without the calls.
+            if form is None or length < 6 or buffer[at + 4] or buffer[at + 9] == events.FORMAT_DESCRIPTION:
+                self._take(buffer[at + 4 : end], found)
+                form = self.format
+            else:
+                event = checked_event(buffer[at + 5 : end], form)
+                if event[0] not in _NOISE:
+                    found.append(event)
             at = end
         self._buffer = buffer[at:]
         return found
@@ -197,7 +206,7 @@ class BinlogStream:
         if self.format is None or (len(raw) > 4 and raw[4] == events.FORMAT_DESCRIPTION):
             self._begin_file(raw)
             return
-        event = events.checked_event(raw, self.format)
+        event = checked_event(raw, self.format)
         if event.kind not in _NOISE:
             found.append(event)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from shardkit.errors import BadEvent
-from shardkit_cdc.events import HEADER_BYTES, Cursor, Event
+from shardkit_cdc.events import HEADER_BYTES, Cursor, Event, with_length
 
 
 class ColumnType(IntEnum):
@@ -94,7 +94,7 @@ class TableMap:
         cursor = Cursor(event.data, "Table_map")
         table_id = cursor.take(6)
         cursor.take(2)
-        return cls(table_id, _name(cursor), _name(cursor), event.data)
+        return cls(table_id, _name(cursor), _name(cursor), with_length(event.data))
 
     @property
     def qualified(self) -> str:
@@ -106,9 +106,7 @@ class TableMap:
         at = HEADER_BYTES + 8
         after = at + 1 + self.data[at]
         body = self.data[HEADER_BYTES:at] + bytes([len(name)]) + name + self.data[after:]
-        size = HEADER_BYTES + len(body)
-        data = self.data[:9] + size.to_bytes(4, "little") + self.data[13:HEADER_BYTES] + body
-        return TableMap(self.table_id, database, self.table, data)
+        return TableMap(self.table_id, database, self.table, with_length(self.data[:HEADER_BYTES] + body))
 
     def columns(self) -> tuple[Column, ...]:
         """The table's columns in order, with names and collations where the log holds them.

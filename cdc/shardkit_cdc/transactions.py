@@ -187,7 +187,7 @@ class Assembler:
             if table_id == events.DUMMY_TABLE_ID:
                 return None
             raise self._bad("a row event whose table map did not come before it")
-        transaction.rows.append(Rows(table, event))
+        transaction.rows.append(_new(Rows, (table, event)))
         transaction.size += len(data)
         return self._part() if transaction.size >= self._part_bytes else None
 
@@ -264,6 +264,8 @@ class Assembler:
     def _bad(self, message: str, *, hint: str | None = None) -> BadEvent:
         return BadEvent(message, at=self.at or None, hint=hint)
 
+
+_new = tuple.__new__  # a named tuple without its Python-level constructor: there is one for each row event
 
 STATEMENT_FORMAT_HINT = "set binlog_format=ROW on the source, globally and in every session, then reseed this target"
 

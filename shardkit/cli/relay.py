@@ -49,10 +49,11 @@ def run(map_source: str, shards: tuple[str, ...], from_start: bool, log_format: 
     from shardkit.cli.failures import explain  # these import the drivers, which --help does not need
     from shardkit.credentials import from_environment
     from shardkit.errors import PreconditionFailed, RelayError
-    from shardkit_cdc.daemon import Relay
+    from shardkit_cdc.daemon import Relay, tune_process
     from shardkit_cdc.relay import HopOptions
 
     _log_to_stderr(log_format)
+    tune_process()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -62,7 +63,6 @@ def run(map_source: str, shards: tuple[str, ...], from_start: bool, log_format: 
             from_environment(),
             shards=shards,
             options=HopOptions(from_start=from_start),
-            on_change=lambda _hop: None,
         )
         daemon.start()
         try:

@@ -22,6 +22,7 @@ from shardkit.testing import LocalMariaDB, LocalMySQL
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit.topology import Role
 from shardkit_cdc import own_schema
+from shardkit_cdc.daemon import tune_process
 from shardkit_cdc.gtid import Flavour, parse_position
 from shardkit_cdc.relay import Hop, HopSpec, State
 
@@ -38,6 +39,7 @@ _MYSQL_OPTIONS = {**_BUFFERS, "innodb_redo_log_capacity": "256M"}
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
     """Every measure of the relay. MySQL's are left out where there is no MySQL."""
+    tune_process()
     count = int(os.environ.get("SHARDKIT_BENCH_TRANSACTIONS", "1000" if quick else str(TRANSACTIONS)))
     rows = [_row("relay fsync of 4 KiB, median", fsync_milliseconds(), "ms")]
     rows += _flavour(Flavour.MARIADB, count, seconds=2 if quick else 8)
