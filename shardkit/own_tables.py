@@ -35,6 +35,11 @@ HOP_PREFIX = "hop:"
 
 LOCK_TIMEOUT = 60  # seconds
 
+SYSTEM_LOCK = "shardkit:system:"
+#: Run by every lasting connection of shardkit's own machinery: a named lock with the connection's id in it, freed by
+#: the server with the connection. A rebalance job knows them by it when it closes an application's older connections.
+MARK_AS_SYSTEM = f"SELECT GET_LOCK(CONCAT('{SYSTEM_LOCK}', CONNECTION_ID()), 0)"
+
 # alembic keeps the migration at hand in module globals, so one process runs one at a time, whatever the database.
 _one_migration = threading.Lock()
 

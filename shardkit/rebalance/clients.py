@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from shardkit.credentials import CredentialSource
 from shardkit.errors import RebalanceError
 from shardkit.mapstore import MapStore
-from shardkit.rebalance.servers import Server, system_mark
+from shardkit.own_tables import SYSTEM_LOCK
+from shardkit.rebalance.servers import Server
 from shardkit.topology import Endpoint, Role, Shard
 
 #: Seconds between two looks.
@@ -155,7 +156,6 @@ def _older(server: Server, mark: int) -> dict[int, bool]:
     """The application's connections to this database from before the mark: id -> inside a transaction."""
     if mark <= 0:
         return {}
-    own = {server.id, *_of_hops(server)}
     found = [
         (int(connection), str(command).lower())
         for connection, user, _host, database, command, *_ in server.rows("SHOW PROCESSLIST")
@@ -170,10 +170,5 @@ def _older(server: Server, mark: int) -> dict[int, bool]:
     return {
         connection: command != "sleep" or connection in open_transactions
         for connection, command in found
-        if connection not in own and server.lock_holder(system_mark(connection)) != connection
+        if server.lock_holder(f"{SYSTEM_LOCK}{connection}") != connection
     }
-
-
-def _of_hops(server: Server) -> set[int]:
-    """Connections over which relay hops write here."""
-    return {int(row[0]) for row in server.rows("SELECT connection_id FROM shardkit_position")}

@@ -16,7 +16,13 @@ from shardkit.rebalance.verify import digest
 from shardkit.shardmap import Keyspace, ShardMap
 from shardkit.topology import ReplicationKind, Role, Shard
 
-_PRIVILEGES = frozenset({"SELECT", "INSERT", "UPDATE", "DELETE", "CREATE", "TRIGGER"})
+_ON_MASTERS = frozenset({"SELECT", "INSERT", "UPDATE", "DELETE", "CREATE", "ALTER", "INDEX", "TRIGGER"})
+#: To see and to close the connections of clients that work by an older map, and to see prepared transactions.
+_EVERYWHERE = {
+    "mariadb": frozenset({"PROCESS", "CONNECTION ADMIN"}),
+    "mysql": frozenset({"PROCESS", "CONNECTION_ADMIN"}),
+}
+_ON_MYSQL_MASTERS = frozenset({"XA_RECOVER_ADMIN"})
 _FLOATING = frozenset({"float", "double"})
 
 
@@ -83,26 +89,28 @@ def _servers(source: Server, target: Server) -> Iterator[str]:
             yield f"{server} is read-only: a master has to take writes"
         if str(log_bin) not in {"0", "OFF"} and binlog_format != "ROW":
             yield f"{server} logs in {binlog_format} format: set binlog_format = ROW"
-        lacking = _lacking(server)
-        if lacking:
-            yield f"{server}: the account lacks {', '.join(sorted(lacking))}: grant it on {server.database}.*"
+        wanted = _ON_MASTERS | _EVERYWHERE[server.flavour]
+        yield from _privileges(server, wanted | _ON_MYSQL_MASTERS if server.flavour == "mysql" else wanted)
 
 
-def _lacking(server: Server) -> set[str]:
-    """Privileges that neither a global nor a schema grant gives. Nothing where they come through a role."""
+def _privileges(server: Server, wanted: frozenset[str]) -> Iterator[str]:
+    """Privileges that neither a global nor a schema grant gives. Nothing where they may come through a role."""
     user = (
         "CONCAT('''', SUBSTRING_INDEX(CURRENT_USER(), '@', 1), '''@''', SUBSTRING_INDEX(CURRENT_USER(), '@', -1), '''')"
     )
     held = {
-        str(privilege)
+        str(privilege).upper()
         for (privilege,) in server.rows(
             f"SELECT privilege_type FROM information_schema.user_privileges WHERE grantee = {user} UNION "
             f"SELECT privilege_type FROM information_schema.schema_privileges WHERE grantee = {user}"
             " AND DATABASE() LIKE table_schema"
         )
     }
-    role = server.row("SELECT CURRENT_ROLE()")[0]
-    return set() if role not in {None, "", "NONE"} else set(_PRIVILEGES - held)
+    if server.row("SELECT CURRENT_ROLE()")[0] not in {None, "", "NONE"} or "SUPER" in held:
+        return
+    lacking = sorted(wanted - held)
+    if lacking:
+        yield f"{server}: the account lacks {', '.join(lacking)}: grant it, on {server.database}.* or on *.*"
 
 
 def _tables(server: Server, tables: Sequence[Table]) -> Iterator[str]:
@@ -241,6 +249,8 @@ def _followers(shard: Shard, credentials: CredentialSource) -> Iterator[str]:
         if role is Role.MASTER:
             continue
         with closing(Server(shard.name, role, endpoint, credentials)) as server:
+            if role is Role.REPLICA:
+                yield from _privileges(server, _EVERYWHERE[server.flavour])
             if server.flavour == "mariadb":
                 setting = str(server.row("SELECT @@global.slave_run_triggers_for_rbr")[0])
                 if setting not in {"NO", "0"}:

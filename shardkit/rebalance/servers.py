@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import pymysql
 from pymysql.constants import CLIENT, ER
 
+from shardkit import own_tables
 from shardkit.credentials import CredentialSource
 from shardkit.errors import PreconditionFailed, RebalanceError, Unreachable
 from shardkit.topology import Endpoint
@@ -23,10 +24,6 @@ CONNECT_TIMEOUT = 10.0  # seconds
 #: on the table waits too, so it must give up soon.
 ROW_LOCK_SECONDS = 5
 DDL_LOCK_SECONDS = 1
-
-#: Every connection of shardkit's machinery holds a named lock with its own connection id in it, which tells it apart
-#: from the application's when those are closed. (The server frees the lock with the connection.)
-_MARK = "shardkit:system:"
 
 _LOCK_WAIT = frozenset({ER.LOCK_WAIT_TIMEOUT, ER.LOCK_DEADLOCK})
 _LOST = frozenset({0, 2006, 2013, 2014, 2055, 1053, 1077, 1079, 1317, 1927, 3169, 4031})
@@ -81,7 +78,7 @@ class Server:
             # a statement's text beside its row events doubles the binary log; to leave it out needs BINLOG ADMIN
             with contextlib.suppress(pymysql.OperationalError):
                 self.run("SET SESSION binlog_annotate_row_events = 0")
-        self.rows("SELECT GET_LOCK(%s, 0)", system_mark(self.id))
+        self.rows(own_tables.MARK_AS_SYSTEM)
 
     def __str__(self) -> str:
         return f"shard {self.shard}, {self.role} {self.endpoint.address}"
@@ -177,10 +174,11 @@ class Server:
             if code == ER.NO_SUCH_THREAD:
                 return
             if code in {ER.KILL_DENIED_ERROR, ER.SPECIFIC_ACCESS_DENIED_ERROR}:
-                privilege = "CONNECTION ADMIN" if self.flavour == "mariadb" else "CONNECTION_ADMIN"
+                privilege = "CONNECTION ADMIN" if self.flavour == "mariadb" else "CONNECTION_ADMIN (and SYSTEM_USER)"
                 raise PreconditionFailed(
-                    f"{self}: this account may not close other accounts' connections ({text})",
-                    hint=f"GRANT {privilege} ON *.* to the account that SHARDKIT_USER names",
+                    f"{self}: this account may not close connection {connection} ({text})",
+                    hint=f"end it by hand, or GRANT {privilege} ON *.* to the account that SHARDKIT_USER names; then "
+                    "run the same command again",
                 ) from error
             raise
 
@@ -233,11 +231,6 @@ def code_of(error: BaseException) -> tuple[int, str]:
     """The server's or the driver's error number (0 where there is none) and text."""
     code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
     return code, str(error.args[1]) if len(error.args) > 1 else str(error)
-
-
-def system_mark(connection: int) -> str:
-    """The named lock that marks a connection as shardkit's own."""
-    return f"{_MARK}{connection}"
 
 
 def new_token() -> str:
