@@ -221,6 +221,13 @@ def _function(element: FunctionElement[Any], contents: Contents) -> None:
         contents.unknown.add(name)
 
 
+def is_distinct(element: Any) -> bool:
+    """Whether this is ``sqlalchemy.distinct(x)``: as a column, outside a function, it makes the SELECT a DISTINCT."""
+    while isinstance(element, Grouping | Label):
+        element = element.element
+    return isinstance(element, UnaryExpression) and element.operator is operators.distinct_op
+
+
 def _name(function: FunctionElement[Any]) -> str:
     packages = tuple(getattr(function, "packagenames", ()))
     return ".".join((*packages, str(getattr(function, "name", type(function).__name__)))).lower()

@@ -34,7 +34,7 @@ from sqlalchemy.sql.selectable import (
 )
 
 from shardkit.routing.anatomy import Anatomy, SelectParts, Slot
-from shardkit.routing.expressions import Contents, Place, contents_of
+from shardkit.routing.expressions import Contents, Place, contents_of, is_distinct
 from shardkit.routing.keys import Fact, Facts, KeyPin, KnownColumn, Readers, Term, facts_of
 from shardkit.routing.keyvalues import exact_kind
 from shardkit.shardmap import ShardMap, TableInfo
@@ -286,8 +286,8 @@ class Lineage:
         query.limited = select._has_row_limiting_clause  # noqa: SLF001 - no public reader
         query.ordered = bool(select._order_by_clauses)  # noqa: SLF001
         query.grouped = bool(select._group_by_clauses)  # noqa: SLF001
-        query.distinct = bool(select._distinct)  # noqa: SLF001
         shown = [column for _, column in parts.columns]
+        query.distinct = bool(select._distinct) or any(map(is_distinct, shown))  # noqa: SLF001
         contents = contents_of([*shown, *(each for clauses in _other_clauses(select) for each in clauses)])
         query.windows = contents.windows
         query.aggregates = contents.may_aggregate

@@ -29,7 +29,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from shardkit.errors import RoutingError
-from shardkit.routing.expressions import contents_of
+from shardkit.routing.expressions import contents_of, is_distinct
 from shardkit.routing.keys import Binds
 from shardkit.routing.lineage import Query
 from shardkit.routing.merge import Aggregate, Combine, Groups, Having, MergePlan
@@ -98,6 +98,8 @@ class _Splitting:
         for column in self.statement._raw_columns:  # noqa: SLF001 - no public reader
             if getattr(column, "is_literal", False) and "*" in getattr(column, "name", ""):
                 raise _refused("SELECT * as raw SQL over several shards: the number of its columns is not known")
+            if is_distinct(column) and not self.context.keyed_rows:
+                raise _refused("distinct() as a column over several shards", "use select(...).distinct()")
             if isinstance(column, sa.TextClause):
                 raise _refused("a column of raw SQL over several shards: it may be more than one column")
 

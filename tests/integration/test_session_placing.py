@@ -307,3 +307,40 @@ def test_keys_are_read_as_they_are_stored_when_objects_are_placed_again(farm: Fa
 
 def _shard(farm: Farm, table: str, key: int) -> str:
     return farm.map.locate(table, [key]).shard
+
+
+def test_a_detached_object_comes_in_where_its_row_is_now(farm: Farm, session: Session) -> None:
+    """The old shard may still hold a copy of its row: nothing may be written there."""
+    with farm.sessions() as before:
+        before.add_all([Account(id=f"u-{number}", value=1) for number in range(20)])
+        before.commit()
+        added, deleted, merged, *_ = [
+            account
+            for account in before.scalars(sa.select(Account).order_by(Account.id))
+            if sa.inspect(account).identity_token == "left"
+        ]
+    numbers = [int(account.id.removeprefix("u-")) for account in (added, deleted, merged)]
+    buckets = {farm.map.locate("accounts", [number]).bucket: "right" for number in numbers}
+    with farm.cluster.engine("right").begin() as connection:
+        connection.execute(sa.insert(Account), [{"id": each.id, "value": 1} for each in (added, deleted, merged)])
+    farm.store.publish(farm.map.with_placement("animals", buckets), expected_version=1)
+    session.add(added)
+    added.value = 2
+    session.delete(deleted)
+    session.merge(merged).value = 3
+    session.commit()
+    where = f"WHERE id IN {tuple(numbers)}"
+    assert farm.rows("left", f"SELECT value FROM accounts {where}") == [(1,), (1,), (1,)]
+    assert farm.rows("right", f"SELECT value FROM accounts {where}") == [(2,), (3,)]
+
+
+@pytest.mark.filterwarnings("ignore:Column-expression-level unary distinct")
+def test_distinct_as_a_column_is_a_distinct(session: Session) -> None:
+    session.add_all([Animal(id=number, keeper=number) for number in range(20)])
+    session.commit()
+    with pytest.raises(RoutingError, match="distinct"):
+        session.execute(sa.select(sa.distinct(Animal.kind)))
+    inner = sa.select(sa.distinct(Animal.kind).label("kind")).subquery()
+    with pytest.raises(RoutingError, match="DISTINCT"):
+        session.execute(sa.select(inner.c.kind))
+    assert session.scalars(sa.select(sa.distinct(Animal.kind)).where(Animal.keeper == 1)).all() == ["animal"]
