@@ -11,7 +11,8 @@ from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.orm.exc import UnmappedColumnError
 
 from shardkit.errors import KeyChange, MissingKey, RoutingError, UnknownTable
-from shardkit.shardmap import TableInfo
+from shardkit.partition import WHOLE
+from shardkit.shardmap import Keyspace, TableInfo
 from shardkit.snapshots import View
 
 _ABSENT = object()
@@ -37,6 +38,7 @@ class KeyAttribute:
 class Home:
     """Where the objects of one mapped class live, on one version of the map.
 
+    :param table: its first table; None for what a cluster of one shard takes without one.
     :param key: the columns that say which shard; none for reference and vertical tables.
     :param generated: the integer primary key that shardkit fills, by attribute and column name, where the keyspace has
         ``ids: generated``.
@@ -46,7 +48,7 @@ class Home:
     """
 
     view: View
-    table: Table
+    table: Any
     info: TableInfo
     key: tuple[KeyAttribute, ...] = ()
     generated: KeyAttribute | None = None
@@ -181,8 +183,24 @@ def home_of(view: View, mapper: Mapper[Any]) -> Home:
     try:
         found: Home = view.homes[mapper]
     except KeyError:
-        found = view.homes[mapper] = _find(view, mapper)
+        find = _on_the_only_shard if len(view.map.shards) == 1 else _find
+        found = view.homes[mapper] = find(view, mapper)
     return found
+
+
+def _on_the_only_shard(view: View, mapper: Mapper[Any]) -> Home:
+    """A cluster of one shard is that database: it holds every class, keys say nothing, and nothing is refused."""
+    table = next((table for table in mapper.tables if isinstance(table, Table)), None)
+    known = None if table is None else view.map.tables.get(table.fullname)
+    whole = Keyspace(
+        name="",
+        partition=None,
+        tables={},
+        placement=dict.fromkeys([WHOLE], next(iter(view.map.shards))),
+        generated_ids=known is not None and known.keyspace.generated_ids,
+    )
+    info = TableInfo(mapper.class_.__name__ if table is None else table.fullname, "vertical", (whole,))
+    return Home(view, table, info, generated=None if table is None else _generated(mapper, table, info))
 
 
 def _find(view: View, mapper: Mapper[Any]) -> Home:

@@ -74,7 +74,8 @@ class IdentitySession(TransactingSession):
         shard = home.shard_of_identity(tuple(primary_key_identity))
         if shard is not None:
             return look(shard)
-        tokens = home.info.shards if home.tokened else (None, *home.info.shards)
+        # a reference row that came with rows of a sharded table has the shard of those
+        tokens = home.info.shards if home.tokened else (None, *home.info.shards) if home.replicated else (None,)
         found = [instance for instance in map(look, tokens) if instance is not None]
         if len(found) > 1 and home.tokened:
             raise MultipleResultsFound(

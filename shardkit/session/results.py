@@ -27,6 +27,7 @@ def merged(plan: MergePlan, results: Sequence[Result[Any]], statement: Executabl
     answer: Result[Any] = IteratorResult(_metadata(first, plan.visible), merge_rows(plan, streams))
     answer._attributes = first._attributes.union(_attributes(statement))  # noqa: SLF001 - what Query looks at
     answer._unique_filter_state = unique  # noqa: SLF001
+    answer._yield_per = first._yield_per  # noqa: SLF001 - the size of partitions()
     return answer
 
 

@@ -189,7 +189,7 @@ class RoutedSession(IdentitySession):
         ):
             # what Session.execute does with a SELECT of mapped classes once its handlers have run: the usual case
             select, options, params = _ORM_SELECT.orm_pre_session_exec(
-                self, statement, params, options, arguments, False
+                self, statement, params, as_immutable(options), arguments, False
             )
             connection = self._reading_connection(target)
             result = _ORM_SELECT.orm_execute_statement(self, select, params or {}, options, arguments, connection)

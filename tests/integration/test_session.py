@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import delete, event, func, insert, select, update
+from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import InvalidRequestError, MultipleResultsFound, PendingRollbackError
 from sqlalchemy.orm import immediateload, joinedload, selectinload
 
 import shardkit
 from shardkit.errors import KeyChange, MissingKey, RoutingError, ScatterRefused, ShardkitError
-from tests.integration.conftest import Shop
+from tests.integration.conftest import FLAVOUR, Shop
 from tests.integration.shop import SHARDS, Country, Invoice, Message, Note, Order, User, Visit
 
 
@@ -740,3 +741,90 @@ def test_connections_go_back_after_every_kind_of_end(shop: Shop, users: dict[str
     del session
     gc.collect()
     assert shop.cluster._snapshots._holds == {}
+
+
+# --- more ways to write and to read
+
+
+def test_orm_updates_by_primary_key_reach_their_rows(shop: Shop, users: dict[str, list[int]]) -> None:
+    everyone = [number for ids in users.values() for number in ids]
+    with shop.session() as session:
+        loaded = session.get_one(User, everyone[0])
+        session.execute(update(User), [{"id": number, "name": f"new {number}"} for number in everyone])
+        assert loaded.name == f"new {everyone[0]}"
+        session.commit()
+    for shard, ids in users.items():
+        assert shop.rows(shard, "users", "id, name") == sorted((number, f"new {number}") for number in ids)
+
+
+@pytest.mark.parametrize("synchronize", ["fetch", "evaluate", False])
+def test_synchronization_over_several_shards(shop: Shop, users: dict[str, list[int]], synchronize: str | bool) -> None:
+    wanted = [users["shop-0"][0], users["shop-2"][0]]
+    options = {"synchronize_session": synchronize}
+    with shop.session() as session:
+        loaded = {number: session.get_one(User, number) for ids in users.values() for number in ids}
+        session.execute(update(User).where(User.id.in_(wanted)).values(name="new"), execution_options=options)
+        if synchronize:
+            assert {number for number, user in loaded.items() if sa.inspect(user).dict.get("name") == "new"} == set(
+                wanted
+            )
+        session.execute(delete(Order).where(Order.user_id.in_(wanted)), execution_options=options)
+        session.commit()
+    assert len(shop.rows("shop-0", "orders")) == 4
+    assert {name for rows in shop.where("users", "id, name").values() for number, name in rows if number in wanted} == {
+        "new"
+    }
+
+
+def test_rows_returned_by_inserts_over_several_shards(shop: Shop) -> None:
+    if shop.kind == "server" and FLAVOUR == "mysql":
+        pytest.skip("MySQL has no RETURNING")
+    rows = [{"id": number, "name": f"user {number}"} for number in range(12)]
+    with shop.session() as session:
+        found = session.scalars(insert(User).returning(User), rows).all()
+        assert sorted((user.id, user.name) for user in found) == [(row["id"], row["name"]) for row in rows]
+        assert all(sa.inspect(user).identity_key[2] == shop.shard_of(user.id) for user in found)
+        session.commit()
+
+
+def test_legacy_query_writes(shop: Shop, users: dict[str, list[int]]) -> None:
+    number = users["shop-1"][0]
+    with shop.session() as session:
+        assert session.query(User).filter(User.id == number).update({"name": "new"}) == 1
+        both = [number, users["shop-0"][0]]
+        assert session.query(Order).filter(Order.user_id.in_(both)).delete() == 4
+        assert session.query(User).filter_by(id=number).one().name == "new"
+        assert {user.id for user in session.query(User).filter(User.id.in_(both))} == set(both)
+        assert session.query(User).count() == 9
+        assert session.query(User.name).order_by(User.id).limit(2).all()
+        assert str(session.query(User)).startswith("SELECT")
+        session.rollback()
+
+
+def test_rows_are_read_in_parts(shop: Shop, users: dict[str, list[int]]) -> None:
+    everyone = sorted(number for ids in users.values() for number in ids)
+    with shop.session() as session:
+        result = session.execute(select(User).order_by(User.id).execution_options(yield_per=2))
+        assert [[user.id for (user,) in part] for part in result.partitions()] == [
+            everyone[start : start + 2] for start in range(0, 9, 2)
+        ]
+        with session.scalars(select(User.id).order_by(User.id).execution_options(stream_results=True)) as numbers:
+            assert list(numbers) == everyone
+        assert session.scalars(select(User.id).order_by(User.id)).fetchmany(3) == everyone[:3]
+
+
+def test_upserts_land_on_the_shard_of_their_key(shop: Shop, users: dict[str, list[int]]) -> None:
+    rows = [{"id": ids[0], "name": "again"} for ids in users.values()]
+    statement: Any
+    if shop.kind == "sqlite":
+        plain = sqlite.insert(User)
+        statement = plain.on_conflict_do_update(index_elements=["id"], set_={"name": plain.excluded.name})
+    else:
+        other = mysql.insert(User)
+        statement = other.on_duplicate_key_update(name=other.inserted.name)
+    with shop.session() as session:
+        session.execute(statement, rows)
+        session.commit()
+    for shard, ids in users.items():
+        assert (ids[0], "again") in shop.rows(shard, "users", "id, name")
+        assert len(shop.rows(shard, "users")) == 3
