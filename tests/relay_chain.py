@@ -15,6 +15,7 @@ import pytest
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit.topology import Role
 from shardkit_cdc.gtid import Flavour, Position, parse_position
+from shardkit_cdc.heartbeat import Heartbeat
 from shardkit_cdc.relay import Hop, HopOptions, HopSpec, State
 
 DEADLINE = 60.0  # seconds: generous, only a hang reaches it
@@ -41,7 +42,7 @@ class Chain:
         self.flavour = Flavour(servers[0].flavour)
         self.shard = "shop-0"
         self.hops: list[Hop] = []
-        self._threads: list[threading.Thread] = []
+        self._tasks: list[tuple[Hop | Heartbeat, threading.Thread]] = []
         self.options = HopOptions(retry_seconds=(0.05, 0.5))
         self.story: Callable[[], str] = lambda: f"hops: {[hop.report for hop in self.hops]}"
 
@@ -73,20 +74,24 @@ class Chain:
             self.run(self.hop(index))
 
     def run(self, hop: Hop) -> None:
-        thread = threading.Thread(target=hop.run, name=hop.spec.name)
-        thread.start()
         self.hops.append(hop)
-        self._threads.append(thread)
+        self.run_task(hop)
+
+    def run_task(self, task: Hop | Heartbeat) -> None:
+        """Run a hop or a heartbeat in a thread, until `stop`."""
+        thread = threading.Thread(target=task.run)
+        thread.start()
+        self._tasks.append((task, thread))
 
     def stop(self) -> None:
         """Stop all hops and wait for them."""
-        for hop in self.hops:
-            hop.stop()
-        for thread in self._threads:
+        for task, _ in self._tasks:
+            task.stop()
+        for task, thread in self._tasks:
             thread.join(DEADLINE)
-            assert not thread.is_alive(), f"{thread.name} does not end"
+            assert not thread.is_alive(), f"{task} does not end"
         self.hops.clear()
-        self._threads.clear()
+        self._tasks.clear()
 
     def sql(self, *statements: str, server: LocalDatabaseServer | None = None) -> None:
         """Run statements in the database, each committed by itself; on the master by default."""

@@ -16,10 +16,10 @@ import pymysql
 from shardkit import own_tables
 from shardkit.errors import BadEvent, Drift, RelayError
 from shardkit.topology import Endpoint
-from shardkit_cdc.connection import PASSING, code_of, server_errors, text_of
+from shardkit_cdc.connection import DENIED, PASSING, READ_ONLY, code_of, server_errors, text_of
 from shardkit_cdc.events import Format
 from shardkit_cdc.gtid import Flavour, Gtid, Position
-from shardkit_cdc.payload import PACKET_SHARE, binlog_statement, payloads
+from shardkit_cdc.payload import binlog_statement, largest_payload, payloads
 from shardkit_cdc.position import Claim
 from shardkit_cdc.schema import SchemaCheck
 from shardkit_cdc.schema_change import SchemaChanger
@@ -84,7 +84,7 @@ class Applier:
         self._passed: Position | None = None
         self.counts = Counts()
         with server_errors(endpoint, hop, doing="preparing the connection"):
-            self._largest = prepare_session(connection, flavour, form) // PACKET_SHARE
+            self._largest = largest_payload(prepare_session(connection, flavour, form))
 
     @property
     def position(self) -> Position:
@@ -202,7 +202,7 @@ class Applier:
                 hint="somebody wrote to the target, or it was not filled from this source: compare it "
                 "(shardkit relay verify), then repair or reseed it",
             )
-        if code in PASSING or code in {1290, 1836, 1044, 1142, 1143, 1227}:
+        if code in PASSING or code in DENIED or code in READ_ONLY:
             return error
         return BadEvent(
             f"the target refused row events: {text} ({code})",

@@ -43,7 +43,7 @@ PASSING = frozenset(
     }
 )
 READ_ONLY = frozenset({1290, 1836})
-DENIED = frozenset({1044, 1142, 1143, 1227, 1370})
+DENIED = frozenset({1044, 1142, 1143, 1227, 1370, 1419})
 
 C = TypeVar("C", bound="pymysql.Connection[Any]")
 
@@ -101,7 +101,7 @@ def connect_failure(error: pymysql.MySQLError, endpoint: Endpoint) -> ShardkitEr
     if code == ER.DBACCESS_DENIED_ERROR:
         return PreconditionFailed(
             f"the relay's user has no rights on the database {endpoint.database} of {endpoint.address}",
-            hint="grant the privileges listed under 'The relay's accounts' in docs/relay.md",
+            hint="grant the privileges listed under 'The relay's accounts' in docs/how-to/relay.md",
         )
     if code in {CR.CR_CONN_HOST_ERROR, CR.CR_SERVER_LOST, 2005, 2002} or code in PASSING:
         return Unreachable(
@@ -146,7 +146,7 @@ def server_errors(endpoint: Endpoint, hop: str, *, doing: str) -> Iterator[None]
         if code in DENIED:
             raise PreconditionFailed(
                 f"hop {hop}: the relay's user lacks a privilege on {endpoint.address} ({text})",
-                hint="grant the privileges listed under 'The relay's accounts' in docs/relay.md",
+                hint="grant the privileges listed under 'The relay's accounts' in docs/how-to/relay.md",
             ) from error
         raise
     except OSError as error:

@@ -19,11 +19,16 @@ from shardkit_cdc.transactions import Rows
 
 #: Bytes of events in one BINLOG statement: past this, larger statements gain nothing.
 STATEMENT_BYTES = 1 << 20
-#: Of ``max_allowed_packet`` a single row event may take this part: base64 adds a third, and the server copies.
-PACKET_SHARE = 3
+#: Bytes of a statement beside its payload, with a margin.
+_FRAME_BYTES = 1 << 16
 
 
 _LENGTH = struct.Struct("<I")
+
+
+def largest_payload(max_allowed_packet: int) -> int:
+    """Bytes of events that one BINLOG statement may carry to a server: base64 makes four of three."""
+    return max(0, max_allowed_packet - _FRAME_BYTES) // 4 * 3
 
 
 def payloads(rows: Iterable[Rows], *, largest: int, usual: int = STATEMENT_BYTES) -> Iterator[bytes]:
@@ -59,8 +64,8 @@ def payloads(rows: Iterable[Rows], *, largest: int, usual: int = STATEMENT_BYTES
         if len(front) + len(body) + len(data) > largest:
             raise BadEvent(
                 f"a row event of {table.qualified} has {len(data)} bytes, more than the target takes in one statement",
-                hint=f"set max_allowed_packet on the target to at least {PACKET_SHARE * len(data)} bytes (and restart "
-                "the hop)",
+                hint=f"set max_allowed_packet on the target to at least {len(data) // 3 * 4 + 2 * _FRAME_BYTES}, "
+                "then start the hop again",
             )
         flags = event_flags
         start = len(body)

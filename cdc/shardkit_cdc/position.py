@@ -125,14 +125,14 @@ class Claim:
         with connection.cursor() as cursor:
             row = read_row(connection, key)
             if row is None:
-                raise Fenced("its position row is gone", hop=key)
+                raise Fenced("its position row is gone")
             if expected_epoch is not None and row.epoch != expected_epoch:
-                raise _taken_over(key, row)
+                raise _taken_over(row)
             _end_old_runner(connection, lock)
             cursor.execute("SELECT GET_LOCK(%s, %s)", (lock, lock_timeout))
             if cursor.fetchone() != (1,):
                 raise Interrupted(
-                    f"the old runner's connection ({row.runner}) has not ended after {lock_timeout:.0f} s", hop=key
+                    f"the old runner's connection ({row.runner}) has not ended after {lock_timeout:.0f} s"
                 )
             connection.rollback()
             changed = cursor.execute(
@@ -143,7 +143,7 @@ class Claim:
             found = read_row(connection, key)
             if changed != 1 or found is None:
                 connection.rollback()
-                raise Fenced("another runner took over at the same time", hop=key)
+                raise Fenced("another runner took over at the same time")
             connection.commit()
         return cls(connection, flavour, found, history=history)
 
@@ -162,7 +162,7 @@ class Claim:
             self._connection.rollback()
             row = read_row(self._connection, self.key)
             self._connection.rollback()
-            raise _taken_over(self.key, row)
+            raise _taken_over(row)
 
     def finish(self, after: Position) -> None:
         """The last statements: note the master's history where this hop reads it, and commit."""
@@ -196,7 +196,7 @@ class Claim:
             self._connection.rollback()
             row = read_row(self._connection, self.key)
             self._connection.rollback()
-            raise _taken_over(self.key, row)
+            raise _taken_over(row)
         self._connection.commit()
         self.ddl_gtid, self.ddl_number = gtid, number
         return number
@@ -225,10 +225,9 @@ def _end_old_runner(connection: Connection, lock: str) -> None:
                 raise
 
 
-def _taken_over(key: str, row: HopRow | None) -> Fenced:
+def _taken_over(row: HopRow | None) -> Fenced:
     now = f"epoch {row.epoch} of {row.runner or 'nobody'} at {row.gtid or 'the beginning'}" if row else "no row"
     return Fenced(
         f"another runner has taken over: the position row now says {now}",
-        hop=key,
         hint="let one `shardkit relay run` serve this hop; with a map in ZooKeeper several daemons share the hops",
     )

@@ -222,6 +222,8 @@ class Hop:
 
     def _become(self, state: State, error: ShardkitError | None = None) -> None:
         report = self.report
+        if isinstance(error, RelayError):
+            error = error.of_hop(self.spec.name)
         with report.changed:
             report.state, report.error = state, error
             report.changed.notify_all()

@@ -172,6 +172,29 @@ def test_a_target_that_somebody_wrote_to(pair: Chain, meddling: str, change: str
     assert noted[0][0] == str(error)
 
 
+def test_a_row_larger_than_the_target_takes_names_the_setting(pair: Chain) -> None:
+    megabyte = 1 << 20
+    with (
+        setting(pair.master, "max_allowed_packet", str(64 * megabyte)),
+        setting(pair.last, "max_allowed_packet", str(16 * megabyte)),
+    ):
+        pair.run(pair.hop(0))
+        pair.sql(
+            "CREATE TABLE t (id INT PRIMARY KEY, body LONGTEXT)",
+            f"INSERT INTO t VALUES (1, REPEAT('x', {11 * megabyte}))",
+            f"INSERT INTO t VALUES (2, REPEAT('x', {13 * megabyte}))",
+        )
+        error = pair.failed()
+        pair.stop()
+        assert isinstance(error, BadEvent)
+        assert "max_allowed_packet" in str(error.hint)
+        assert pair.last.execute("SELECT id FROM t", database=pair.database) == [(1,)]
+        pair.last.execute(f"SET GLOBAL max_allowed_packet = {18 * megabyte}")
+        pair.run(pair.hop(0))
+        pair.settle()
+        pair.assert_equal()
+
+
 def test_a_compressed_transaction_of_mysql_names_the_setting(pair: Chain) -> None:
     if pair.flavour is not Flavour.MYSQL:
         pytest.skip("MariaDB compresses single events, which the relay inflates")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pymysql
 import pytest
 
-from tests.relay_chain import Chain
+from shardkit.testing.database import LocalDatabaseServer
+from shardkit_cdc.relay import Hop
+from tests.relay_chain import Chain, wait_for
 
 pytest_plugins = ["tests.relay_fixtures"]
 
@@ -258,6 +263,35 @@ def test_prepared_xa_branches_wait_for_their_decision(chain: Chain) -> None:
     chain.settle()
     chain.assert_equal()
     assert chain.last.execute("SELECT id FROM t ORDER BY id", database=chain.database) == [(1,), (3,)]
+
+
+def test_a_target_may_call_its_database_differently(chain: Chain) -> None:
+    other = f"{chain.database}_elsewhere"
+    target = chain.servers[1]
+    target.execute(f"CREATE DATABASE {other} CHARACTER SET utf8mb4")
+    try:
+        spec = replace(chain.specs[0], target=target.endpoint(other))
+        chain.run(Hop(spec, chain.master.credentials, cluster="test", runner="pytest", options=chain.options))
+        chain.sql(
+            "CREATE TABLE t (id INT PRIMARY KEY)",
+            f"CREATE TABLE {chain.database}.u "
+            f"(id INT PRIMARY KEY, t INT, FOREIGN KEY (t) REFERENCES {chain.database}.t (id))",
+            "INSERT INTO t VALUES (1)",
+            "INSERT INTO u VALUES (1, 1)",
+            f"ALTER TABLE {chain.database}.u ADD n INT",
+            "UPDATE u SET n = 3",
+        )
+        wait_for(lambda: _rows(target, other) == [(1, 1, 3)], lambda: f"the row arrives; {chain.story()}")
+    finally:
+        chain.stop()
+        target.execute(f"DROP DATABASE {other}")
+
+
+def _rows(server: LocalDatabaseServer, database: str) -> list[tuple[int, ...]]:
+    try:
+        return server.execute("SELECT * FROM u", database=database)
+    except pymysql.MySQLError:
+        return []
 
 
 def test_other_databases_of_the_same_server_are_left_alone(chain: Chain) -> None:
