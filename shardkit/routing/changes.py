@@ -10,13 +10,13 @@ import sqlalchemy as sa
 
 from shardkit.errors import KeyChange, RoutingError, ScatterRefused
 from shardkit.partition import Bucket
+from shardkit.routing.conditions import Binds
 from shardkit.routing.functions import AGGREGATES, PURE
 from shardkit.routing.hints import Hint, hint_of
 from shardkit.routing.inserts import check_same_everywhere, mapper_of, name_of, parameter_sets
-from shardkit.routing.keys import Binds
-from shardkit.routing.lineage import Occurrence
 from shardkit.routing.merge import MergePlan
 from shardkit.routing.moving import moves_on, restricted
+from shardkit.routing.queries import Occurrence
 from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStatement, StatementKind
 from shardkit.routing.rows import Rows, attribute_of
 from shardkit.routing.shapes import Shape, Shapes

@@ -231,3 +231,36 @@ def is_distinct(element: Any) -> bool:
 def _name(function: FunctionElement[Any]) -> str:
     packages = tuple(getattr(function, "packagenames", ()))
     return ".".join((*packages, str(getattr(function, "name", type(function).__name__)))).lower()
+
+
+# --- what hangs on a statement beside its clauses -----------------------------------------------------------------
+
+#: What users may hang on a statement as raw SQL without changing what it means.
+_HARMLESS = re.compile(
+    r"/\*\+[^*/]*\*/|SQL_NO_CACHE|STRAIGHT_JOIN|HIGH_PRIORITY|SQL_(BIG|SMALL|BUFFER)_RESULT", re.IGNORECASE
+)
+_INDEX_HINT = re.compile(r"(USE|FORCE|IGNORE)\s+(INDEX|KEY)\b[^()]*\([^()]*\)", re.IGNORECASE)
+
+
+def raw_clauses(statement: Any) -> list[str]:
+    """The parts of a statement that are raw SQL, or that the router does not know."""
+    found = []
+    for name in ("_prefixes", "_suffixes"):
+        for element, _ in getattr(statement, name, ()):
+            if not _HARMLESS.fullmatch(str(getattr(element, "text", "?")).strip()):
+                found.append(f"a {name[1:-2]} of raw SQL")
+    if any(not _HARMLESS.fullmatch(text.strip()) for _, text in getattr(statement, "_statement_hints", ())):
+        found.append("a statement hint of raw SQL")
+    if any(not _INDEX_HINT.fullmatch(text.strip()) for text in _table_hints(statement)):
+        found.append("a table hint of raw SQL")
+    clauses = ("_post_select_clause", "_pre_columns_clause", "_post_body_clause", "_independent_ctes")
+    found += [f"{name[1:].replace('_', ' ')}" for name in clauses if getattr(statement, name, None)]
+    if getattr(statement, "_distinct_on", ()):
+        found.append("DISTINCT ON")
+    if isinstance(statement, sa.Select) and statement._post_criteria_clause is not None:  # noqa: SLF001 - no public reader
+        found.append("a clause of a dialect's own")
+    return found
+
+
+def _table_hints(statement: Any) -> Iterable[str]:
+    return (text for text in (getattr(statement, "_hints", None) or {}).values())

@@ -10,7 +10,7 @@ from shardkit.errors import MissingKey, RoutingError
 from shardkit.partition import Bucket
 from shardkit.routing.keys import Readers
 from shardkit.routing.keyvalues import Untrusted
-from shardkit.routing.lineage import Occurrence
+from shardkit.routing.queries import Occurrence
 from shardkit.routing.route import RouteOptions
 from shardkit.shardmap import Keyspace, ShardMap, TableInfo
 

@@ -12,10 +12,10 @@ from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.selectable import ScalarSelect, SelectStatementGrouping, TableClause
 
 from shardkit.errors import KeyChange, RoutingError
+from shardkit.routing.conditions import Binds
 from shardkit.routing.expressions import contents_of
 from shardkit.routing.functions import PURE
 from shardkit.routing.hints import Hint, hint_of
-from shardkit.routing.keys import Binds
 from shardkit.routing.merge import MergePlan
 from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStatement, StatementKind
 from shardkit.routing.rows import Rows, attribute_of

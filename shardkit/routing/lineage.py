@@ -11,14 +11,13 @@ a condition that no NULL passes shows that the join has matched.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
-from sqlalchemy.sql.elements import BindParameter, ClauseElement, ColumnClause, Grouping, Label
+from sqlalchemy.sql.elements import BindParameter, ClauseElement, Grouping
 from sqlalchemy.sql.selectable import (
     CTE,
     Alias,
@@ -34,167 +33,22 @@ from sqlalchemy.sql.selectable import (
 )
 
 from shardkit.routing.anatomy import Anatomy, SelectParts, Slot
-from shardkit.routing.expressions import Contents, Place, contents_of, is_distinct
+from shardkit.routing.expressions import Contents, Place, contents_of, is_distinct, raw_clauses
 from shardkit.routing.keys import Fact, Facts, KeyPin, KnownColumn, Readers, Term, facts_of
 from shardkit.routing.keyvalues import exact_kind
-from shardkit.shardmap import ShardMap, TableInfo
-
-#: Facts that hold together.
-Context: TypeAlias = tuple[Facts, ...]
-
-
-# --- the tree ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Occurrence:
-    """One mention of a table.
-
-    :param context: what holds for those of its rows that matter.
-    """
-
-    number: int
-    info: TableInfo
-    clause: FromClause
-    context: Context
-
-    @property
-    def key(self) -> tuple[Term, ...]:
-        """Its key columns."""
-        return tuple((self.number, column) for column in self.info.key)
-
-
-@dataclass(frozen=True, eq=False)
-class TableNode:
-    """A table in a FROM list."""
-
-    occurrence: Occurrence
-
-
-@dataclass(frozen=True, eq=False)
-class DerivedNode:
-    """A subquery or CTE in a FROM list."""
-
-    query: Query
-
-
-@dataclass(frozen=True, eq=False)
-class ConstantNode:
-    """Rows that are written in the statement itself."""
-
-
-@dataclass(frozen=True, eq=False)
-class JoinNode:
-    """A join.
-
-    :param context: what holds for the rows that it puts together.
-    """
-
-    left: Node
-    right: Node
-    kind: Literal["inner", "left", "full"]
-    context: Context
-
-
-Node: TypeAlias = TableNode | DerivedNode | ConstantNode | JoinNode
-
-
-@dataclass(eq=False)
-class Query:
-    """A SELECT, or a set operation of several (then ``branches``).
-
-    :param facts: what is true of every row that passes its WHERE.
-    :param context: the same, and what holds around it: conditions on a result may be asked of its tables.
-    :param nodes: its FROM list.
-    :param nested: the subqueries in its expressions.
-    :param aggregates: whether an aggregate stands in its columns, HAVING or ORDER BY.
-    """
-
-    scope: Scope
-    facts: Facts
-    context: Context
-    parts: SelectParts | None = None
-    nodes: list[Node] = field(default_factory=list)
-    nested: list[Query] = field(default_factory=list)
-    branches: list[Query] = field(default_factory=list)
-    operation: str | None = None
-    recursive: bool = False
-    limited: bool = False
-    ordered: bool = False
-    windows: bool = False
-    aggregates: bool = False
-    grouped_by: tuple[KnownColumn | None, ...] = ()
-    grouped: bool = False
-    distinct: bool = False
-
-    @property
-    def collapses(self) -> bool:
-        """Whether it makes one row of many, or of none."""
-        return self.aggregates and not self.grouped
-
-    def output(self, name: str) -> KnownColumn | None:
-        """The lineage of one of its columns, by its name in SQL."""
-        if self.parts is None:
-            return None
-        named = [column for label, column in self.parts.columns if _sql_name(label, column) == name]
-        return self._visible(self.scope.resolve(named[0])) if len(named) == 1 else None
-
-    def first_output(self) -> KnownColumn | None:
-        """The lineage of its only column."""
-        if self.parts is None or len(self.parts.columns) != 1:
-            return None
-        return self._visible(self.scope.resolve(self.parts.columns[0][1]))
-
-    def outputs(self) -> Iterator[KnownColumn]:
-        """The lineages of its columns, of those that are known."""
-        for _, column in () if self.parts is None else self.parts.columns:
-            known = self._visible(self.scope.resolve(column))
-            if known is not None:
-                yield known
-
-    def _visible(self, known: KnownColumn | None) -> KnownColumn | None:
-        if known is None or self.collapses:
-            return None
-        if self.grouped and all(column is None or column.term != known.term for column in self.grouped_by):
-            return None  # the value of any row of the group
-        return known
-
-
-def _sql_name(label: str | None, column: ClauseElement) -> str | None:
-    return label if label is not None else getattr(column, "name", None)
-
-
-@dataclass(eq=False)
-class Scope:
-    """The FROM clauses that column expressions can refer to, innermost first."""
-
-    lineage: Lineage
-    parent: Scope | None = None
-    members: dict[FromClause, Occurrence | Query | None] = field(default_factory=dict)
-
-    def resolve(self, element: Any) -> KnownColumn | None:
-        """The lineage of a column expression; None for everything that is not a plain column of a known table."""
-        while isinstance(element, Label | Grouping):
-            element = element.element
-        if not isinstance(element, ColumnClause) or element.is_literal or element.table is None:
-            return None
-        member = self._member(_plain(element.table))
-        if isinstance(member, Query):
-            return member.output(element.name)
-        return None if member is None else self.lineage.column(member, element.name)
-
-    def _member(self, clause: FromClause) -> Occurrence | Query | None:
-        if clause in self.members:
-            return self.members[clause]
-        return None if self.parent is None else self.parent._member(clause)  # noqa: SLF001 - the same class
-
-
-def _plain(clause: FromClause) -> FromClause:
-    plain: FromClause = clause._deannotate(clone=False)  # noqa: SLF001 - ORM annotations, which have no public way off
-    return plain
-
-
-# --- building it -------------------------------------------------------------------------------------------------
+from shardkit.routing.queries import (
+    ConstantNode,
+    Context,
+    DerivedNode,
+    JoinNode,
+    Node,
+    Occurrence,
+    Query,
+    Scope,
+    TableNode,
+    plain,
+)
+from shardkit.shardmap import ShardMap
 
 
 @dataclass
@@ -263,7 +117,7 @@ class Lineage:
         if isinstance(element, CompoundSelect):
             return self._compound(element, parent, context)
         facts = Facts(within=_within(context))
-        query = Query(Scope(self, parent), facts, (*context, facts))
+        query = Query(Scope(self.column, parent), facts, (*context, facts))
         parts = self._anatomy.parts_of(element) if isinstance(element, sa.Select) else None
         if parts is None:
             self.unreadable.append(f"a {type(element).__name__}")
@@ -291,36 +145,36 @@ class Lineage:
         contents = contents_of([*shown, *(each for clauses in _other_clauses(select) for each in clauses)])
         query.windows = contents.windows
         query.aggregates = contents.may_aggregate
-        self.unreadable += _raw_clauses(select)
+        self.unreadable += raw_clauses(select)
 
     def _compound(self, element: CompoundSelect[Any], parent: Scope | None, context: Context) -> Query:
-        query = Query(Scope(self, parent), Facts(), context)
+        query = Query(Scope(self.column, parent), Facts(), context)
         query.operation = element.keyword.name
         query.limited = element._has_row_limiting_clause  # noqa: SLF001 - no public reader
         query.ordered = bool(element._order_by_clauses)  # noqa: SLF001
         query.branches = [self._query(branch, parent, context) for branch in element.selects]
         for clauses in (element._order_by_clauses, element._group_by_clauses):  # noqa: SLF001
             self.unreadable += contents_of(clauses).unreadable
-        self.unreadable += _raw_clauses(element)
+        self.unreadable += raw_clauses(element)
         return query
 
     def _change(self, statement: sa.Update | sa.Delete) -> Query:
         facts = Facts()
-        query = Query(Scope(self), facts, (facts,))
+        query = Query(Scope(self.column), facts, (facts,))
         for clause in (statement.table, *self._anatomy.froms):
             query.nodes.append(self._node(clause, query, facts, query.context))
         self._expressions(query, statement._where_criteria, facts, "and", predicate=True)  # noqa: SLF001 - no public reader
         values = [each for each in _set_values(statement) if isinstance(each, ClauseElement)]
         self._expressions(query, values, facts, "value")
         self._expressions(query, statement._returning, facts, "value")  # noqa: SLF001
-        self.unreadable += _raw_clauses(statement)
+        self.unreadable += raw_clauses(statement)
         return query
 
     # --- FROM
 
     def _node(self, clause: FromClause, query: Query, facts: Facts, context: Context) -> Node:
         """One member of a FROM list. What its inner joins and subqueries say goes into ``facts``."""
-        clause = _plain(clause)
+        clause = plain(clause)
         match clause:
             case FromGrouping():
                 return self._node(clause.element, query, facts, context)
@@ -342,7 +196,7 @@ class Lineage:
                 return ConstantNode()
 
     def _alias(self, clause: Alias[Any], query: Query, facts: Facts, context: Context) -> Node:
-        element = _plain(clause.element)
+        element = plain(clause.element)
         if isinstance(element, TableClause):
             return self._table(clause, element, query, context)
         if isinstance(element, Subquery | CTE):
@@ -358,7 +212,7 @@ class Lineage:
         return TableNode(occurrence)
 
     def _derived(self, clause: FromClause, element: Any, query: Query, facts: Facts, context: Context) -> Node:
-        source = _plain(clause.element) if type(clause) is Alias else clause
+        source = plain(clause.element) if type(clause) is Alias else clause
         if isinstance(source, CTE) and source.recursive:
             root = _root(source)
             if any(root is open_cte for open_cte in self._open_ctes):  # it reads itself
@@ -512,34 +366,3 @@ def _other_clauses(select: sa.Select[Any]) -> tuple[Sequence[ClauseElement], ...
 def _set_values(statement: sa.Update | sa.Delete) -> Iterator[Any]:
     if isinstance(statement, sa.Update):
         yield from (statement._values or {}).values()  # noqa: SLF001 - no public reader
-
-
-#: What users may hang on a statement as raw SQL without changing what it means.
-_HARMLESS = re.compile(
-    r"/\*\+[^*/]*\*/|SQL_NO_CACHE|STRAIGHT_JOIN|HIGH_PRIORITY|SQL_(BIG|SMALL|BUFFER)_RESULT", re.IGNORECASE
-)
-_INDEX_HINT = re.compile(r"(USE|FORCE|IGNORE)\s+(INDEX|KEY)\b[^()]*\([^()]*\)", re.IGNORECASE)
-
-
-def _raw_clauses(statement: Any) -> list[str]:
-    """The parts of a statement that are raw SQL, or that the router does not know."""
-    found = []
-    for name in ("_prefixes", "_suffixes"):
-        for element, _ in getattr(statement, name, ()):
-            if not _HARMLESS.fullmatch(str(getattr(element, "text", "?")).strip()):
-                found.append(f"a {name[1:-2]} of raw SQL")
-    if any(not _HARMLESS.fullmatch(text.strip()) for _, text in getattr(statement, "_statement_hints", ())):
-        found.append("a statement hint of raw SQL")
-    if any(not _INDEX_HINT.fullmatch(text.strip()) for text in _table_hints(statement)):
-        found.append("a table hint of raw SQL")
-    clauses = ("_post_select_clause", "_pre_columns_clause", "_post_body_clause", "_independent_ctes")
-    found += [f"{name[1:].replace('_', ' ')}" for name in clauses if getattr(statement, name, None)]
-    if getattr(statement, "_distinct_on", ()):
-        found.append("DISTINCT ON")
-    if isinstance(statement, sa.Select) and statement._post_criteria_clause is not None:  # noqa: SLF001 - no public reader
-        found.append("a clause of a dialect's own")
-    return found
-
-
-def _table_hints(statement: Any) -> Iterable[str]:
-    return (text for text in (getattr(statement, "_hints", None) or {}).values())

@@ -14,7 +14,8 @@ import sqlalchemy as sa
 from shardkit.errors import RoutingError
 from shardkit.partition import KeyColumn, key_type_of
 from shardkit.routing.keyvalues import stored_type
-from shardkit.routing.lineage import JoinNode, Lineage, Node, Occurrence, Query, TableNode
+from shardkit.routing.lineage import Lineage
+from shardkit.routing.queries import JoinNode, Node, Occurrence, Query, TableNode
 from shardkit.routing.spread import Parted, Refused
 from shardkit.shardmap import Keyspace, Move, ShardMap
 

@@ -12,8 +12,8 @@ from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.selectable import CompoundSelect
 
 from shardkit.errors import CrossShardJoin, RoutingError, ScatterRefused
+from shardkit.routing.conditions import Binds
 from shardkit.routing.hints import Hint, hint_of
-from shardkit.routing.keys import Binds
 from shardkit.routing.merge import MergePlan
 from shardkit.routing.moving import moves_on, restricted
 from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStatement, StatementKind

@@ -14,7 +14,8 @@ from sqlalchemy.types import NullType
 
 from shardkit.errors import MissingKey
 from shardkit.partition import WHOLE
-from shardkit.routing.keys import Binds, Readers
+from shardkit.routing.conditions import Binds
+from shardkit.routing.keys import Readers
 from shardkit.routing.keyvalues import Reader, Untrusted, sends_alike
 from shardkit.shardmap import Placement, ShardMap, TableInfo
 

@@ -17,10 +17,12 @@ from sqlalchemy.sql.elements import ClauseElement
 
 from shardkit.partition import Bucket
 from shardkit.routing.anatomy import Slot, anatomy_of
+from shardkit.routing.conditions import Binds
 from shardkit.routing.functions import AGGREGATES, PURE, VOLATILE
-from shardkit.routing.keys import Binds, KeyPin, Readers
+from shardkit.routing.keys import KeyPin, Readers
 from shardkit.routing.keyvalues import Reader
-from shardkit.routing.lineage import Lineage, Occurrence
+from shardkit.routing.lineage import Lineage
+from shardkit.routing.queries import Occurrence
 from shardkit.routing.spread import Parted, Refused, Spread, keyed_groups, keyed_rows, spread_of
 from shardkit.shardmap import Keyspace, ShardMap, TableInfo
 

@@ -29,10 +29,10 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from shardkit.errors import RoutingError
+from shardkit.routing.conditions import Binds
 from shardkit.routing.expressions import contents_of, is_distinct
-from shardkit.routing.keys import Binds
-from shardkit.routing.lineage import Query
 from shardkit.routing.merge import Aggregate, Combine, Groups, Having, MergePlan
+from shardkit.routing.queries import Query
 from shardkit.routing.shapes import Shape
 from shardkit.routing.sorting import Comparison, SortKey, bare, raw, sort_column
 from shardkit.routing.spread import Refused
@@ -98,8 +98,6 @@ class _Splitting:
         for column in self.statement._raw_columns:  # noqa: SLF001 - no public reader
             if getattr(column, "is_literal", False) and "*" in getattr(column, "name", ""):
                 raise _refused("SELECT * as raw SQL over several shards: the number of its columns is not known")
-            if is_distinct(column) and not self.context.keyed_rows:
-                raise _refused("distinct() as a column over several shards", "use select(...).distinct()")
             if isinstance(column, sa.TextClause):
                 raise _refused("a column of raw SQL over several shards: it may be more than one column")
 
@@ -161,7 +159,7 @@ class _Splitting:
     def _is_selected(self, expression: ClauseElement) -> bool:
         if self.context.keyed_rows:
             return True  # nothing is dropped after the merge, and each shard's server checks its own part
-        shown = [bare(column) for column in _columns_of(self.statement) if isinstance(column, ColumnElement)]
+        shown = [_undistinct(column) for column in _columns_of(self.statement) if isinstance(column, ColumnElement)]
         return any(column.compare(bare(expression)) for column in shown)
 
     def _distinct(self) -> tuple[SortKey, ...]:
@@ -172,7 +170,7 @@ class _Splitting:
         for _, shown in parts.columns:
             if not isinstance(shown, ColumnElement):
                 raise _refused("DISTINCT with raw SQL over several shards")
-            column, comparison = sort_column(shown, self.context.dialect)
+            column, comparison = sort_column(_undistinct(shown), self.context.dialect)
             keys.append(SortKey(self._hide(column), comparison))
         return tuple(keys)
 
@@ -302,6 +300,11 @@ _COMPARISONS: Final[Mapping[Any, Callable[[Any, Any], Any]]] = {
     operators.eq: python_operators.eq,
     operators.ne: python_operators.ne,
 }
+
+
+def _undistinct(column: Any) -> Any:
+    """A column without the ``distinct()`` that makes its SELECT a DISTINCT."""
+    return bare(bare(column).element) if is_distinct(column) else bare(column)
 
 
 def _least(column: ColumnElement[Any]) -> ColumnElement[Any]:

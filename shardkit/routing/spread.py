@@ -13,7 +13,8 @@ from typing import TypeAlias
 
 from shardkit.errors import CrossShardJoin, RoutingError
 from shardkit.routing.keys import Facts
-from shardkit.routing.lineage import ConstantNode, DerivedNode, JoinNode, Lineage, Node, Occurrence, Query, TableNode
+from shardkit.routing.lineage import Lineage
+from shardkit.routing.queries import ConstantNode, DerivedNode, JoinNode, Node, Occurrence, Query, TableNode
 from shardkit.shardmap import Keyspace
 
 

@@ -338,8 +338,7 @@ def test_a_detached_object_comes_in_where_its_row_is_now(farm: Farm, session: Se
 def test_distinct_as_a_column_is_a_distinct(session: Session) -> None:
     session.add_all([Animal(id=number, keeper=number) for number in range(20)])
     session.commit()
-    with pytest.raises(RoutingError, match="distinct"):
-        session.execute(sa.select(sa.distinct(Animal.kind)))
+    assert session.scalars(sa.select(sa.distinct(Animal.kind))).all() == ["animal"]
     inner = sa.select(sa.distinct(Animal.kind).label("kind")).subquery()
     with pytest.raises(RoutingError, match="DISTINCT"):
         session.execute(sa.select(inner.c.kind))

@@ -121,6 +121,16 @@ def test_the_rows_are_those_of_one_database(shop: Shop, name: str) -> None:
     assert Counter(shop.over_shards(AS_SETS[name])) == Counter(shop.at_once(AS_SETS[name]))
 
 
+@pytest.mark.filterwarnings("ignore:Column-expression-level unary distinct")
+def test_distinct_as_a_column_is_distinct(shop: Shop) -> None:
+    """SQLAlchemy warns, but renders SELECT DISTINCT."""
+    for statement in (
+        sa.select(sa.distinct(o.note)).order_by(o.note),
+        sa.select(sa.distinct(u.country).label("c")).order_by(u.country).limit(3),
+    ):
+        assert shop.over_shards(statement) == shop.at_once(statement)
+
+
 def test_a_limit_without_order_gives_that_many_rows_of_the_result(shop: Shop) -> None:
     rows = shop.over_shards(sa.select(u.id).limit(10).offset(5))
     assert len(rows) == 10
