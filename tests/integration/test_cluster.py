@@ -312,8 +312,8 @@ def test_an_unreachable_server_is_named_with_the_fix(tmp_path: Path) -> None:
 
 
 def test_a_wrong_password_is_named_without_showing_it(server_shop: Shop, database_server: LocalDatabaseServer) -> None:
-    database_server.create_user("clerk", "right")
-    cluster = server_shop.open(server_shop.map(), credentials=fixed("clerk", "wr0ng-s3cret"))
+    database_server.create_user("teller", "right")
+    cluster = server_shop.open(server_shop.map(), credentials=fixed("teller", "wr0ng-s3cret"))
     with (
         shardkit.sessionmaker(cluster)() as session,
         pytest.raises(ShardUnreachable, match="refused the log-on") as caught,
