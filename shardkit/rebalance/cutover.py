@@ -181,7 +181,7 @@ def prepared_branches(server: Server) -> int:
         raise
 
 
-def activate(target: Server, job: Job, lease: Lease) -> int:
+def activate(source: Server, target: Server, job: Job, lease: Lease) -> int:
     """The decision: from this commit on the target owns the buckets. It takes writes only after `open_buckets`.
 
     :returns: the target's epoch.
@@ -191,8 +191,10 @@ def activate(target: Server, job: Job, lease: Lease) -> int:
         return decided
     with target.transaction():
         lease.check(target)
-        rows = read_ownership(target, job.keyspace, job.buckets)
-        epoch = max(row.epoch for row in rows.values()) + 2
+        # Above both sides: a target that never had the buckets knows nothing of their earlier moves.
+        epoch = 1 + max(
+            row.epoch for side in (source, target) for row in read_ownership(side, job.keyspace, job.buckets).values()
+        )
         change_ownership(
             target, job.keyspace, job.buckets, was={Owned.IMPORTING}, to=Owned.FROZEN, epoch=epoch, job=job.id
         )

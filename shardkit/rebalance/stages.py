@@ -23,7 +23,7 @@ from shardkit.errors import MapConflict, PreconditionFailed, RebalanceError
 from shardkit.rebalance import clients, cutover, fence, preflight
 from shardkit.rebalance.clean import Cleanup
 from shardkit.rebalance.coordinator import Coordinator
-from shardkit.rebalance.copy import Copy, show_key
+from shardkit.rebalance.copy import Copy, Cursor, read_cursor, show_key
 from shardkit.rebalance.cutover import Lease
 from shardkit.rebalance.failpoint import reach
 from shardkit.rebalance.job import Job, Progress, State
@@ -296,7 +296,7 @@ class Stages:
         )
         closed = clients.close_older(older, co.credentials, wait=co.wait)
         if closed:
-            co.observer.noted(self._job, f"closed {closed} connections that were older than map version {version}")
+            co.observer.noted(self._job, f"closed connections older than map version {version}: {closed}")
 
     def _wait_for_replicas(self, shard: Shard, query: str, *values: object) -> None:
         clients.wait_for_replicas(
@@ -393,7 +393,7 @@ class Stages:
             if not self._verified:
                 return State.VERIFYING
             self._check_fence(self._tables())
-            cutover.activate(self._target, job, self._lease)
+            cutover.activate(self._source, self._target, job, self._lease)
             reach("activated.decided")
         self._holding.close()
         self._patiently(partial(cutover.give_away, self._source, job, self._lease), "ownership rows")
@@ -417,18 +417,18 @@ class Stages:
     # --- cleaning
 
     def _clean(self) -> None:
-        self._delete_rows(self._from, "clean")
+        self._delete_rows(self._from, "clean", self._tables())
         cutover.finish(self._source, self._job, self._lease, "cleaned")
         cutover.finish(self._target, self._job, self._lease, "cleaned")
         reach("cleaning.deleted")
         self._wait_for_event(self._from, "cleaned")
         self._change_map(self._forget_move)
 
-    def _delete_rows(self, shard: Shard, phase: str) -> None:
+    def _delete_rows(self, shard: Shard, phase: str, tables: Sequence[Table]) -> None:
         server = self._open(shard)
         self._let_through(server)
         done = 0
-        for table in self._tables():
+        for table in tables:
             cleanup = Cleanup(
                 self._job.id,
                 phase,
@@ -443,6 +443,10 @@ class Stages:
 
     # --- cancelling
 
+    def _copied(self, table: Table) -> bool:
+        """Whether the target has rows that the job wrote: their cursor came with them. Others are not its to delete."""
+        return read_cursor(self._target, self._job.id, "copy", table.name) != Cursor()
+
     def _cancel(self) -> None:
         job = self._job
         for server in (self._source, self._target):
@@ -450,8 +454,7 @@ class Stages:
         self._patiently(partial(cutover.give_up, self._target, job, self._lease), "ownership rows")
         self._patiently(partial(cutover.thaw, self._source, job, self._lease), "ownership rows")
         reach("cancelling.thawed")
-        if all(preflight.has_table(self._target, table.name) for table in self._tables()):
-            self._delete_rows(self._to, "undo")
+        self._delete_rows(self._to, "undo", [table for table in self._tables() if self._copied(table)])
         cutover.finish(self._target, job, self._lease, "cancelled")
         cutover.finish(self._source, job, self._lease, "cancelled")
         self._wait_for_event(self._to, "cancelled")

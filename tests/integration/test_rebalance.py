@@ -21,7 +21,7 @@ from shardkit.cluster import Cluster, create_cluster
 from shardkit.credentials import fixed
 from shardkit.errors import BucketClosed, PreconditionFailed, RebalanceError, StaleShardMap
 from shardkit.mapstore import MapStore, MemoryMapStore
-from shardkit.rebalance import Job, Progress, Settings, State, apply_plan, plan_move
+from shardkit.rebalance import Job, Progress, Settings, State, apply_plan, cancel_job, plan_move
 from shardkit.rebalance import MoveBuckets as Move
 from shardkit.rebalance.copy import Copy
 from shardkit.rebalance.cutover import Lease
@@ -32,7 +32,7 @@ from shardkit.shardmap import ShardMap
 from shardkit.testing import LocalZooKeeper
 from shardkit.testing.database import LocalDatabaseServer
 from tests.conftest import FLAVOUR
-from tests.rebalance_shop import FIRST, SECOND, USERS, Shop, open_shop, wait_until
+from tests.rebalance_shop import DDL, FIRST, SECOND, USERS, Shop, open_shop, wait_until
 
 
 class Base(DeclarativeBase):
@@ -460,6 +460,32 @@ def test_a_row_of_the_buckets_that_the_target_has_already_stops_the_job(shop: Sh
     shop.execute(SECOND, "SET @shardkit_coordinator = 'by hand'", f"DELETE FROM users WHERE id = {user}")
     shop.apply(plan)
     assert shop.misplaced() == []
+
+
+def test_cancelling_deletes_what_the_job_has_copied_and_nothing_else(shop: Shop) -> None:
+    plan = shop.plan()
+    user = shop.users_in(plan.transfers[0].buckets)[0]
+    shop.execute(SECOND, f"INSERT INTO users (id, name) VALUES ({user}, 'the only copy')")
+    with pytest.raises(RebalanceError, match="already has rows"):
+        shop.apply(plan)
+    cancel_job(shop.source, plan.job_id(0), credentials=shop.server.credentials)
+    assert shop.rows(SECOND, f"SELECT name FROM users WHERE id = {user}") == [("the only copy",)]
+
+
+def test_epochs_grow_over_three_shards(shop: Shop) -> None:
+    shop.add_shard("shop-2")
+    shop.execute("shop-2", *DDL, "INSERT INTO countries SELECT * FROM " + shop.databases[FIRST] + ".countries")
+    epochs = [0]
+    for target in (SECOND, "shop-2", FIRST):
+        shop.apply(shop.plan(3, target=target))
+        rows = {
+            shard: shop.rows(shard, "SELECT epoch FROM shardkit_ownership WHERE keyspace='orders' AND bucket='3'")
+            for shard in shop.databases
+            if shop.rows(shard, "SHOW TABLES LIKE 'shardkit_ownership'")
+        }
+        epochs.append(rows[target][0][0])
+        assert all(found[0][0] < epochs[-1] for shard, found in rows.items() if shard != target and found)
+    assert epochs == sorted(set(epochs))
 
 
 def test_a_unique_value_that_the_target_has_already_stops_the_job_and_names_both_rows(shop: Shop) -> None:
