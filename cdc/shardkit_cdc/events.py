@@ -58,6 +58,8 @@ CHECKSUM_BYTES = 4
 #: Where a row event's flags stand, and the flag that ends a statement (it makes the server close its tables).
 ROWS_FLAGS_AT = 25
 STMT_END = 0x01
+#: The source did not check its unique keys (``unique_checks=0``).
+RELAXED_UNIQUE_CHECKS = 0x04
 #: Row events with this table id are placeholders of the server: they carry no rows.
 DUMMY_TABLE_ID = b"\xff\xff\xff\x00\x00\x00"
 

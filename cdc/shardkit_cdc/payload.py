@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator
 
 from shardkit.errors import BadEvent
-from shardkit_cdc.events import ROWS_FLAGS_AT, STMT_END
+from shardkit_cdc.events import RELAXED_UNIQUE_CHECKS, ROWS_FLAGS_AT, STMT_END
 from shardkit_cdc.table_map import TableMap
 from shardkit_cdc.transactions import Rows
 
@@ -34,8 +34,11 @@ def largest_payload(max_allowed_packet: int) -> int:
 def payloads(rows: Iterable[Rows], *, largest: int, usual: int = STATEMENT_BYTES) -> Iterator[bytes]:
     """Pack row events, in their order, into as few payloads as possible.
 
-    A new one begins when this one is full, when the events' flags change (they say whether foreign keys and unique
-    keys were checked), or when a table id comes to mean another table.
+    A new one begins when this one is full, when the events' flags change (they say whether foreign keys were checked),
+    or when a table id comes to mean another table.
+
+    Unique keys are always checked: without, MariaDB keeps the first rows of an empty table aside until the statement
+    ends, and the row events behind them do not find them.
 
     :param largest: bytes that a payload may have at most, the target's limit.
     :param usual: bytes after which a payload is closed.
@@ -48,7 +51,7 @@ def payloads(rows: Iterable[Rows], *, largest: int, usual: int = STATEMENT_BYTES
     flags = last = -1
     for table, event in rows:
         data = event.data
-        event_flags = data[ROWS_FLAGS_AT] & ~STMT_END
+        event_flags = data[ROWS_FLAGS_AT] & ~(STMT_END | RELAXED_UNIQUE_CHECKS)
         known = maps.get(table.table_id)
         size = len(front) + len(body) + len(data) + (0 if known is table else len(table.data))
         if body and (event_flags != flags or size > limit or (known is not None and known is not table)):

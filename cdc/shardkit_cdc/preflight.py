@@ -29,6 +29,7 @@ _ASKED = (
     "gtid_mode",
     "lower_case_table_names",
     "slave_run_triggers_for_rbr",
+    "slave_exec_mode",
     "super_read_only",
     "max_allowed_packet",
 )
@@ -121,6 +122,8 @@ def target_faults(target: ServerFacts) -> list[tuple[str, str]]:
         faults.append((f"its gtid_mode is {target.settings['gtid_mode']}", "gtid_mode=ON, enforce_gtid_consistency=ON"))
     if not target.has("slave_run_triggers_for_rbr", "NO"):
         faults.append(("its triggers would fire for row events", "slave_run_triggers_for_rbr=NO"))
+    if target.flavour is Flavour.MARIADB and not target.has("slave_exec_mode", "STRICT"):
+        faults.append(("it passes over rows that are missing or there already", "slave_exec_mode=STRICT"))
     if not target.has("super_read_only", "OFF", "0"):
         faults.append(("super_read_only refuses BINLOG", "super_read_only=OFF (read_only may stay on)"))
     return faults

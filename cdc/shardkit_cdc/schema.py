@@ -173,6 +173,7 @@ class SchemaCheck:
                 at=at,
                 hint="the target was not filled from this source from the start: fill it anew (relay reseed)",
             )
+        self._refuse_engine(table, at)
         names = [column.name for column in logged]
         if names[-2:] == ["row_start", "row_end"] and len(logged) == len(target) + 2:
             logged = logged[:-2]  # MariaDB's system versioning: implicit columns that information_schema leaves out
@@ -184,6 +185,23 @@ class SchemaCheck:
                 hint="change the target's table to be like the source's, then start the hop again",
             )
         self._seen.add(table)
+
+    def _refuse_engine(self, table: TableMap, at: str) -> None:
+        """Rows in a table without transactions would stay when their target transaction is undone, and come twice."""
+        with self._connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT t.engine FROM information_schema.tables t JOIN information_schema.engines e USING (engine) "
+                "WHERE t.table_schema = %s AND t.table_name = %s AND e.transactions <> 'YES'",
+                (table.database, table.table),
+            )
+            found = cursor.fetchone()
+        if found is not None:
+            raise Drift(
+                f"the target keeps {table.qualified} in {found[0]}, which has no transactions: after an interruption "
+                "its rows would be there twice",
+                at=at,
+                hint=f"on the target: ALTER TABLE `{table.table}` ENGINE=InnoDB; then start the hop again",
+            )
 
     def _target_columns(self, table: TableMap) -> list[TargetColumn]:
         collations = self._collation_ids()

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pymysql
 import pytest
 
+from shardkit.errors import Drift, PreconditionFailed
 from shardkit.testing.database import LocalDatabaseServer
+from shardkit_cdc.gtid import Flavour
 from shardkit_cdc.relay import Hop
 from tests.relay_chain import Chain, wait_for
 
@@ -115,6 +117,51 @@ def test_tables_without_a_primary_key_and_with_extra_indexes(chain: Chain) -> No
     chain.settle()
     assert chain.last.execute("SELECT a, b FROM loose ORDER BY a", database=chain.database) == [(1, "x"), (2, "y")]
     assert chain.last.execute("SELECT city FROM kept", database=chain.database) == [("Seoul",)]
+
+
+def test_rows_changed_in_the_transaction_that_loads_an_empty_table_without_checks(chain: Chain) -> None:
+    chain.start()
+    chain.sql("CREATE TABLE loaded (id INT PRIMARY KEY, n INT, KEY (n))", "CREATE TABLE loose (id INT, n INT)")
+    chain.sql(
+        "SET unique_checks = 0, foreign_key_checks = 0, autocommit = 0",
+        "INSERT INTO loaded VALUES (1, 1), (2, 2), (3, 3)",
+        "UPDATE loaded SET n = 20 WHERE id = 2",
+        "DELETE FROM loaded WHERE id = 3",
+        "INSERT INTO loose VALUES (1, 1), (1, 1)",
+        "UPDATE loose SET n = 2",
+        "COMMIT",
+    )
+    chain.settle()
+    chain.assert_equal()
+    assert chain.last.execute("SELECT id, n FROM loaded ORDER BY id", database=chain.database) == [(1, 1), (2, 20)]
+
+
+def test_a_table_without_transactions_stops_the_hop_instead_of_being_written_twice(pair: Chain) -> None:
+    pair.run(pair.hop(0))
+    pair.sql("CREATE TABLE plain (n INT) ENGINE=MyISAM", "INSERT INTO plain VALUES (1)")
+    error = pair.failed()
+    assert isinstance(error, Drift)
+    assert "MyISAM" in error.message
+    assert pair.last.execute("SELECT COUNT(*) FROM plain", database=pair.database) == [(0,)]
+    pair.stop()
+    pair.sql("ALTER TABLE plain ENGINE=InnoDB", server=pair.last)  # as the hint says
+    pair.run(pair.hop(0))
+    pair.sql("ALTER TABLE plain ENGINE=InnoDB")
+    pair.settle()
+    pair.assert_equal()
+
+
+def test_a_target_that_passes_over_missing_rows_is_refused(pair: Chain) -> None:
+    if pair.flavour is Flavour.MYSQL:
+        pytest.skip("MySQL's BINLOG is strict, whatever its replication is told")
+    pair.last.execute("SET GLOBAL slave_exec_mode = 'IDEMPOTENT'")
+    try:
+        pair.run(pair.hop(0))
+        error = pair.failed()
+    finally:
+        pair.last.execute("SET GLOBAL slave_exec_mode = 'STRICT'")
+    assert isinstance(error, PreconditionFailed)
+    assert "slave_exec_mode=STRICT" in str(error.hint)
 
 
 SCHEMA_CHANGES = {
