@@ -212,12 +212,14 @@ class Shop:
         return self.answer(self.route(statement, parameters, **options))
 
     def answer(self, route: Route) -> list[tuple[Any, ...]]:
+        unique = route.merge is None or route.merge.unique
         streams = [
-            list(_rows(self.shards[shard], route.statement_for(shard), route.parameters_for(shard)))
+            list(_rows(self.shards[shard], route.statement_for(shard), route.parameters_for(shard), unique=unique))
             for shard in route.shards
         ]
         if route.merge is not None:
-            return list(merge_rows(route.merge, streams))
+            rows = list(merge_rows(route.merge, streams))
+            return list(dict.fromkeys(rows)) if _repeats(route.statement) else rows
         assert len(streams) <= 1, "several shards without a merge"
         return streams[0] if streams else []
 
@@ -250,13 +252,26 @@ def _core(statement: Any) -> Any:
     return statement
 
 
-def _rows(engine: sa.Engine, statement: Any, parameters: Any) -> Iterator[tuple[Any, ...]]:
+def _rows(engine: sa.Engine, statement: Any, parameters: Any, *, unique: bool = True) -> Iterator[tuple[Any, ...]]:
     with Session(engine) as session:
         result = session.execute(statement, parameters)
         if result._unique_filter_state is not None:
-            result = result.unique()
+            if unique:
+                result = result.unique()
+            else:
+                result._unique_filter_state = None
         for row in result.all():
             yield tuple(_plain(each) for each in row)
+
+
+def _repeats(statement: Any) -> bool:
+    """Whether joined collections repeat rows, so that ``unique()`` has to be asked for."""
+    return any(
+        "joined" in str(strategy) or "contains_eager" in str(strategy)
+        for option in getattr(statement, "_with_options", ())
+        for element in getattr(option, "context", ())
+        for strategy in (element.strategy, element.local_opts)
+    )
 
 
 def _plain(value: Any) -> Any:

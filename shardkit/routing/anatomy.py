@@ -62,6 +62,7 @@ class Anatomy:
     :param statement: the outermost statement; UPDATE and DELETE in Core terms.
     :param froms: for UPDATE and DELETE, the tables besides the target.
     :param slots: bound parameter -> where its value is found.
+    :param repeats: joined collections repeat the rows of an entity.
     :param params: values given to ``statement.params()``, of a statement that has no cache key.
     :param tables: the name of every table rendered in a FROM, once an occurrence.
     """
@@ -70,6 +71,7 @@ class Anatomy:
     froms: tuple[FromClause, ...]
     slots: Mapping[BindParameter[Any], Slot]
     params: Mapping[str, Any]
+    repeats: bool
     tables: Sequence[str]
     _selects: Mapping[int, Sequence[SelectParts]] = field(repr=False)
     _kept: Sequence[object] = field(repr=False)  # keeps the ids above from being used again
@@ -169,6 +171,7 @@ def anatomy_of(
         froms=tuple(getattr(state, "_extra_froms", None) or ()),
         slots=slots,
         params=dict(compiler._collected_params) if compiler._collect_params else {},  # noqa: SLF001 - where the compiler keeps what params() was given
+        repeats=bool(getattr(state, "multi_row_eager_loaders", False)),
         tables=compiler.kept_tables,
         _selects=compiler.kept_selects,
         _kept=compiler.kept_originals,

@@ -83,6 +83,7 @@ class Lineage:
         self.functions: set[str] = set()
         self.slots: Mapping[BindParameter[Any], Slot] = anatomy.slots
         self.params: Mapping[str, Any] = anatomy.params
+        self.repeats = anatomy.repeats
         self.dialect = dialect
         self.readers = readers
         self._anatomy = anatomy

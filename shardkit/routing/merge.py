@@ -94,6 +94,8 @@ class MergePlan:
     :param groups: how rows are put together, where several make one.
     :param limit: how many rows the result has at most; None: all.
     :param offset: how many merged rows are skipped first.
+    :param unique: each stream has to be made ``unique()`` before it is merged: joined collections repeat a row, and the
+        LIMIT counts it once. Where it is not set, ``unique()`` is for the merged rows, as in one database.
     """
 
     statement: Executable
@@ -103,6 +105,7 @@ class MergePlan:
     groups: Groups | None = None
     limit: int | None = None
     offset: int = 0
+    unique: bool = False
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -130,7 +133,7 @@ def merge_rows(plan: MergePlan, streams: Sequence[Iterable[Row]]) -> Iterator[Ro
     """The rows of the whole statement, from one stream of rows a shard.
 
     Streams are read lazily and in step where the order allows it, so the merge holds one row a shard; groups and
-    distinct values are held in memory. An ORM statement that needs ``unique()`` needs it on each stream.
+    distinct values are held in memory.
 
     :param streams: rows of ``plan.statement``, hidden columns included; one stream a shard.
     :raises RoutingError: when a shard sends a value that its column's type did not promise.

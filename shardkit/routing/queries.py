@@ -167,3 +167,21 @@ def plain(clause: FromClause) -> FromClause:
     """A FROM clause without ORM annotations."""
     bare: FromClause = clause._deannotate(clone=False)  # noqa: SLF001 - ORM annotations, which have no public way off
     return bare
+
+
+def limited_tables(query: Query) -> list[Occurrence]:
+    """The tables of the subquery in FROM that holds the LIMIT; those of a subquery within that are not looked into."""
+    for node in query.nodes:
+        for each in _leaves(node):
+            if isinstance(each, DerivedNode) and each.query.limited:
+                inner = [leaf for top in each.query.nodes for leaf in _leaves(top)]
+                return [leaf.occurrence for leaf in inner if isinstance(leaf, TableNode)]
+    return []
+
+
+def _leaves(node: Node) -> Iterator[Node]:
+    if isinstance(node, JoinNode):
+        yield from _leaves(node.left)
+        yield from _leaves(node.right)
+    else:
+        yield node

@@ -16,6 +16,7 @@ from shardkit.routing.conditions import Binds
 from shardkit.routing.hints import Hint, hint_of
 from shardkit.routing.merge import MergePlan
 from shardkit.routing.moving import moves_on, restricted
+from shardkit.routing.queries import limited_tables
 from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStatement, StatementKind
 from shardkit.routing.shapes import Pinned, Shape, Shapes
 from shardkit.routing.splitting import SplitContext, merge_plan
@@ -86,7 +87,8 @@ class Reads:
         if len(shards) > 1:
             self._check_readable(shape)
         reason = f"{', '.join(shape.tables)}: the same on every shard" if shape.tables else "no table"
-        return replace(route, shards=shards[:1], alternatives=shards, reasons=(reason,))
+        others = () if shape.locking else shards  # two who lock the same row have to meet on the same shard
+        return replace(route, shards=shards[:1], alternatives=others, reasons=(reason,))
 
     def _on_one(self, route: Route, shape: Shape, shard: str, pinned: Sequence[Pinned]) -> Route:
         missing = next((info for info in shape.infos if shard not in info.shards), None)
@@ -178,7 +180,7 @@ class Reads:
         if shape.locking:
             raise Refused(RoutingError, "FOR UPDATE over several shards", "pin it to one key, or to one shard")
         warning = _check_policy(shape, options, len(where.shards))
-        plan = self._merge(statement, wide, binds, given)
+        plan = self._merge(statement, shape, wide, binds, given)
         found = replace(found, merge=plan, warning=warning)
         moves = self._map.moves_of(spread.keyspace.name)
         if moves:
@@ -186,11 +188,23 @@ class Reads:
             found = replace(found, shard_statements=_per_shard(own, route.parameters))
         return found
 
-    def _merge(self, statement: Any, wide: Shape, binds: Binds, given: Mapping[str, Any] | None) -> MergePlan:
+    def _merge(
+        self, statement: Any, shape: Shape, wide: Shape, binds: Binds, given: Mapping[str, Any] | None
+    ) -> MergePlan:
         if isinstance(statement, CompoundSelect):
             return _merged_union(statement)
+        # where the statement has a LIMIT that its outermost SELECT has not, joined eager loads stand around it
+        nested = wide is not shape and not shape.query.limited
+        if wide is not shape and not nested and shape.lineage.repeats:
+            raise Refused(
+                RoutingError,
+                "contains_eager() of a collection under LIMIT over several shards: LIMIT cuts the collections",
+                "use selectinload() or joinedload(), or take the LIMIT away",
+                table=shape.tables[0],
+            )
         context = SplitContext(
             query=wide.query,
+            repeated=(lambda: limited_tables(self._shapes.fresh(statement, given).query)) if nested else None,
             own=lambda: self._shapes.fresh(_without_limit(statement), given),
             binds=binds,
             dialect=self._dialect,

@@ -32,7 +32,7 @@ from shardkit.errors import RoutingError
 from shardkit.routing.conditions import Binds
 from shardkit.routing.expressions import contents_of, is_distinct
 from shardkit.routing.merge import Aggregate, Combine, Groups, Having, MergePlan
-from shardkit.routing.queries import Query
+from shardkit.routing.queries import Occurrence, Query
 from shardkit.routing.shapes import Shape
 from shardkit.routing.sorting import Comparison, SortKey, bare, raw, sort_column
 from shardkit.routing.spread import Refused
@@ -43,12 +43,14 @@ class SplitContext:
     """What splitting a statement needs to know besides it.
 
     :param query: its top level, LIMIT and OFFSET taken off, as it is kept for its shape.
+    :param repeated: where joined eager loads repeat the rows that LIMIT counts: the tables that those rows are made of.
     :param own: the shape of this very statement: its elements may be put into it.
     :param keyed_groups: groups do not stand on two shards.
     :param keyed_rows: equal rows of the result do not stand on two shards.
     """
 
     query: Query
+    repeated: Callable[[], Sequence[Occurrence]] | None
     own: Callable[[], Shape]
     binds: Binds
     dialect: Dialect
@@ -80,13 +82,16 @@ class _Splitting:
             return self._grouped(limit, offset)
         distinct = self._distinct() if query.distinct and not self.context.keyed_rows else ()
         order = tuple(self._order(each) for each in self._order_by())
+        if self.context.repeated is not None:
+            self._hide_identity(self.context.repeated())
         split = self._with_hidden(self.statement)
         if any(key.comparison is Comparison.WEIGHTS for key in distinct):
             # texts that are equal may have other bytes ('a' and 'a '): a shard's LIMIT would count them twice
             return MergePlan(split.limit(None).offset(None), self._visible, order, distinct, None, limit, offset)
         if limit is not None or offset:
             split = split.limit(None if limit is None else limit + offset).offset(None)
-        return MergePlan(split, self._visible, order, distinct, None, limit, offset)
+        repeated = self.context.repeated is not None
+        return MergePlan(split, self._visible, order, distinct, None, limit, offset, unique=repeated)
 
     # --- columns
 
@@ -105,6 +110,17 @@ class _Splitting:
         """Add a hidden column; returns its place in the row."""
         self.hidden.append(column)
         return self._visible + len(self.hidden) - 1
+
+    def _hide_identity(self, tables: Sequence[Occurrence]) -> None:
+        """Hidden columns by which rows that LIMIT counts are told from their repetitions: all primary keys."""
+        if len(tables) < 2:
+            return  # rows of one table are told apart by the entity itself
+        for table in tables:
+            keys = [column for column in table.clause.c if column.primary_key]
+            if not keys:
+                raise _refused(f"joined eager loads under LIMIT beside {table.info.name}, which has no primary key")
+            for column in keys:
+                self._hide(raw(column))
 
     def _with_hidden(self, statement: sa.Select[Any]) -> sa.Select[Any]:
         if not self.hidden:

@@ -23,8 +23,13 @@ def merged(plan: MergePlan, results: Sequence[Result[Any]], statement: Executabl
     """
     first = results[0]
     unique = first._unique_filter_state  # noqa: SLF001 - set by the ORM where joined collections need unique()
-    streams = results if unique is None else [result.unique() for result in results]
-    answer: Result[Any] = IteratorResult(_metadata(first, plan.visible), merge_rows(plan, streams))
+    if plan.unique:
+        for result in results:
+            result.unique()
+    else:
+        for result in results:
+            result._unique_filter_state = None  # noqa: SLF001 - unique() is for the merged rows
+    answer: Result[Any] = IteratorResult(_metadata(first, plan.visible), merge_rows(plan, results))
     answer._attributes = first._attributes.union(_attributes(statement))  # noqa: SLF001 - what Query looks at
     answer._unique_filter_state = unique  # noqa: SLF001
     answer._yield_per = first._yield_per  # noqa: SLF001 - the size of partitions()

@@ -36,6 +36,8 @@ def test_joined_eager_loads_are_seen() -> None:
     found = anatomy(statement)
     assert sorted(found.tables) == ["orders", "users"]
     assert isinstance(found.parts_of(statement).froms[0], sa.sql.selectable.Join)
+    assert found.repeats
+    assert not anatomy(sa.select(Order).options(joinedload(Order.user))).repeats
 
 
 def test_criteria_that_options_add_are_seen_in_subqueries_too() -> None:

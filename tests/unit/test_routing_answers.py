@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.orm import aliased, joinedload
+from sqlalchemy.orm import Bundle, aliased, contains_eager, joinedload, with_parent
 
 from tests.routing_shop import ROWS, Country, Line, Member, Order, Read, Shop, Store, User, Visit
 
@@ -109,6 +109,50 @@ AS_SETS: dict[str, Any] = {
     "half a composite key": sa.select(Read.id).where(Read.tenant == 1),
     "a composite key with NULL": sa.select(Read.id).where(Read.tenant.is_(None), Read.day == 1),
 }
+
+
+ORM: dict[str, Any] = {
+    "a bundle": sa.select(Bundle("b", u.id, u.name)).order_by(u.id),
+    "contains_eager": sa.select(u).join(u.orders).options(contains_eager(u.orders)).order_by(u.id, o.id),
+    "a joined eager load of one": sa.select(o).options(joinedload(o.user)).order_by(o.id).limit(7),
+    "an inner joined eager load": sa.select(o).options(joinedload(o.user, innerjoin=True)).order_by(o.id).limit(7),
+    "eager loads of eager loads": sa.select(o).options(joinedload(o.user).joinedload(u.orders)).order_by(o.id).limit(4),
+    "a joined eager load beside a join, under a limit": sa.select(u, ln.id)
+    .join(ln, ln.user_id == u.id)
+    .options(joinedload(u.orders))
+    .order_by(ln.id)
+    .limit(7),
+    "a joined eager load beside rows that are equal": sa.select(u)
+    .join(ln, ln.user_id == u.id)
+    .options(joinedload(u.orders))
+    .order_by(u.id)
+    .limit(7)
+    .offset(2),
+    "an entity out of a subquery": sa.select(young := aliased(u, sa.select(u).where(u.age == 11).subquery())).order_by(
+        young.id
+    ),
+    "the same entity twice": sa.select(u, u).order_by(u.id).limit(3),
+    "the same column twice": sa.select(u.id, u.id).order_by(u.id).limit(3),
+    "an entity and a correlated count": sa.select(
+        u, sa.select(count(o.id)).where(o.user_id == u.id).correlate(u).scalar_subquery()
+    ).order_by(u.id),
+    "an outer join of a join": sa.select(u.id, o.id, ln.id)
+    .outerjoin(sa.join(o, ln, o.user_id == ln.user_id), u.id == o.user_id)
+    .order_by(u.id, o.id, ln.id),
+    "contains": sa.select(u).where(u.orders.contains(Order(id=3, user_id=3))),
+    "has": sa.select(o.id).where(o.user.has(u.age == 11)).order_by(o.id),
+    "with_parent": sa.select(o).where(with_parent(User(id=5), u.orders)).order_by(o.id),
+    "a label in GROUP BY and ORDER BY": sa.select(u.age.label("k"), count().label("n")).group_by("k").order_by("k"),
+    "a group of cases": sa.select(sa.case((u.age > 11, "old"), else_="young").label("k"), count())
+    .group_by("k")
+    .order_by("k"),
+}
+
+
+@pytest.mark.parametrize("name", ORM)
+def test_objects_come_as_from_one_database(shop: Shop, name: str) -> None:
+    for _ in range(2):  # the second time the shape is known
+        assert shop.over_shards(ORM[name]) == shop.at_once(ORM[name])
 
 
 @pytest.mark.parametrize("name", ORDERED)

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-from sqlalchemy.orm import aliased, joinedload, selectinload
+from sqlalchemy.orm import aliased, contains_eager, joinedload, selectinload
 from sqlalchemy.schema import CreateTable
 
 from shardkit.errors import CrossShardJoin, KeyChange, MissingKey, RoutingError, ScatterRefused, UnknownTable
@@ -58,6 +58,10 @@ READS: dict[str, tuple[Any, type[RoutingError]]] = {
     "a scalar subquery": (sa.select(u.id, sa.select(count(o.id)).scalar_subquery()), CrossShardJoin),
     "a subquery without FROM around it": (sa.select(sa.select(count(o.id)).scalar_subquery()), CrossShardJoin),
     "a joined eager load on another column": (sa.select(o).options(joinedload(o.present_of)), CrossShardJoin),
+    "contains_eager of a collection that LIMIT would cut": (
+        sa.select(u).join(u.orders).options(contains_eager(u.orders)).limit(3),
+        RoutingError,
+    ),
     "LIMIT in a subquery": (sa.select(sa.select(u.id).limit(3).subquery()), RoutingError),
     "an aggregate in a subquery": (sa.select(sa.select(count(u.id)).subquery()), RoutingError),
     "groups in a subquery": (sa.select(sa.select(u.age, count()).group_by(u.age).subquery()), RoutingError),
