@@ -20,8 +20,8 @@ from shardkit.topology import Endpoint
 Flavour = Literal["mariadb", "mysql"]
 
 #: The account that every local database server has: all rights, no password, reachable on the loopback address only.
-#: (MySQL's caching_sha2_password sends a password over TLS only, or encrypted, for which PyMySQL needs the package
-#: ``cryptography``. PyMySQL 1.2 uses TLS where the server offers it; other drivers do not. No password needs neither.)
+#: (MySQL's caching_sha2_password takes a password over TLS, which PyMySQL 1.2 uses where the server offers it, or
+#: encrypted, for which drivers need a package more. An empty password needs neither.)
 ROOT_USER = "root"
 ROOT_PASSWORD = ""
 
