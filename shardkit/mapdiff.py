@@ -122,6 +122,10 @@ def _named(kind: str, old: Mapping[str, object], new: Mapping[str, object]) -> I
 def _shard_changes(old: Shard, new: Shard) -> Iterator[Change]:
     before = [f"{role} {endpoint}" for role, endpoint in old.endpoints()]
     after = [f"{role} {endpoint}" for role, endpoint in new.endpoints()]
+    if old.master != new.master:
+        line = f"shard {old.name}: master {old.master} -> {new.master}: its rows have to be there already"
+        yield Change(Effect.RELOCATES, line)
+        before, after = before[1:], after[1:]
     yield from (Change(Effect.ADDS, f"shard {old.name}: {entry} added") for entry in after if entry not in before)
     yield from (Change(Effect.REMOVES, f"shard {old.name}: {entry} removed") for entry in before if entry not in after)
     if old.replication != new.replication:

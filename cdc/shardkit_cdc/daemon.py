@@ -123,6 +123,8 @@ class Relay:
                 "no shard that is served here has a staging database or replicas",
                 hint="name them in the shard map: staging: mysql://host/database, replicas: [mysql://...]",
             )
+        for shard in self._served(current):
+            self._credentials(shard.master)  # a stand-by that could never log on would be found out too late
         self._current = current
         self._follow(current)
         self._watch = self._store.watch(self._follow, after=current.version)

@@ -5,13 +5,16 @@ import sys
 
 from sqlalchemy import func, select
 
-from shardkit import create_cluster, sessionmaker
+from shardkit import ShardkitError, create_cluster, sessionmaker
 from shardkit.demo.models import Airport, Flight
 
 
 def main(tail: str) -> None:
     """Print the plane's destinations, most frequent first."""
-    with create_cluster(os.environ["SHARDKIT_MAP"], driver="mariadb+pymysql") as cluster:
+    source = os.environ.get("SHARDKIT_MAP")
+    if source is None:
+        sys.exit("SHARDKIT_MAP is not set: run 'shardkit demo --keep' and the export line that it prints")
+    with create_cluster(source, driver="mariadb+pymysql") as cluster:
         session_factory = sessionmaker(cluster, read_from="replica")
         trips = (
             select(Airport.name, func.count())
@@ -23,9 +26,13 @@ def main(tail: str) -> None:
         )
         print(f"{tail} is on {cluster.locate('flights', tailnum=tail).shard}")
         with session_factory() as session:
-            for airport, count in session.execute(trips):
-                print(f"{count:6,}  {airport}")
+            destinations = session.execute(trips).all()
+        for airport, count in destinations or [("no flight in 2013", 0)]:
+            print(f"{count:6,}  {airport}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "N14228")
+    try:
+        main(sys.argv[1] if len(sys.argv) > 1 else "N14228")
+    except ShardkitError as error:
+        sys.exit(f"error: {error}")

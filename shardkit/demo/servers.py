@@ -52,15 +52,20 @@ def run(out: Output, *, keep: bool) -> None:
         log = Path(tempfile.gettempdir()) / f"shardkit-demo-relay-{os.getpid()}.log"
         relay = RelayProcess(source, local.credentials(published.shards[f"{CLUSTER}-0"].master), log=log)
         relay.start()
+        kept = False
         try:
             # the tables are declared for both flavours: the driver's name says which one this is
             with create_cluster(source, credentials=local.credentials, driver="mariadb+pymysql") as cluster:
                 result = _steps(_Demo(out, cluster, relay, Pipeline(published, local.credentials, relay)))
             if keep:
                 local.detach(map_source=source)
-                _say_how_to_go_on(out, source, relay)
+                kept = True
+                _say_how_to_go_on(out, source, relay, log)
+        except KeyboardInterrupt:
+            out.note("Interrupted: stopping the servers and removing their data.")
+            raise
         finally:
-            if not keep:
+            if not kept:
                 relay.stop()
                 log.unlink(missing_ok=True)
         out.result({**result, "seconds": round(time.monotonic() - began, 1)})
@@ -120,7 +125,7 @@ def _load(progress: Progress, cluster: Cluster) -> dict[str, int]:
     return rows
 
 
-def _say_how_to_go_on(out: Output, source: str, relay: RelayProcess) -> None:
+def _say_how_to_go_on(out: Output, source: str, relay: RelayProcess, log: Path) -> None:
     out.line()
     out.line("Everything is still running. Look at it:")
     out.line(f"    export SHARDKIT_MAP={source} SHARDKIT_USER=root")
@@ -128,5 +133,5 @@ def _say_how_to_go_on(out: Output, source: str, relay: RelayProcess) -> None:
     out.line("    shardkit relay status")
     out.line("    shardkit where flights tailnum=N14228")
     out.line("and stop it:")
-    out.line(f"    kill {relay.pid}    # the relay")
+    out.line(f"    kill {relay.pid}    # the relay; it logs to {log}")
     out.line(f"    shardkit local down --name {CLUSTER}")

@@ -50,6 +50,11 @@ class Standing:
     reachable: bool = True
 
     @property
+    def half_done(self) -> bool:
+        """Whether some statements of an unfinished revision are in its database."""
+        return self.unfinished is not None and self.unfinished.done > 0
+
+    @property
     def state(self) -> State:
         """In one word."""
         if not self.reachable:
@@ -156,7 +161,7 @@ class MigrationReport:
             what, hint = f"the {self.command} was stopped", "run the same command again: it goes on from there"
         if left and failed:
             what += f"; not begun on {', '.join(one.shard for one in left)}"
-        if done or any(result.applied for result in self.results):
+        if done or any(result.applied or result.standing.half_done for result in self.results):
             return PartlyApplied(f"{what}; complete on {', '.join(done) or 'no shard'}", hint=hint)
         return ShardkitError(what, hint=hint)
 
