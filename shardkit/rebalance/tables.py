@@ -49,7 +49,7 @@ class Form(Enum):
     """How values of a type are written as literals."""
 
     QUOTED = auto()
-    """``QUOTE()``: numbers, dates and times, whose text is exact."""
+    """``QUOTE()``: numbers, dates and times, whose text is exact, and MySQL's text in its own character set."""
     BYTES = auto()
     """The bytes as they are stored, in whatever character set."""
     HEX = auto()
@@ -101,7 +101,11 @@ class Column:
     @property
     def form(self) -> Form:
         """How its values are written."""
-        return _FORMS.get(self.data_type, Form.BYTES if self.flavour == "mariadb" else Form.HEX)
+        if self.data_type in _FORMS:
+            return _FORMS[self.data_type]
+        if self.flavour == "mariadb":
+            return Form.BYTES
+        return Form.QUOTED if self.charset in {"utf8mb4", "ascii"} else Form.HEX
 
     @property
     def literal(self) -> str:
@@ -132,7 +136,7 @@ class Column:
         A character set in front makes it a string of the column's own kind, so that the column's collation compares.
         """
         name = quoted(self.name)
-        if self.form in {Form.BYTES, Form.HEX}:
+        if self.data_type not in _FORMS:
             introducer = f"_{self.charset} " if self.charset else ""
             return f"CONCAT('{introducer}X''',HEX(CAST({name} AS BINARY)),'''')"
         if self.data_type in _NUMBERS:  # a DECIMAL is compared with a string as floating point
