@@ -141,6 +141,8 @@ class LocalDatabaseServer(LocalServer):
             "performance_schema": False,
             "max_connections": 300,
             "table_open_cache": 400,
+            # The default is a day or a year: a test that waits for a table that another forgot to let go would hang.
+            "lock_wait_timeout": 60,
             "innodb_buffer_pool_size": "48M",
             "innodb_flush_log_at_trx_commit": 1 if self.durable else 2,
             "log_bin": "binlog",
