@@ -243,7 +243,7 @@ def test_a_wrong_password_is_named_without_showing_it(server_shop: Shop) -> None
     async def whole() -> None:
         cluster = server_shop.open(server_shop.map(), credentials=shardkit.fixed("nobody", "wr0ng-s3cret"))
         async with cluster, shardkit.async_sessionmaker(cluster)() as session:
-            with pytest.raises(PreconditionFailed, match="refused the log-on|lacks a package") as caught:
+            with pytest.raises(PreconditionFailed, match=r"refused the log-on|lacks a package") as caught:
                 await session.get(User, 1)
             assert "wr0ng-s3cret" not in str(caught.value)
 
