@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import sqlalchemy as sa
@@ -12,6 +14,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.lambdas import LambdaElement
 from sqlalchemy.sql.selectable import CompoundSelect
 
+from shardkit.errors import RoutingError, UnknownTable
 from shardkit.partition import WHOLE
 from shardkit.routing.anatomy import dialect_of
 from shardkit.routing.changes import Changes
@@ -63,7 +66,7 @@ class Planner:
         if isinstance(statement, LambdaElement):
             statement = statement._resolved  # noqa: SLF001 - the statement that it stands for
         if self._only is not None:
-            return self._on_the_only(statement, parameters, self._only)
+            return self._on_the_only(statement, parameters, options, self._only)
         match statement:
             case sa.Select():
                 quick = self._quick(statement, parameters, options)
@@ -81,13 +84,27 @@ class Planner:
             case _:
                 return self._texts.route(statement, parameters, options)
 
-    def _on_the_only(self, statement: Any, parameters: Parameters, shard: str) -> Route:
-        """A cluster of one shard is that database: nothing is refused."""
+    def _on_the_only(self, statement: Any, parameters: Parameters, options: RouteOptions, shard: str) -> Route:
+        """A cluster of one shard is that database: nothing is refused; ``warn`` says what would be."""
         kind = kind_of(statement)
         text = text_of(statement) if kind is StatementKind.TEXT else None
         reads = kind is StatementKind.SELECT or (text is not None and reads_only(text))
         locking = not reads or getattr(statement, "_for_update_arg", None) is not None
-        return Route(kind, statement, parameters, (shard,), writes=not reads, locking=locking, reasons=_ONE)
+        route = Route(kind, statement, parameters, (shard,), writes=not reads, locking=locking, reasons=_ONE)
+        if options.policy == "warn" and options.scatter is None and options.shard is None:
+            return replace(route, warning=self._over_several(statement, parameters, options))
+        return route
+
+    @cached_property
+    def _spread_out(self) -> Planner:
+        """A planner for the same keyspaces over one more shard that does not exist."""
+        return Planner(_spread_out(self.shard_map), dialect_name=self.dialect_name)
+
+    def _over_several(self, statement: Any, parameters: Parameters, options: RouteOptions) -> str | None:
+        try:
+            return self._spread_out.plan(statement, parameters, options).warning
+        except (RoutingError, UnknownTable) as error:
+            return f"over several shards this would be refused: {error.message}"
 
     def _quick(self, statement: Any, parameters: Parameters, options: RouteOptions) -> Route | None:
         """The commonest SELECT: a shape seen before, whose one key is one bound parameter."""
@@ -148,6 +165,20 @@ class Planner:
 
 
 _ONE = ("the cluster has one shard",)
+
+
+def _spread_out(shard_map: ShardMap) -> ShardMap:
+    """The same keyspaces with every second bucket on another shard."""
+    (name, shard), *_ = shard_map.shards.items()
+    other = f"{name}-and-another"
+    keyspaces = {
+        keyspace.name: replace(
+            keyspace,
+            placement={bucket: other if number % 2 else name for number, bucket in enumerate(keyspace.placement)},
+        )
+        for keyspace in shard_map.keyspaces.values()
+    }
+    return replace(shard_map, keyspaces=keyspaces, shards={name: shard, other: replace(shard, name=other)}, moves=())
 
 
 def kind_of(statement: Any) -> StatementKind:

@@ -243,6 +243,14 @@ def test_a_missing_parameter_is_said_so() -> None:
         route(sa.select(u).where(u.id == sa.bindparam("n")))
 
 
+def test_lambda_statements_are_read_with_the_values_of_their_closure() -> None:
+    def by(number: int) -> Any:
+        return sa.lambda_stmt(lambda: sa.select(u).where(u.id == number))
+
+    for n in range(12):
+        assert route(by(n)).shards == (home("users", n),)
+
+
 def test_one_shape_serves_all_values() -> None:
     for n in range(40):
         assert route(sa.select(u).where(u.id == n)).shards == (home("users", n),)

@@ -284,6 +284,21 @@ def test_nothing_is_refused_on_a_cluster_of_one_shard(name: str) -> None:
     assert not found.shard_statements
 
 
+def test_on_one_shard_warn_says_what_would_be_refused() -> None:
+    planner = Planner(one_shard(ONE))
+    warn = RouteOptions(policy="warn")
+    joined = planner.plan(sa.select(u.id).join(o, o.giver == u.id), None, warn)
+    assert joined.shards == ("s0",)
+    assert joined.warning is not None
+    assert joined.warning.startswith("over several shards this would be refused: users and orders are not joined")
+    assert planner.plan(sa.select(u), None, warn).warning == "users is read on 2 shards: nothing pins id"
+    assert planner.plan(sa.select(u).where(u.id == 5), None, warn).warning is None
+    assert planner.plan(sa.select(Invoice), None, warn).warning is None
+    unknown = planner.plan(sa.select(elsewhere), None, warn)
+    assert unknown.warning is not None
+    assert "does not name the table 'elsewhere'" in unknown.warning
+
+
 NOT_ABOUT_TABLES = {
     "raw SQL", "raw SQL as entities", "raw SQL with columns", "a function of the connection", "DDL in raw SQL",
     "DDL of an unknown table", "an unknown table",
