@@ -20,7 +20,7 @@ from shardkit.routing.queries import Occurrence
 from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStatement, StatementKind
 from shardkit.routing.rows import Rows, attribute_of
 from shardkit.routing.shapes import Shape, Shapes
-from shardkit.routing.spread import Everywhere, Parted, Refused
+from shardkit.routing.spread import Everywhere, Parted, Refused, check_readable
 from shardkit.shardmap import ShardMap
 
 
@@ -148,6 +148,7 @@ class Changes:
                     "read its values first and pass them",
                     table=missing.name,
                 )
+            check_readable(shape.unreadable, self._map, shards[0], route.tables[0])
             known = [each.buckets for each in pinned if each.buckets is not None]
             buckets = frozenset[Bucket]().union(*known) if len(known) == len(pinned) else None
             return replace(route, shards=shards, buckets=buckets)

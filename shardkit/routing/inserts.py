@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStateme
 from shardkit.routing.rows import Rows, attribute_of
 from shardkit.routing.shapes import Shapes
 from shardkit.routing.sorting import bare
+from shardkit.routing.spread import Refused, check_readable
 from shardkit.shardmap import Placement, ShardMap, TableInfo
 
 #: Prefixes that change nothing about which row is written.
@@ -89,6 +90,11 @@ class Inserts:
         self, statement: sa.Insert, sets: Sequence[Mapping[str, Any]], info: TableInfo, shard: str
     ) -> None:
         """What the INSERT selects has to stand on the shard that it writes."""
+        unreadable = contents_of(_expressions_in(statement)).unreadable
+        try:
+            check_readable(unreadable, self._map, shard, info.name)
+        except Refused as refused:
+            raise refused.over(len(info.shards), info.key) from None
         for select in _selects_in(statement):
             shape, binds = self._shapes.of(select, sets[0] if sets else None)
             pinned = {name for each in shape.pinned(binds) for name in each.shards}
@@ -329,14 +335,18 @@ def _selects_in(statement: sa.Insert) -> Iterable[Any]:
     """The SELECTs whose rows or values an INSERT writes."""
     if statement._select_names:  # noqa: SLF001 - no public reader
         yield statement.select
-    values = [*(statement._values or {}).values()]  # noqa: SLF001
-    values += [value for row in _multi_rows(statement, _table_of(statement)) for value in row.values()]
-    contents = contents_of(value for value in values if isinstance(value, ClauseElement))
-    for inner in contents.subqueries:
+    for inner in contents_of(_expressions_in(statement)).subqueries:
         select = inner.select
         while isinstance(select, ScalarSelect | SelectStatementGrouping):
             select = select.element
         yield select
+
+
+def _expressions_in(statement: sa.Insert) -> Iterator[ClauseElement]:
+    """The values that are SQL expressions."""
+    values = [*(statement._values or {}).values()]  # noqa: SLF001 - no public reader
+    values += [value for row in _multi_rows(statement, _table_of(statement)) for value in row.values()]
+    yield from (value for value in values if isinstance(value, ClauseElement))
 
 
 def _single_row(statement: sa.Insert) -> Mapping[Any, Any]:

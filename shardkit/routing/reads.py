@@ -20,7 +20,7 @@ from shardkit.routing.queries import limited_tables
 from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStatement, StatementKind
 from shardkit.routing.shapes import Pinned, Shape, Shapes
 from shardkit.routing.splitting import SplitContext, merge_plan
-from shardkit.routing.spread import Everywhere, Parted, Refused
+from shardkit.routing.spread import Everywhere, Parted, Refused, check_readable
 from shardkit.shardmap import ShardMap
 
 
@@ -99,6 +99,7 @@ class Reads:
                 "read one after the other",
                 table=missing.name,
             )
+        check_readable(shape.unreadable, self._map, shard, shape.tables[0])
         buckets = None
         if all(each.buckets is not None for each in pinned):
             buckets = frozenset(bucket for each in pinned for bucket in each.buckets or ())

@@ -15,7 +15,7 @@ from shardkit.errors import CrossShardJoin, RoutingError
 from shardkit.routing.keys import Facts
 from shardkit.routing.lineage import Lineage
 from shardkit.routing.queries import ConstantNode, DerivedNode, JoinNode, Node, Occurrence, Query, TableNode
-from shardkit.shardmap import Keyspace
+from shardkit.shardmap import Keyspace, ShardMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +253,24 @@ class _Spreading:
             f"{around or 'the statement around it'}",
             "tie the two by their keys, or run the subquery first and pass its values",
             table=_table_of(inner),
+        )
+
+
+def check_readable(unreadable: Sequence[str], shard_map: ShardMap, shard: str, table: str) -> None:
+    """What cannot be looked into may read any table: on one shard it may, unless other tables stand there in part.
+
+    :raises Refused: when the shard holds a part of a keyspace that others hold the rest of.
+    """
+    partial = next(
+        (each for each in shard_map.keyspaces.values() if len(each.shards) > 1 and shard in each.shards), None
+    )
+    if unreadable and partial is not None:
+        raise Refused(
+            RoutingError,
+            f"the router cannot look into {', '.join(unreadable)}: on shard {shard!r}, which holds only a part of "
+            f"keyspace {partial.name!r}, it may read half a table",
+            "write it as SQLAlchemy expressions, or name the shard with shardkit_shard",
+            table=table,
         )
 
 

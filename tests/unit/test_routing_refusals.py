@@ -314,6 +314,24 @@ def test_nothing_is_refused_when_one_shard_has_all_the_tables(name: str) -> None
     assert not found.shard_statements
 
 
+def test_raw_sql_beside_a_whole_table_is_refused_where_half_tables_stand() -> None:
+    """The text may read users: on s0 it would see a part of them."""
+    shard_map = shop_map()
+    document = shard_map.dump().replace("placement: s3", "placement: s0")
+    shared = Planner(ShardMap.parse(document))
+    text = sa.text("user_id IN (SELECT id FROM users)")
+    for statement in (
+        sa.select(Invoice).where(text),
+        sa.update(Invoice).where(text).values(user_id=1),
+        sa.delete(Invoice).where(text),
+        sa.insert(Invoice).values(id=1, user_id=sa.text("(SELECT max(id) FROM users)")),
+    ):
+        with pytest.raises(RoutingError, match="it may read half a table"):
+            shared.plan(statement)
+        assert PLANNER.plan(statement).shards == ("s3",)
+    assert shared.plan(sa.select(Invoice).where(text), None, RouteOptions(shard="s0")).shards == ("s0",)
+
+
 def test_selectin_loads_and_payments_are_here_only_to_be_named() -> None:
     """Statements that must not be refused although they look like some that are."""
     for statement in (
