@@ -20,15 +20,17 @@ class View:
     """One version of the map, with what was worked out from it.
 
     :ivar planner: plans statements on this map.
+    :ivar only: the one shard of a cluster that has no other; None where there are several.
     :ivar homes: kept by sessions: where the objects of each mapped class live.
     :ivar tokens: kept by sessions: whether objects of these tables carry their shard in their identity.
     """
 
-    __slots__ = ("homes", "map", "planner", "tokens")
+    __slots__ = ("homes", "map", "only", "planner", "tokens")
 
     def __init__(self, shard_map: ShardMap, dialect_name: str) -> None:
         self.map = shard_map
         self.planner = Planner(shard_map, dialect_name=dialect_name)
+        self.only = next(iter(shard_map.shards)) if len(shard_map.shards) == 1 else None
         self.homes: dict[Any, Any] = {}
         self.tokens: dict[tuple[str, ...], bool] = {}
 

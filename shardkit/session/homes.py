@@ -183,12 +183,11 @@ def home_of(view: View, mapper: Mapper[Any]) -> Home:
     try:
         found: Home = view.homes[mapper]
     except KeyError:
-        find = _on_the_only_shard if len(view.map.shards) == 1 else _find
-        found = view.homes[mapper] = find(view, mapper)
+        found = view.homes[mapper] = _find(view, mapper) if view.only is None else _at(view.only, view, mapper)
     return found
 
 
-def _on_the_only_shard(view: View, mapper: Mapper[Any]) -> Home:
+def _at(only: str, view: View, mapper: Mapper[Any]) -> Home:
     """A cluster of one shard is that database: it holds every class, keys say nothing, and nothing is refused."""
     table = next((table for table in mapper.tables if isinstance(table, Table)), None)
     known = None if table is None else view.map.tables.get(table.fullname)
@@ -196,7 +195,7 @@ def _on_the_only_shard(view: View, mapper: Mapper[Any]) -> Home:
         name="",
         partition=None,
         tables={},
-        placement=dict.fromkeys([WHOLE], next(iter(view.map.shards))),
+        placement=dict.fromkeys([WHOLE], only),
         generated_ids=known is not None and known.keyspace.generated_ids,
     )
     info = TableInfo(mapper.class_.__name__ if table is None else table.fullname, "vertical", (whole,))

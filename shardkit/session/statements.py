@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Executable, Result, Select, Table
+from sqlalchemy import Connection, Engine, Executable, Insert, Result, Select, Table
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Mapper, ORMExecuteState
@@ -71,15 +71,19 @@ class RoutedSession(IdentitySession):
             )
         if self.dispatch.do_orm_execute or _parent_execute_state is not None or _add_event is not None:
             # handlers may change the statement: it is planned after the last of them
-            return super()._execute_internal(
-                statement,
-                params,
-                execution_options=execution_options,
-                bind_arguments=bind_arguments,
-                _parent_execute_state=_parent_execute_state,
-                _add_event=self._planned_after(_add_event),
-                _scalar_result=_scalar_result,
-            )
+            before, self._given_options = self._given_options, execution_options
+            try:
+                return super()._execute_internal(
+                    statement,
+                    params,
+                    execution_options=execution_options,
+                    bind_arguments=bind_arguments,
+                    _parent_execute_state=_parent_execute_state,
+                    _add_event=self._planned_after(_add_event),
+                    _scalar_result=_scalar_result,
+                )
+            finally:
+                self._given_options = before
         if not isinstance(statement, Executable):
             statement = coercions.expect(roles.StatementRole, statement)
         return self._route(statement, params, execution_options, bind_arguments, None, _scalar_result)
@@ -89,7 +93,8 @@ class RoutedSession(IdentitySession):
             answer = None if event is None else event(state)
             if answer is not None or TARGET in state.bind_arguments or "bind" in state.bind_arguments:
                 return answer
-            options = immutabledict(state.local_execution_options).union(state._update_execution_options)
+            # as they were given: what the ORM has made of them for the handlers must not be used a second time
+            options = as_immutable(self._given_options).union(state._update_execution_options)
             return self._route(state.statement, state.parameters, options, state.bind_arguments, state, scalar=False)
 
         return plan_and_run
@@ -147,7 +152,7 @@ class RoutedSession(IdentitySession):
                 options = as_immutable(options).union({"identity_token": None})
             elif "identity_token" in combined and route_options.shard is None:
                 route_options = replace(route_options, shard=combined["identity_token"])
-        if statement.is_insert:
+        if isinstance(statement, Insert):
             nulls = bool({**statement._execution_options, **options}.get("render_nulls"))
             statement, params = filled(statement, params, view, self.cluster.next_id, nulls=nulls)
         route = view.planner.plan(statement, params, route_options)
@@ -178,9 +183,19 @@ class RoutedSession(IdentitySession):
         parent: ORMExecuteState | None,
         scalar: bool,
     ) -> Any:
-        arguments = {**bind_arguments, TARGET: target} if bind_arguments else {TARGET: target}
         if target.master:
             self._turn_to_masters((target.shard,))
+        if self._binds_by_itself and self._outermost().view.only is not None:
+            with self._carrying(target):  # an application's own get_bind() sees what it would see of one database
+                return super()._execute_internal(
+                    statement,
+                    params,
+                    execution_options=options,
+                    bind_arguments=dict(bind_arguments or {}),
+                    _parent_execute_state=parent,
+                    _scalar_result=scalar,
+                )
+        arguments = {**bind_arguments, TARGET: target} if bind_arguments else {TARGET: target}
         if (
             type(statement) is Select
             and parent is None
@@ -202,6 +217,11 @@ class RoutedSession(IdentitySession):
             _parent_execute_state=parent,
             _scalar_result=scalar,
         )
+
+    @property
+    def _binds_by_itself(self) -> bool:
+        """Whether an application has put a get_bind() of its own over ours."""
+        return type(self).get_bind is not RoutedSession.get_bind or "get_bind" in self.__dict__
 
     def _merged_options(self, statement: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options of the session, the statement and the call, the later over the earlier. Loaders inherit the read

@@ -57,6 +57,7 @@ class TransactingSession(Session):
         self._route_options = RouteOptions(policy=scatter)
         self._root: ClusterTransaction | None = None
         self._carried: Target | None = None
+        self._given_options: Any = None
         self._flush_at_work: Flush | None = None
         self._map_version = 0
         self._unplaced: WeakSet[InstanceState[Any]] = WeakSet()
@@ -70,8 +71,11 @@ class TransactingSession(Session):
                 "Autobegin is disabled on this Session; please call session.begin() to start a new transaction"
             )
         origin = SessionTransactionOrigin.BEGIN if begin else SessionTransactionOrigin.AUTOBEGIN
-        self._root = ClusterTransaction(self, origin)
-        return self._root
+        return ClusterTransaction(self, origin)
+
+    def begun(self, transaction: ClusterTransaction) -> None:
+        """Take a new outermost transaction."""
+        self._root = transaction
 
     def _outermost(self) -> ClusterTransaction:
         if self._transaction is None:

@@ -58,6 +58,7 @@ class ClusterTransaction(SessionTransaction):
         #: (shard, whether from a replica) -> the connection that such reads go on
         self.reading: dict[tuple[str, bool], Connection] = {}
         self._two_phase = two_phase_for(session) if self._mode is CommitMode.ATOMIC else None
+        session.begun(self)  # before SQLAlchemy's own events, whose handlers may use the session
         super().__init__(session, origin)
 
     # --- the map
