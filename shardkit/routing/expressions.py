@@ -41,6 +41,7 @@ from sqlalchemy.sql.elements import (
     UnaryExpression,
 )
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.lambdas import LambdaElement
 from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.sql.selectable import CompoundSelect, Exists, ScalarSelect, SelectStatementGrouping
 
@@ -135,6 +136,8 @@ def _look(element: Any, place: Place, contents: Contents) -> None:
             _text(element, place, contents)
         case Grouping():
             _look(element.element, place, contents)
+        case LambdaElement():
+            _look(element._resolved, place, contents)  # noqa: SLF001 - the expression that it stands for
         case Exists():
             contents.subqueries.append(Subselect(element.element, place))
         case BooleanClauseList():

@@ -26,6 +26,7 @@ from sqlalchemy.sql.elements import (
     Null,
     Tuple,
 )
+from sqlalchemy.sql.lambdas import LambdaElement
 from sqlalchemy.types import TupleType, TypeEngine
 
 from shardkit.partition import Bucket, KeyType, RangePartition
@@ -125,6 +126,8 @@ class _Reading:
         match predicate:
             case Grouping():
                 return self.facts(predicate.element)
+            case LambdaElement():
+                return self.facts(predicate._resolved)  # noqa: SLF001 - the expression that it stands for
             case False_():
                 return Facts(impossible=True)
             case BooleanClauseList() if predicate.operator is operators.and_:

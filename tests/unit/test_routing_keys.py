@@ -243,12 +243,19 @@ def test_a_missing_parameter_is_said_so() -> None:
         route(sa.select(u).where(u.id == sa.bindparam("n")))
 
 
-def test_lambda_statements_are_read_with_the_values_of_their_closure() -> None:
-    def by(number: int) -> Any:
-        return sa.lambda_stmt(lambda: sa.select(u).where(u.id == number))
+LAMBDAS: dict[str, Any] = {
+    "a statement": lambda n: sa.lambda_stmt(lambda: sa.select(u).where(u.id == n)),
+    "a statement with more added": lambda n: sa.lambda_stmt(lambda: sa.select(u)) + (lambda s: s.where(u.id == n)),
+    "a condition": lambda n: sa.select(u).where(lambda: u.id == n),
+    "a criterion of an option": lambda n: sa.select(u).options(with_loader_criteria(u, lambda cls: cls.id == n)),
+    "a criterion of a relationship": lambda n: sa.select(u).join(u.orders.and_(o.user_id == n)),
+}
 
+
+@pytest.mark.parametrize("name", LAMBDAS)
+def test_lambdas_are_read_with_the_values_of_their_closure(name: str) -> None:
     for n in range(12):
-        assert route(by(n)).shards == (home("users", n),)
+        assert route(LAMBDAS[name](n)).shards == (home("users", n),)
 
 
 def test_one_shape_serves_all_values() -> None:
