@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from unittest.mock import patch
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardkit.errors import BadEvent
+from shardkit.errors import BadEvent, Interrupted, PreconditionFailed, RelayError
 from shardkit_cdc import events
-from shardkit_cdc.events import Event, Format
+from shardkit_cdc import wire as wire_module
+from shardkit_cdc.events import Event, Format, with_length
 from shardkit_cdc.gtid import Flavour, MySQLGtid, MySQLPosition
 from shardkit_cdc.payload import payloads
 from shardkit_cdc.query import Query
 from shardkit_cdc.statement import outline
 from shardkit_cdc.table_map import TableMap
 from shardkit_cdc.transactions import Assembler, Outcome, Transaction
+from shardkit_cdc.wire import EventReader
 from tests.binlog_bytes import event, format_event, mariadb_gtid, mysql_gtid, query, sealed, table_map, write_rows, xid
 
 UUID = "11111111-1111-1111-1111-111111111111"
@@ -82,6 +86,97 @@ def test_every_group_comes_out_once_whole_and_in_order(flavour: Flavour, groups:
         assert len(found[0].statements) == bool(group.statement)
         rolled_back = group.end == "ROLLBACK" and not (group.statement and not group.images)
         assert (found[-1].outcome is Outcome.ROLLBACK) is rolled_back
+
+
+class Wire:
+    """A connection that delivers bytes in pieces of any sizes."""
+
+    def __init__(self, data: bytes, sizes: list[int]) -> None:
+        self._data = data
+        self._sizes = sizes
+
+    def receive(self) -> bytes:
+        if not self._data:
+            raise Interrupted("the connection was closed")
+        size = self._sizes.pop() if self._sizes else 1 << 17
+        piece, self._data = self._data[:size], self._data[size:]
+        return piece
+
+
+def packets(logged: Sequence[Event]) -> bytes:
+    raws = [format_event(), *map(sealed, logged)]
+    return b"".join(
+        (len(raw) + 1).to_bytes(3, "little") + bytes([number % 256, 0]) + raw for number, raw in enumerate(raws)
+    )
+
+
+def read_all(wire: Wire) -> list[Event]:
+    reader = EventReader(wire.receive, "server:3306")
+    found: list[Event] = []
+    with suppress(Interrupted):
+        while True:
+            found += reader.read()
+    return found
+
+
+@settings(deadline=None)
+@given(st.lists(GROUPS, max_size=5), st.lists(st.integers(1, 200), max_size=60), st.sampled_from([1, 30, 1 << 17]))
+def test_events_come_out_whole_however_the_bytes_are_cut(groups: list[Group], sizes: list[int], piece: int) -> None:
+    logged = [each for number, group in enumerate(groups, 1) for each in group.events(Flavour.MARIADB, number)]
+    with patch.object(wire_module, "PIECE_BYTES", piece):  # small: every event takes the way of the long ones too
+        found = read_all(Wire(packets(logged), sizes))
+    assert [(event.kind, with_length(event.data)) for event in found] == [(each.kind, each.data) for each in logged]
+
+
+@settings(deadline=None)
+@given(st.lists(GROUPS, min_size=1, max_size=3), st.data())
+def test_a_fault_comes_after_the_events_before_it(groups: list[Group], data: st.DataObject) -> None:
+    logged = [each for number, group in enumerate(groups, 1) for each in group.events(Flavour.MARIADB, number)]
+    at = data.draw(st.integers(0, len(logged) - 1))
+    spoiled = bytearray(sealed(logged[at]))
+    spoiled[-1] ^= 1
+    raws = [format_event(), *map(sealed, logged[:at]), bytes(spoiled), *map(sealed, logged[at + 1 :])]
+    stream = b"".join((len(raw) + 1).to_bytes(3, "little") + b"\0\0" + raw for raw in raws)
+    reader = EventReader(Wire(stream, []).receive, "server:3306")
+    found: list[Event] = []
+
+    def read_on() -> None:
+        while True:
+            found.extend(reader.read())
+
+    with pytest.raises(BadEvent, match="CRC32"):
+        read_on()
+    assert len(found) == at
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.binary(max_size=400), st.lists(st.integers(1, 50), max_size=20))
+def test_arbitrary_bytes_on_the_wire_end_with_one_kind_of_error(data: bytes, sizes: list[int]) -> None:
+    for stream in (data, packets([]) + data):
+        with suppress(RelayError, PreconditionFailed):
+            read_all(Wire(stream, list(sizes)))
+
+
+def test_long_events_are_handed_over_one_at_a_time() -> None:
+    """A thousand of them in a row must not gather in memory."""
+    logged = [write_rows(b"\x01" + bytes(5), bytes([number]) * 300_000) for number in range(8)]
+    reader = EventReader(Wire(packets(logged), []).receive, "server:3306")
+    sizes = []
+    with suppress(Interrupted):
+        while True:
+            sizes.append(len(reader.read()))
+    assert sum(sizes) == 8
+    assert max(sizes) == 1
+
+
+def test_an_event_of_several_packets() -> None:
+    big = sealed(write_rows(b"\x01" + bytes(5), b"x" * (0xFFFFFF + 1000)))
+    body = b"\0" + big
+    stream = packets([]) + b"\xff\xff\xff\0" + body[:0xFFFFFF]
+    rest = body[0xFFFFFF:]
+    stream += len(rest).to_bytes(3, "little") + b"\1" + rest
+    (found,) = read_all(Wire(stream, []))
+    assert len(found.data) == len(big) - 4
 
 
 @settings(deadline=None)
