@@ -48,6 +48,7 @@ DDL = (
          PRIMARY KEY (region, number)
        ) CHARACTER SET utf8mb4""",
     "CREATE TABLE countries (code CHAR(2) PRIMARY KEY, name VARCHAR(40)) CHARACTER SET utf8mb4",
+    "CREATE TABLE invoices (id BIGINT NOT NULL AUTO_INCREMENT PRIMARY KEY, total DECIMAL(12, 2)) CHARACTER SET utf8mb4",
 )
 
 
@@ -67,7 +68,7 @@ class Shop:
 
     def connect(self, shard: str, **options: Any) -> pymysql.Connection[Any]:
         """A plain connection, as an application's raw SQL has."""
-        return self.server.connect(self.databases[shard], **{"autocommit": True, **options})
+        return self.server.connect(self.databases[shard], **{"autocommit": True, "ssl_disabled": True, **options})
 
     def rows(self, shard: str, sql: str) -> list[tuple[Any, ...]]:
         """A query on one shard."""
@@ -274,6 +275,7 @@ def map_over(server: LocalDatabaseServer, databases: dict[str, str], cluster: st
                     "tables": {"stores": "region"},
                     "placement": {FIRST: ["seoul", "daegu"], SECOND: ["daejeon"]},
                 },
+                "billing": {"tables": ["invoices"], "placement": FIRST},
             },
             "shards": {shard: {"master": server.endpoint(name).url} for shard, name in databases.items()},
         }
@@ -298,6 +300,7 @@ def fill(shop: Shop) -> None:
                 for number in users
                 for which in (0, 1)
             ),
+            *(["INSERT INTO invoices (total) VALUES (1.5), (2.5), (NULL)"] if shard == FIRST else []),
             "INSERT INTO stores VALUES "
             + ", ".join(f"('{region}', {number}, {number * 7})" for region in regions for number in range(1, 30)),
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import pymysql
 from pymysql.constants import CLIENT, ER
@@ -190,10 +191,24 @@ class Server:
             return
 
 
+class _Connection(pymysql.Connection):
+    """Reads the system's certificates once for all connections, not for each: that takes longer than logging on."""
+
+    _context: ClassVar[ssl.SSLContext | None] = None
+
+    def _create_ssl_ctx(self, options: Any) -> ssl.SSLContext:
+        if options:
+            made: ssl.SSLContext = super()._create_ssl_ctx(options)  # type: ignore[misc]
+            return made
+        if _Connection._context is None:
+            _Connection._context = super()._create_ssl_ctx(options)  # type: ignore[misc]
+        return _Connection._context
+
+
 def _connect(shard: str, endpoint: Endpoint, credentials: CredentialSource) -> pymysql.Connection[Any]:
     account = credentials(endpoint)
     try:
-        return pymysql.connect(
+        return _Connection(
             host=endpoint.host,
             port=endpoint.port,
             user=account.user,

@@ -131,6 +131,17 @@ def test_named_buckets_and_keys_that_are_null_move_as_well(shop: Shop) -> None:
     assert shop.rows(SECOND, "SELECT id FROM orders WHERE user_id IS NULL ORDER BY id") == [(1,), (2,)]
 
 
+def test_a_vertical_keyspace_moves_as_a_whole(shop: Shop) -> None:
+    said: list[str] = []
+    closed = {State.COPYING: lambda: said.append(refusal(shop, FIRST, "INSERT INTO invoices (total) VALUES (9)"))}
+    shop.apply(shop.plan("all"), observer=At(closed))
+    assert said == [f"shardkit: bucket all of keyspace billing is frozen; moved_to={SECOND}"]
+    assert shop.rows(SECOND, "SELECT COUNT(*), SUM(total) FROM invoices") == [(3, 4)]
+    assert shop.rows(FIRST, "SELECT COUNT(*) FROM invoices") == [(0,)]
+    assert shop.map.locate("invoices").shard == SECOND
+    assert refusal(shop, SECOND, "INSERT INTO invoices (total) VALUES (9)") == ""
+
+
 def test_there_and_back_again(shop: Shop) -> None:
     before = shop.contents()
     shop.apply(shop.plan(3, 4))

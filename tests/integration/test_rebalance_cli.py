@@ -72,7 +72,7 @@ def test_json_is_one_document_for_each_command(shop: Shop) -> None:
 def test_draining_a_shard_moves_everything_of_every_keyspace(shop: Shop) -> None:
     before = shop.contents()
     plan = as_json("plan", "--drain", FIRST)
-    assert [transfer["keyspace"] for transfer in plan["transfers"]] == ["orders", "stores"]
+    assert [transfer["keyspace"] for transfer in plan["transfers"]] == ["orders", "stores", "billing"]
     as_json("apply", plan["file"], "--yes")
     assert shop.contents() == before
     assert shop.misplaced() == []
