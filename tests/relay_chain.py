@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import pymysql
 import pytest
 
 from shardkit.testing.database import LocalDatabaseServer
@@ -27,7 +28,7 @@ def wait_for(condition: Callable[[], bool], what: str | Callable[[], str], *, de
     while not condition():
         if time.monotonic() > end:
             pytest.fail(f"{what if isinstance(what, str) else what()}: not within {deadline:.0f} s")
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 
 class Chain:
@@ -124,16 +125,22 @@ class Chain:
         )
         end = self.end_of_log()
 
-        def arrived() -> bool:
-            for hop in self.hops:
-                if hop.report.state in {State.FAILED, State.FENCED, State.BLOCKED}:
-                    pytest.fail(f"{hop.spec.name} is {hop.report.state}: {hop.report.error}")
-            try:
-                return self.reached(self.last).covers(end)
-            except Exception:  # noqa: BLE001 - its tables may not be there yet
-                return False
+        # One connection for all the asking: a new one each time would be most of the test's work.
+        connection = self.last.connect(self.database, autocommit=True)
+        with connection, connection.cursor() as cursor:
 
-        wait_for(arrived, lambda: f"{self.last.name} reaches {end}; {self.story()}")
+            def arrived() -> bool:
+                for hop in self.hops:
+                    if hop.report.state in {State.FAILED, State.FENCED, State.BLOCKED}:
+                        pytest.fail(f"{hop.spec.name} is {hop.report.state}: {hop.report.error}")
+                try:
+                    cursor.execute("SELECT gtid FROM shardkit_position WHERE hop = %s", (f"history:{self.shard}",))
+                except pymysql.MySQLError:
+                    return False  # the table is not there yet
+                found = cursor.fetchone()
+                return found is not None and parse_position(self.flavour, found[0]).covers(end)
+
+            wait_for(arrived, lambda: f"{self.last.name} reaches {end}; {self.story()}")
 
     def contents(self, server: LocalDatabaseServer) -> Mapping[str, tuple[object, ...]]:
         """Every table, view and routine with its definition and, of tables, its checksum; shardkit's own left out."""
