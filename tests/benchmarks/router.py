@@ -3,25 +3,27 @@ and against SQLAlchemy's own ShardedSession. Ratios of times, from interleaved r
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import count, cycle, islice
 from statistics import median
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import insert, select
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 import shardkit
 from shardkit.cluster import Cluster
 from shardkit.shardmap import ShardMap
-from shardkit.testing import LocalMariaDB
+from shardkit.testing import LocalMariaDB, TcpProxy
 
 SHARDS = ("bench-0", "bench-1")
 BUCKETS = 64
@@ -61,14 +63,16 @@ def run() -> list[Row]:
         masters = {shard: server.endpoint(shard).url for shard in SHARDS}
         with _cluster(masters, credentials=server.credentials) as cluster:
             rows += _keyed_reads(cluster, "mariadb")
+            rows += asyncio.run(_asyncio_reads(cluster, "mariadb"))
             rows += _flush(cluster, "mariadb")
+        rows += _scatter(server)
     return rows
 
 
-@contextmanager
-def _cluster(masters: Mapping[str, str], **options: Any) -> Iterator[Cluster]:
-    half = BUCKETS // 2
-    shard_map = ShardMap.parse(
+def _map(masters: Mapping[str, str]) -> ShardMap:
+    """Buckets spread evenly over the shards, in spans."""
+    share = BUCKETS // len(masters)
+    return ShardMap.parse(
         {
             "format": 1,
             "cluster": "bench",
@@ -76,13 +80,19 @@ def _cluster(masters: Mapping[str, str], **options: Any) -> Iterator[Cluster]:
                 "people": {
                     "partition": {"by": "hash", "buckets": BUCKETS},
                     "tables": {"people": "id"},
-                    "placement": {SHARDS[0]: f"0-{half - 1}", SHARDS[1]: f"{half}-{BUCKETS - 1}"},
+                    "placement": {
+                        shard: f"{number * share}-{number * share + share - 1}" for number, shard in enumerate(masters)
+                    },
                 }
             },
             "shards": {shard: {"master": url} for shard, url in masters.items()},
         }
     )
-    with shardkit.create_cluster(shard_map, **options) as cluster:
+
+
+@contextmanager
+def _cluster(masters: Mapping[str, str], **options: Any) -> Iterator[Cluster]:
+    with shardkit.create_cluster(_map(masters), **options) as cluster:
         cluster.create_all(Base.metadata)
         with shardkit.sessionmaker(cluster, transactions="best_effort").begin() as session:
             session.execute(insert(Person), [_person(number) for number in range(ROWS)])
@@ -195,3 +205,85 @@ def _flush(cluster: Cluster, database: str) -> list[Row]:
             "ok": value >= 1.8,
         }
     ]
+
+
+async def _asyncio_reads(cluster: Cluster, database: str) -> list[Row]:
+    """Keyed reads through AsyncSession, against a plain AsyncSession on the same engine."""
+    keys = [number for number in range(ROWS) if cluster.locate("people", id=number).shard == SHARDS[0]]
+    sessions = [AsyncSession(cluster.async_engine(SHARDS[0])), shardkit.async_sessionmaker(cluster)()]
+    times: list[list[float]] = [[], []]
+    for round_number in range(ROUNDS + 2):
+        for step in range(2):
+            which = (step + round_number) % 2
+            session = sessions[which]
+            began = time.perf_counter()
+            for key in keys[:OPERATIONS]:
+                (await session.scalars(select(Person).where(Person.id == key))).one()
+            if round_number >= 2:
+                times[which].append(time.perf_counter() - began)
+    for session in sessions:
+        await session.close()
+    await cluster.async_engine(SHARDS[0]).dispose()
+    value = median(ours / plain for plain, ours in zip(*times, strict=True))
+    return [
+        {
+            "name": f"router keyed select, asyncio, {database}",
+            "value": round(value, 3),
+            "unit": "x plain AsyncSession",
+            "target": "<= 1.15",
+            "rival": "-",
+            "ok": value <= 1.15,
+        }
+    ]
+
+
+def _scatter(server: LocalMariaDB) -> list[Row]:
+    """A read over eight shards that are 20 ms away each, against the same read of one of them."""
+    names = [f"far-{number}" for number in range(8)]
+    for name in names:
+        server.execute(f"CREATE DATABASE `{name}`")
+    with ExitStack() as stack:
+        proxies = [stack.enter_context(TcpProxy(server.host, server.port)) for _ in names]
+        masters = {name: proxy.endpoint(name).url for name, proxy in zip(names, proxies, strict=True)}
+        cluster = stack.enter_context(shardkit.create_cluster(_map(masters), credentials=server.credentials))
+        cluster.create_all(Base.metadata)
+        for proxy in proxies:
+            proxy.delay(0.01)
+        with shardkit.sessionmaker(cluster)() as session, _sharded(cluster, names) as rival:
+
+            def seconds(work: Callable[[], Any]) -> float:
+                began = time.perf_counter()
+                work()
+                return time.perf_counter() - began
+
+            one = select(Person.id).where(Person.id == 1)
+            everything = select(Person.id)
+            works = (
+                lambda: session.execute(one).all(),
+                lambda: session.execute(everything).all(),
+                lambda: rival.execute(everything).all(),
+            )
+            for work in works:
+                work()
+            times = [[seconds(work) for work in works] for _ in range(15)]
+    value = median(all_of / one_of for one_of, all_of, _ in times)
+    others = median(theirs / one_of for one_of, _, theirs in times)
+    return [
+        {
+            "name": "router read over 8 shards, 20 ms each, mariadb",
+            "value": round(value, 2),
+            "unit": "x one shard",
+            "target": "<= 1.5",
+            "rival": f"ShardedSession {others:.1f}x",
+            "ok": value <= 1.5,
+        }
+    ]
+
+
+def _sharded(cluster: Cluster, names: Sequence[str]) -> ShardedSession:
+    return ShardedSession(
+        shard_chooser=lambda *_, **__: names[0],
+        identity_chooser=lambda *_, **__: names,
+        execute_chooser=lambda _: names,
+        shards={name: cluster.engine(name) for name in names},
+    )
