@@ -376,7 +376,17 @@ class Hop:
         metrics.queue_bytes.labels(name).set(backlog.bytes)
         metrics.lag_seconds.labels(name).set(max(0.0, time.time() - timestamp))
         self.report.transactions += counts.transactions
-        self.report.position = str(applier.position)
+        self._note_position(str(applier.position))
+
+    def _note_position(self, position: str) -> None:
+        """The position as a metric's label: one label set at a time, however far it moves."""
+        name, before = self.spec.name, self.report.position
+        if position == before:
+            return
+        if before:
+            self._metrics.position_info.remove(name, before)
+        self._metrics.position_info.labels(name, position).set(1)
+        self.report.position = position
 
 
 def _read(stream: BinlogStream, assembler: Assembler, selector: Selector, backlog: Backlog) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pymysql
@@ -9,8 +10,9 @@ import pytest
 
 from shardkit.errors import Drift, PreconditionFailed
 from shardkit.testing.database import LocalDatabaseServer
+from shardkit.topology import Role
 from shardkit_cdc.gtid import Flavour
-from shardkit_cdc.relay import Hop
+from shardkit_cdc.relay import Hop, HopSpec, State
 from tests.relay_chain import Chain, wait_for
 
 pytest_plugins = ["tests.relay_fixtures"]
@@ -367,3 +369,37 @@ def test_a_transaction_over_two_databases_brings_its_own_half(chain: Chain) -> N
     chain.settle()
     chain.assert_equal()
     chain.master.execute("DROP DATABASE elsewhere")
+
+
+def test_hops_on_crossed_servers_do_not_feed_each_other(pair: Chain) -> None:
+    """Each moves its position on the other's source: were that passed on at once, both logs would grow for ever."""
+    forth, back = pair.servers
+    other = f"{pair.database}_back"
+    for server in pair.servers:
+        server.execute(f"CREATE DATABASE {other} CHARACTER SET utf8mb4")
+    try:
+        pair.run(pair.hop(0))
+        spec = HopSpec("shop-1", back.endpoint(other), forth.endpoint(other), Role.STAGING, True)
+        pair.run(Hop(spec, pair.master.credentials, cluster="test", runner="pytest", options=pair.options))
+        pair.sql("CREATE TABLE t (id INT PRIMARY KEY)", "INSERT INTO t VALUES (1)")
+        pair.settle()
+        wait_for(lambda: all(hop.report.state is State.RUNNING for hop in pair.hops), "both hops run")
+        threading.Event().wait(0.5)  # what is under way arrives
+        before = [pair.end_of_log(server) for server in pair.servers]
+        threading.Event().wait(1.0)  # the time in which nothing may happen
+        assert [pair.end_of_log(server) for server in pair.servers] == before
+    finally:
+        pair.stop()
+        for server in pair.servers:
+            server.execute(f"DROP DATABASE {other}")
+
+
+def test_the_position_moves_past_other_databases_after_a_while(pair: Chain) -> None:
+    pair.options = replace(pair.options, settle_seconds=0.2)
+    pair.run(pair.hop(0))
+    pair.sql("CREATE TABLE t (id INT PRIMARY KEY)")
+    pair.settle()
+    pair.master.execute("CREATE DATABASE elsewhere")
+    pair.master.execute("DROP DATABASE elsewhere")
+    end = pair.end_of_log()
+    wait_for(lambda: pair.reached(pair.last).covers(end), "the position moves without a transaction of its own")
