@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import pymysql
 import sqlalchemy as sa
@@ -37,6 +38,11 @@ from shardkit.topology import ReplicationKind, Role, Shard
 
 #: Seconds between two notes of a job's progress in its record.
 NOTE_SECONDS = 1.0
+
+#: Why a statement on a moving table may have to wait while we hold the table.
+_WAITING_DDL = "somebody's DDL or TRUNCATE, which waits for the table"
+
+T = TypeVar("T")
 
 
 def carry_out(coordinator: Coordinator, *, undo: bool = False) -> Job:
@@ -149,16 +155,17 @@ class Stages:
                     engine = sa.create_engine(settings.url(endpoint), poolclass=sa.NullPool)
                     own_tables.upgrade(engine)
 
-    def _patiently(self, step: Callable[[], None], behind: str, *, patience: float = 60.0) -> None:
+    def _patiently(self, step: Callable[[], T], behind: str, *, patience: float = 60.0) -> T:
         """Try a step again while locks are in its way.
 
+        :returns: what the step does.
         :raises RebalanceError: when they stay.
         """
         deadline = time.monotonic() + patience
         pause = 0.05
         while True:
             try:
-                step()
+                return step()
             except LockWait as error:
                 if time.monotonic() >= deadline:
                     raise RebalanceError(
@@ -169,8 +176,6 @@ class Stages:
                     ) from None
                 self._co.wait(pause)
                 pause = min(pause * 2, 2.0)
-            else:
-                return
 
     # --- what moves
 
@@ -366,7 +371,8 @@ class Stages:
         )
         done = 0
         for table in self._tables():
-            done += replace(copy, report=self._report_after(done)).run(table, self._where(table))
+            part = partial(replace(copy, report=self._report_after(done)).run, table, self._where(table))
+            done += self._patiently(part, _WAITING_DDL)
 
     def _report_after(self, before: int) -> Callable[[Table, int], None]:
         """Progress over all tables: ``before`` rows were in the tables before this one."""
@@ -382,7 +388,7 @@ class Stages:
         done = 0
         for table in self._tables():
             verification = Verification(self._job.id, reader, other, self._co.check, self._report_after(done))
-            done += verification.run(table, self._where(table))
+            done += self._patiently(partial(verification.run, table, self._where(table)), _WAITING_DDL)
         self._verified = True
 
     # --- activated, published
@@ -393,7 +399,7 @@ class Stages:
             if not self._verified:
                 return State.VERIFYING
             self._check_fence(self._tables())
-            cutover.activate(self._source, self._target, job, self._lease)
+            self._patiently(partial(cutover.activate, self._source, self._target, job, self._lease), "refused writers")
             reach("activated.decided")
         self._holding.close()
         self._patiently(partial(cutover.give_away, self._source, job, self._lease), "ownership rows")
@@ -418,8 +424,8 @@ class Stages:
 
     def _clean(self) -> None:
         self._delete_rows(self._from, "clean", self._tables())
-        cutover.finish(self._source, self._job, self._lease, "cleaned")
-        cutover.finish(self._target, self._job, self._lease, "cleaned")
+        self._patiently(partial(cutover.finish, self._source, self._job, self._lease, "cleaned"), "ownership rows")
+        self._patiently(partial(cutover.finish, self._target, self._job, self._lease, "cleaned"), "ownership rows")
         reach("cleaning.deleted")
         self._wait_for_event(self._from, "cleaned")
         self._change_map(self._forget_move)
@@ -439,7 +445,7 @@ class Stages:
                 self._co.wait,
                 self._report_after(done),
             )
-            done += cleanup.run(table, self._where(table))
+            done += self._patiently(partial(cleanup.run, table, self._where(table)), _WAITING_DDL)
 
     # --- cancelling
 
@@ -455,7 +461,7 @@ class Stages:
         self._patiently(partial(cutover.thaw, self._source, job, self._lease), "ownership rows")
         reach("cancelling.thawed")
         self._delete_rows(self._to, "undo", [table for table in self._tables() if self._copied(table)])
-        cutover.finish(self._target, job, self._lease, "cancelled")
-        cutover.finish(self._source, job, self._lease, "cancelled")
+        self._patiently(partial(cutover.finish, self._target, job, self._lease, "cancelled"), "ownership rows")
+        self._patiently(partial(cutover.finish, self._source, job, self._lease, "cancelled"), "ownership rows")
         self._wait_for_event(self._to, "cancelled")
         self._change_map(self._forget_move)

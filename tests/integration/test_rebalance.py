@@ -219,6 +219,37 @@ def test_the_databases_themselves_refuse_writes_to_the_moving_buckets(shop: Shop
     assert refusal(shop, SECOND, f"INSERT INTO orders VALUES (7, {user}, X'00', 1)") == ""
 
 
+def test_ddl_that_waits_for_a_held_table_delays_the_move_and_gives_up(shop: Shop) -> None:
+    """While it waits, nobody gets at the table, the job neither."""
+    outcomes: list[str] = []
+    threads: list[threading.Thread] = []
+
+    def truncate(shard: str, table: str) -> None:
+        with closing(shop.connect(shard)) as connection, connection.cursor() as cursor:
+            cursor.execute("SET SESSION lock_wait_timeout = 2, foreign_key_checks = 0")
+            try:
+                cursor.execute(f"TRUNCATE TABLE {table}")
+                outcomes.append("truncated")
+            except pymysql.OperationalError as error:
+                outcomes.append(str(error.args[1]))
+
+    def begin(shard: str, table: str) -> None:
+        thread = threading.Thread(target=truncate, args=(shard, table))
+        thread.start()
+        threads.append(thread)
+        waiting = "SELECT 1 FROM information_schema.processlist WHERE info LIKE 'TRUNCATE%' AND state LIKE '%metadata%'"
+        wait_until(lambda: shop.rows(shard, waiting), "the TRUNCATE waits")
+
+    before = shop.contents()
+    actions = {State.COPYING: lambda: begin(FIRST, "orders"), State.VERIFYING: lambda: begin(SECOND, "users")}
+    shop.apply(shop.plan(), observer=At(actions))
+    for thread in threads:
+        thread.join()
+    assert ["Lock wait timeout" in outcome for outcome in outcomes] == [True, True]
+    assert shop.contents() == before
+    assert shop.misplaced() == []
+
+
 def test_an_auto_increment_key_cannot_slip_into_a_closed_bucket(shop: Shop) -> None:
     """Before the INSERT its value is 0; the row that comes out of it is what counts."""
     outcome: list[str] = []
