@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,10 @@ import pytest
 from shardkit.testing import LocalZooKeeper
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit.testing.named import mariadb_server, mysql_server, zookeeper_server
+
+# A shell starts what it runs in the background with SIGINT ignored, and children inherit that: Ctrl-C is tested here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FLAVOUR = os.environ.get("SHARDKIT_TEST_FLAVOUR", "mariadb")
 if FLAVOUR not in {"mariadb", "mysql"}:
