@@ -11,6 +11,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from shardkit.testing import LocalZooKeeper
 from shardkit.testing.database import LocalDatabaseServer
@@ -19,6 +20,10 @@ from shardkit.testing.named import mariadb_server, mysql_server, zookeeper_serve
 # A shell starts what it runs in the background with SIGINT ignored, and children inherit that: Ctrl-C is tested here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# An example's time says nothing on a busy machine.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 FLAVOUR = os.environ.get("SHARDKIT_TEST_FLAVOUR", "mariadb")
 if FLAVOUR not in {"mariadb", "mysql"}:
