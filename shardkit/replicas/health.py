@@ -115,14 +115,17 @@ class ReplicaHealth:
                 for replica in list(self._replicas()):
                     if replica not in self._asked:  # else its last look still hangs
                         self._asked.add(replica)
-                        pool.submit(self._look, replica)
+                        try:
+                            pool.submit(self._look, replica)
+                        except RuntimeError:  # the interpreter is ending
+                            return
 
     def _look(self, replica: Replica) -> None:
         began = time.monotonic()
         try:
             reading = _read(self._engine_of(replica), replica[0], began)
         except (SQLAlchemyError, ShardkitError, OSError) as error:
-            reading = Reading(None, None, began, error=str(error))
+            reading = Reading(None, None, began, error=str(getattr(error, "orig", None) or error))
         before = self._readings.get(replica)
         self._readings[replica] = reading
         if self._judge(replica, time.monotonic()):

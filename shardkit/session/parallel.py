@@ -13,21 +13,23 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 T = TypeVar("T")
 
-#: How many shards one statement asks at the same time. More wait their turn.
+#: How many shards one statement of an asyncio session asks at the same time. More wait their turn.
 MAX_FAN_OUT = 16
+#: Threads for the statements over several shards of all sessions of this process. More shards wait their turn.
+MAX_THREADS = 64
 
 
 class Workers:
     """The threads that help sessions ask several shards at once. A child process has its own."""
 
-    def __init__(self, fan_out: int = MAX_FAN_OUT) -> None:
-        self._fan_out = fan_out
+    def __init__(self, threads: int = MAX_THREADS) -> None:
+        self._limit = threads
         self._pool: ThreadPoolExecutor | None = None
         self._pid = 0
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None or self._pid != os.getpid():
-            self._pool = ThreadPoolExecutor(self._fan_out, thread_name_prefix="shardkit-shard")
+            self._pool = ThreadPoolExecutor(self._limit, thread_name_prefix="shardkit-shard")
             self._pid = os.getpid()
         return self._pool
 

@@ -28,7 +28,7 @@ from shardkit.session.inserts import filled
 from shardkit.session.results import WriteResult, empty, merged
 from shardkit.session.scatter import select_from_several
 from shardkit.session.tokens import LOAD_OPTIONS, PARENT_LOAD, as_immutable, existing, identity_of, tokened, with_token
-from shardkit.session.transacting import ReadFrom, Target
+from shardkit.session.transacting import Target
 from shardkit.session.transaction import ClusterTransaction, ReplanNeeded
 from shardkit.snapshots import View
 
@@ -127,7 +127,7 @@ class RoutedSession(IdentitySession):
         transaction = self._outermost()
         transaction.begin_statement()
         view = transaction.view
-        route_options, read_from = self._route_options, self._read_from
+        route_options, from_replica = self._route_options, self._from_replica
         if options or statement._execution_options or self.execution_options:
             token = identity_of(options)
             if token is not None:  # get() and refresh of an object whose shard is known
@@ -136,16 +136,15 @@ class RoutedSession(IdentitySession):
                     shard = self.find_shard(refreshed) if refreshed in self._unplaced else refreshed.key[2]
                     if shard != token:  # its row has moved since the statement was made
                         token, options = shard, as_immutable(options).union({"identity_token": shard})
-                if "shardkit_read_from" in options:
-                    read_from = options["shardkit_read_from"]
-                elif "shardkit_read_from" in statement._execution_options:
-                    read_from = statement._execution_options["shardkit_read_from"]
-                elif self.execution_options:
-                    read_from = self.execution_options.get("shardkit_read_from", read_from)
-                target = Target(existing(view, token), statement._for_update_arg is not None, read_from == "replica")
+                for given in (options, statement._execution_options, self.execution_options):
+                    if "shardkit_read_from" in given:
+                        from_replica = _replica(given["shardkit_read_from"])
+                        break
+                target = Target(existing(view, token), statement._for_update_arg is not None, from_replica)
                 return self._run(statement, params, options, bind_arguments, target, parent, scalar)
             combined = self._merged_options(statement, options)
-            read_from = combined.get("shardkit_read_from", read_from)
+            if "shardkit_read_from" in combined:
+                from_replica = _replica(combined["shardkit_read_from"])
             route_options = RouteOptions.from_execution_options(combined, policy=route_options.policy)
             if "identity_token" in options and PARENT_LOAD in options:
                 # of the statement that this loader belongs to: related rows may live elsewhere
@@ -157,12 +156,12 @@ class RoutedSession(IdentitySession):
             statement, params = filled(statement, params, view, self.cluster.next_id, nulls=nulls)
         route = view.planner.plan(statement, params, route_options)
         if len(route.shards) != 1 or route.merge is not None:
-            answer = self._run_on_several(route, view, options, bind_arguments, parent, read_from)
+            answer = self._run_on_several(route, view, options, bind_arguments, parent, from_replica)
             return answer.scalar() if scalar else answer
         shard = route.shards[0]
         if route.alternatives:
             shard = self._stay(transaction, route)
-        target = Target(shard, route.writes or route.locking, read_from == "replica")
+        target = Target(shard, route.writes or route.locking, from_replica)
         if statement._propagate_attrs and tokened(view, route):
             options = with_token(options, shard, route.kind)
         if route.shard_statements:
@@ -256,7 +255,7 @@ class RoutedSession(IdentitySession):
         options: Mapping[str, Any],
         bind_arguments: Mapping[str, Any] | None,
         parent: ORMExecuteState | None,
-        read_from: ReadFrom,
+        from_replica: bool,
     ) -> Any:
         if route.warning:
             warnings.warn(route.warning, ScatterWarning, stacklevel=5)
@@ -273,7 +272,7 @@ class RoutedSession(IdentitySession):
             return with_token(given, shard, route.kind) if carry_shard else given
 
         def target_for(shard: str) -> Target:
-            return Target(shard, route.writes or route.locking, read_from == "replica")
+            return Target(shard, route.writes or route.locking, from_replica)
 
         def arguments_for(shard: str) -> dict[str, Any]:
             return {**(bind_arguments or {}), TARGET: target_for(shard)}
@@ -387,6 +386,13 @@ def _secondaries_on(view: View, mapper: Mapper[Any], home: Home) -> bool:
     return all(
         not isinstance(each, Table) or view.map.table(each.fullname).shards == home.info.shards for each in tables
     )
+
+
+def _replica(read_from: str) -> bool:
+    """:raises RoutingError: for a value of ``shardkit_read_from`` that is not known."""
+    if read_from not in {"master", "replica"}:
+        raise RoutingError(f"shardkit_read_from is {read_from!r}", hint="give 'master' or 'replica'")
+    return read_from == "replica"
 
 
 def _combined_write(route: Route, results: Sequence[Result[Any]]) -> WriteResult:

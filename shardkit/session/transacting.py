@@ -53,7 +53,7 @@ class TransactingSession(Session):
         self.cluster = cluster
         self.asynchronous = asynchronous
         self.commit_mode = CommitMode(transactions)
-        self._read_from = read_from
+        self._from_replica = read_from == "replica"
         self._route_options = RouteOptions(policy=scatter)
         self._root: ClusterTransaction | None = None
         self._carried: Target | None = None

@@ -128,18 +128,28 @@ def server_shop(request: pytest.FixtureRequest, database_server: LocalDatabaseSe
     made.close()
 
 
+class DistantShop(Shop):
+    """A shop behind proxies."""
+
+    proxies: list[TcpProxy]
+
+    def go_far(self) -> None:
+        """From now on each shard is 0.2 s away, there and back."""
+        for proxy in self.proxies:
+            proxy.delay(0.1)
+
+
 @pytest.fixture
-def distant_shop(server_shop: Shop, database_server: LocalDatabaseServer) -> Iterator[Shop]:
-    """The shop on the shared server, each of its databases 0.2 s away (there and back)."""
+def distant_shop(server_shop: Shop, database_server: LocalDatabaseServer) -> Iterator[DistantShop]:
+    """The shop on the shared server, each of its databases behind a proxy of its own."""
     with ExitStack() as stack:
         proxies = [stack.enter_context(TcpProxy(database_server.host, database_server.port)) for _ in SHARDS]
-        for proxy in proxies:
-            proxy.delay(0.1)
         masters = {
             shard: proxy.endpoint(str(server_shop.masters[shard].database))
             for shard, proxy in zip(SHARDS, proxies, strict=True)
         }
-        made = Shop(Databases(masters, server_shop.connect), "server", server_shop.options)
+        made = DistantShop(Databases(masters, server_shop.connect), "server", server_shop.options)
+        made.proxies = proxies
         yield made
         made.close()
 

@@ -18,8 +18,8 @@ from sqlalchemy.exc import InvalidRequestError, MultipleResultsFound, PendingRol
 from sqlalchemy.orm import immediateload, joinedload, selectinload
 
 import shardkit
-from shardkit.errors import KeyChange, MissingKey, RoutingError, ScatterRefused, ShardkitError
-from tests.integration.conftest import FLAVOUR, Shop
+from shardkit.errors import KeyChange, MissingKey, RoutingError, ScatterRefused, ShardkitError, UnknownTable
+from tests.integration.conftest import FLAVOUR, DistantShop, Shop
 from tests.integration.shop import SHARDS, Country, Invoice, Message, Note, Order, User, Visit
 
 
@@ -544,6 +544,18 @@ def test_a_statement_can_be_pinned_to_a_shard_or_a_key(shop: Shop, users: dict[s
         assert session.scalar(select(func.count()).select_from(User)) == 3
 
 
+def test_options_of_the_wrong_kind_are_refused(sqlite_shop: Shop) -> None:
+    for options in (
+        {"shardkit_shard": 5},
+        {"shardkit_key": 5},
+        {"shardkit_scatter": "yes"},
+        {"shardkit_read_from": "slave"},
+        {"shardkit_shard": "shop-9"},
+    ):
+        with sqlite_shop.session() as session, pytest.raises((RoutingError, UnknownTable)):
+            session.execute(select(User).where(User.id == 1), execution_options=options)
+
+
 def test_text_needs_a_shard(shop: Shop, users: dict[str, list[int]], sent: Sent) -> None:
     statement = sa.text("SELECT count(*) FROM users /* by hand */")
     with shop.session() as session:
@@ -719,10 +731,11 @@ def test_a_failed_shard_fails_the_whole_statement_and_keeps_no_connection(server
     assert [pool.checkedout() for pool in pools] == [0, 0, 0]
 
 
-def test_shards_are_asked_at_the_same_time(distant_shop: Shop) -> None:
+def test_shards_are_asked_at_the_same_time(distant_shop: DistantShop) -> None:
     """Three shards, each 0.2 s away, answer in less time than two of them would one after the other."""
     with distant_shop.session() as session:
         session.execute(select(User.id)).all()
+        distant_shop.go_far()
         began = time.monotonic()
         assert session.execute(select(User.id)).all() == []
         assert 0.2 <= time.monotonic() - began < 0.4
