@@ -81,15 +81,6 @@ class Event(NamedTuple):
         """When it was written: seconds since the epoch, by the source's clock."""
         return int.from_bytes(self.data[0:4], "little")
 
-    @property
-    def server_id(self) -> int:
-        return int.from_bytes(self.data[5:9], "little")
-
-    @property
-    def end_position(self) -> int:
-        """Its end in the source's log file (bytes); 0 where the server does not say."""
-        return int.from_bytes(self.data[13:17], "little")
-
 
 def with_length(data: bytes) -> bytes:
     """An event's bytes with a header that says their length, for a log without checksums."""

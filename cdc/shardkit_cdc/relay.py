@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,7 @@ class HopOptions:
         that its log holds all of them.
     :param settle_seconds: how often the position moves past other databases' transactions alone.
     :param heartbeat: seconds of silence after which the source's server sends a sign of life.
+    :param retry_seconds: the shortest and the longest pause between two attempts.
     """
 
     batch_transactions: int = 1000
@@ -123,7 +124,6 @@ class HopReport:
     error: ShardkitError | None = None
     position: str = ""
     transactions: int = 0
-    changed: threading.Condition = field(default_factory=threading.Condition, repr=False)
 
 
 class Hop:
@@ -177,6 +177,8 @@ class Hop:
                     self._epoch = None
                     if not self._lead(lost):
                         return
+                if self.report.state is State.FENCED:
+                    self._stop.wait(self._options.retry_seconds[1])  # elected and yet fenced: no hurry to be so again
             self._become(State.STOPPED)
         except Exception as error:
             self._become(State.FAILED, RelayError(f"failed: {error!r}", hop=self.spec.name))
@@ -195,10 +197,7 @@ class Hop:
                 self._become(State.RETRYING, error)
             except Fenced as error:
                 self._become(State.FENCED, error)
-                if not self._election.shared:
-                    return False
-                self._stop.wait(longest)
-                return True
+                return self._election.shared
             except PositionLost as error:
                 return self._fail(error)
             except PreconditionFailed as error:
@@ -224,9 +223,7 @@ class Hop:
         report = self.report
         if isinstance(error, RelayError):
             error = error.of_hop(self.spec.name)
-        with report.changed:
-            report.state, report.error = state, error
-            report.changed.notify_all()
+        report.state, report.error = state, error
         level = logging.INFO if error is None else logging.WARNING if state is State.RETRYING else logging.ERROR
         line = f"{state.value}: {error}" if error else state.value
         if state is State.STARTING or line == self._said:

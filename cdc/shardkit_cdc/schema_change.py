@@ -109,10 +109,9 @@ class SchemaChanger:
         for name, value in _said(session, self._flavour):
             names.append(name)
             values.append(value)
-        cursor.execute("SET " + ", ".join(f"SESSION {name} = %s" for name in names), values)
-        # Not by SET alone: the driver has to know nothing of it, since the text is sent as the bytes that it was.
-        if query.database:
+        if query.database:  # before the character set changes: the name is sent in it
             self._connection.select_db(query.database)
+        cursor.execute("SET " + ", ".join(f"SESSION {name} = %s" for name in names), values)
         if self._flavour is Flavour.MARIADB:
             # One after the other: the number is checked against the domain that is set by then.
             cursor.execute("SET SESSION gtid_domain_id = %s", (int(self._claim.ddl_origin),))
@@ -135,18 +134,14 @@ class SchemaChanger:
         ]
         if not self._connection.open:
             return
-        try:
-            if self._flavour is Flavour.MARIADB:
-                self._query("SET SESSION gtid_seq_no = 0, SESSION gtid_domain_id = DEFAULT")
-            else:
-                self._query("SET SESSION gtid_next = 'AUTOMATIC'")
-                defaults += ["default_collation_for_utf8mb4", "explicit_defaults_for_timestamp"]
-            self._query("SET " + ", ".join(f"SESSION {name} = DEFAULT" for name in defaults))
-            self._query("SET NAMES utf8mb4")
-        except pymysql.MySQLError as error:
-            if code_of(error) not in PASSING:
-                raise
-            self._connection.close()
+        if self._flavour is Flavour.MARIADB:
+            self._query("SET SESSION gtid_seq_no = 0")
+            self._query("SET SESSION gtid_domain_id = DEFAULT")
+        else:
+            self._query("SET SESSION gtid_next = 'AUTOMATIC'")
+            defaults += ["default_collation_for_utf8mb4", "explicit_defaults_for_timestamp"]
+        self._query("SET " + ", ".join(f"SESSION {name} = DEFAULT" for name in defaults))
+        self._query("SET NAMES utf8mb4")
 
     def _query(self, sql: str) -> None:
         self._connection.query(sql)
