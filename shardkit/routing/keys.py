@@ -332,11 +332,11 @@ class Readers:
     """The reader of each column type, made once."""
 
     def __init__(self, dialect: Dialect) -> None:
-        self._dialect = dialect
+        self.dialect = dialect
         self._made: dict[TypeEngine[Any], Reader | None] = {}
 
     def of(self, column_type: TypeEngine[Any]) -> Reader | None:
         """How values of this type are read; None for a type that cannot be a key."""
         if column_type not in self._made:
-            self._made[column_type] = reader_of(column_type, self._dialect)
+            self._made[column_type] = reader_of(column_type, self.dialect)
         return self._made[column_type]

@@ -29,6 +29,7 @@ class KeyColumnOf:
     :param names: what the column may be called among parameters: its key, its ORM attribute.
     :param optional: whether an explicit NULL is stored as NULL.
     :param constant: the model's default, where that is a plain value; None where there is none.
+    :param counted: whether the server may count it up: it then takes 0 for "give me the next number".
     """
 
     column: Any
@@ -36,6 +37,7 @@ class KeyColumnOf:
     read: Reader | None
     optional: bool
     constant: Any = None
+    counted: bool = False
 
 
 class Rows:
@@ -73,7 +75,9 @@ class Rows:
         optional = bool(getattr(column, "nullable", True)) and not getattr(column, "primary_key", False)
         default = getattr(column, "default", None)
         constant = default.arg if default is not None and default.is_scalar else None
-        return KeyColumnOf(column, tuple(dict.fromkeys(names)), self._readers.of(column.type), optional, constant)
+        counted = getattr(table, "autoincrement_column", None) is column and self._readers.dialect.name != "sqlite"
+        reader = self._readers.of(column.type)
+        return KeyColumnOf(column, tuple(dict.fromkeys(names)), reader, optional, constant, counted)
 
     def place(
         self, table: TableClause, row: Mapping[Any, Any], binds: Binds | None = None, mapper: Any = None
@@ -131,6 +135,12 @@ class Rows:
                 info,
                 f"the key {name} is NULL, which the column does not store",
                 "give a value: the database's own default or AUTO_INCREMENT would be chosen after the shard",
+            )
+        if key.counted and stored == 0:
+            raise self._missing(
+                info,
+                f"the key {name} is 0, for which AUTO_INCREMENT makes up another number",
+                "give another value, or declare the column with autoincrement=False",
             )
         return stored
 

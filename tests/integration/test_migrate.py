@@ -239,7 +239,7 @@ def test_a_process_killed_in_a_ddl_statement_is_taken_up(shop: Shop) -> None:
         import os, pathlib
         op.create_table("notes", sa.Column("user_id", sa.Integer))
         pathlib.Path({str(shop.directory / "pid")!r}).write_text(str(os.getpid()))
-        op.execute("CREATE TABLE slow AS SELECT SLEEP(3) AS waited")
+        op.execute("CREATE TABLE slow AS SELECT SLEEP(6) AS waited")
         op.add_column("users", sa.Column("email", sa.String(99)))
         """,
     )

@@ -97,7 +97,7 @@ def test_tables_of_one_mapped_class_go_together() -> None:
 
     shard_map = two_shards({"employees": "id", "managers": "id"})
     planner = Planner(shard_map)
-    found = planner.plan(sa.insert(Manager), [{"id": n, "level": 1} for n in range(20)])
+    found = planner.plan(sa.insert(Manager), [{"id": n, "level": 1} for n in range(1, 21)])
     assert found.tables == ("employees", "managers")
     for shard in found.shards:
         assert {shard_map.locate("managers", [row["id"]]).shard for row in found.parameters_for(shard)} == {shard}
@@ -315,3 +315,16 @@ def test_rows_of_objects_are_placed(shop: Shop) -> None:
         shop.planner.place(u.__table__, {"name": "x"})
     with pytest.raises(MissingKey, match="may be stored as another"):
         shop.planner.place(u.__table__, {"id": 5.0})
+
+
+def test_the_key_zero_is_refused_where_the_server_would_count_it_up(shop: Shop) -> None:
+    """MySQL and MariaDB store a 0 in an AUTO_INCREMENT column under the next number: on the wrong shard."""
+    counted = sa.Table("users", sa.MetaData(), sa.Column("id", sa.BigInteger, primary_key=True))
+    given = sa.Table("users", sa.MetaData(), sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False))
+    server = Planner(shop.map, dialect_name="mysql")
+    with pytest.raises(MissingKey, match="AUTO_INCREMENT"):
+        server.place(counted, {"id": 0})
+    for planner, table in ((server, given), (Planner(shop.map, dialect_name="sqlite"), counted)):
+        place = planner.place(table, {"id": 0})
+        assert place is not None
+        assert place == shop.map.locate("users", [0])
