@@ -20,8 +20,8 @@ import sqlalchemy as sa
 
 from shardkit import own_tables
 from shardkit.engines import EngineSettings
-from shardkit.errors import MapConflict, PreconditionFailed, RebalanceError
-from shardkit.rebalance import clients, cutover, fence, preflight
+from shardkit.errors import MapConflict, RebalanceError
+from shardkit.rebalance import clients, cutover, fence, mapchange, preflight
 from shardkit.rebalance.clean import Cleanup
 from shardkit.rebalance.coordinator import Coordinator
 from shardkit.rebalance.copy import Copy, Cursor, read_cursor, show_key
@@ -33,7 +33,7 @@ from shardkit.rebalance.servers import LockWait, Server, code_of, new_token
 from shardkit.rebalance.tables import Table, moving_tables, quoted
 from shardkit.rebalance.throttle import Throttle
 from shardkit.rebalance.verify import Verification
-from shardkit.shardmap import Keyspace, Move, ShardMap
+from shardkit.shardmap import Keyspace, ShardMap
 from shardkit.topology import ReplicationKind, Role, Shard
 
 #: Seconds between two notes of a job's progress in its record.
@@ -196,7 +196,7 @@ class Stages:
 
     def _prepare(self) -> None:
         co, job = self._co, self._job
-        if not self._named_in_map():
+        if not mapchange.is_named(co.store.load(), job):
             transfer = Transfer(job.keyspace, job.buckets, job.source, job.target, job.rows, job.size)
             preflight.check(co.store.load(), transfer, co.credentials, job=job.id)
         tables = self._tables()
@@ -210,7 +210,7 @@ class Stages:
         reach("prepared.fenced")
         self._refuse_strays(tables)
         older = clients.marks((self._from, self._to), co.credentials)
-        published = self._change_map(self._name_move)
+        published = self._change_map(mapchange.name_move)
         reach("prepared.named")
         self._settle(published.version, (self._source, self._target), older)
         co.save(replace(self._job, moving_version=published.version))
@@ -246,45 +246,17 @@ class Stages:
 
     # --- the map
 
-    def _named_in_map(self) -> bool:
-        return any(move.job == self._job.id for move in self._co.store.load().moves)
-
-    def _change_map(self, change: Callable[[ShardMap], ShardMap | None]) -> ShardMap:
+    def _change_map(self, change: Callable[[ShardMap, Job], ShardMap | None]) -> ShardMap:
         """Publish a change on top of whatever the map is; nothing where it is in place already."""
         while True:
             current = self._co.store.load()
-            changed = change(current)
+            changed = change(current, self._job)
             if changed is None:
                 return current
             try:
                 return self._co.store.publish(changed, expected_version=current.version)
             except MapConflict:
                 self._co.wait(0.05)
-
-    def _name_move(self, current: ShardMap) -> ShardMap | None:
-        job = self._job
-        if any(move.job == job.id for move in current.moves):
-            return None
-        keyspace = current.keyspace(job.keyspace)
-        busy = {bucket for move in current.moves_of(job.keyspace) for bucket in move.buckets}
-        wrong = [bucket for bucket in job.buckets if keyspace.placement.get(bucket) != job.source or bucket in busy]
-        if wrong:
-            raise PreconditionFailed(
-                f"job {job.id}: the map does not place bucket {fence.describe(wrong)} on {job.source} (any more)",
-                hint=f"cancel the job ('shardkit rebalance cancel {job.id}') and make a new plan",
-            )
-        return current.with_moves([*current.moves, Move(job.id, job.keyspace, job.buckets, job.source, job.target)])
-
-    def _place_on_target(self, current: ShardMap) -> ShardMap | None:
-        job = self._job
-        placement = current.keyspace(job.keyspace).placement
-        if all(placement[bucket] == job.target for bucket in job.buckets):
-            return None
-        return current.with_placement(job.keyspace, dict.fromkeys(job.buckets, job.target))
-
-    def _forget_move(self, current: ShardMap) -> ShardMap | None:
-        kept = [move for move in current.moves if move.job != self._job.id]
-        return None if len(kept) == len(current.moves) else current.with_moves(kept)
 
     def _settle(self, version: int, masters: Sequence[Server], older: Sequence[clients.Mark]) -> None:
         """Have every process on this version, or without a connection to these shards from before it."""
@@ -411,7 +383,7 @@ class Stages:
         """The new map reaches everybody before the first write to the target: till then, old maps read all there is."""
         co, job = self._co, self._job
         older = clients.marks((self._from,), co.credentials)
-        published = self._change_map(self._place_on_target)
+        published = self._change_map(mapchange.place_on_target)
         reach("published.named")
         self._settle(published.version, (self._source,), older)
         co.save(replace(self._job, published_version=published.version))
@@ -428,7 +400,7 @@ class Stages:
         self._patiently(partial(cutover.finish, self._target, self._job, self._lease, "cleaned"), "ownership rows")
         reach("cleaning.deleted")
         self._wait_for_event(self._from, "cleaned")
-        self._change_map(self._forget_move)
+        self._change_map(mapchange.forget_move)
 
     def _delete_rows(self, shard: Shard, phase: str, tables: Sequence[Table]) -> None:
         server = self._open(shard)
@@ -464,4 +436,4 @@ class Stages:
         self._patiently(partial(cutover.finish, self._target, job, self._lease, "cancelled"), "ownership rows")
         self._patiently(partial(cutover.finish, self._source, job, self._lease, "cancelled"), "ownership rows")
         self._wait_for_event(self._to, "cancelled")
-        self._change_map(self._forget_move)
+        self._change_map(mapchange.forget_move)

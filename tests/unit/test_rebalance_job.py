@@ -14,10 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkit.errors import PreconditionFailed, RebalanceError
+from shardkit.partition import HashPartition
 from shardkit.rebalance.failpoint import VARIABLE, reach
 from shardkit.rebalance.job import CLOSED, FINAL, TRANSITIONS, Job, Progress, State
 from shardkit.rebalance.jobstore import FileJobStore
+from shardkit.rebalance.mapchange import forget_move, name_move, place_on_target
 from shardkit.rebalance.throttle import MOST_ROWS, ChunkSize, Throttle
+from shardkit.shardmap import Keyspace, Move, ShardMap
+from shardkit.topology import Endpoint, Shard
 
 AT = datetime(2024, 5, 17, 12, 0, tzinfo=UTC)
 
@@ -115,6 +119,45 @@ def test_a_record_is_replaced_only_by_who_has_read_its_last_revision(tmp_path: P
 def test_a_job_that_there_is_not(name: str, tmp_path: Path) -> None:
     with pytest.raises(PreconditionFailed, match=r"is not the name of a job|there is no rebalance job"):
         FileJobStore(tmp_path / "map.yaml").load(name)
+
+
+# --- the map -------------------------------------------------------------------------------------------------------
+
+
+def shop(*moves: Move) -> ShardMap:
+    shards = {name: Shard(name, Endpoint("h", 3306, name)) for name in "ab"}
+    placement = {bucket: "a" if bucket < 4 else "b" for bucket in range(8)}
+    keyspace = Keyspace("orders", HashPartition(8), {"users": ("id",)}, placement)
+    return ShardMap("shop", {"orders": keyspace}, shards, moves, version=7)
+
+
+def test_a_move_is_named_then_placed_then_forgotten_and_nothing_happens_twice() -> None:
+    other = Move("r9-1", "orders", (0,), "a", "b")
+    named = name_move(shop(other), job())
+    assert named is not None
+    assert named.moves == (other, Move("r1-1", "orders", (1, 2, 3), "a", "b"))
+    assert named.keyspaces["orders"].buckets_on("a") == (0, 1, 2, 3), "where they are until they are handed over"
+    assert name_move(named, job()) is None
+
+    placed = place_on_target(named, job())
+    assert placed is not None
+    assert placed.keyspaces["orders"].buckets_on("a") == (0,)
+    assert placed.moves == named.moves, "the source still has the rows"
+    assert place_on_target(placed, job()) is None
+
+    forgotten = forget_move(placed, job())
+    assert forgotten is not None
+    assert forgotten.moves == (other,)
+    assert forget_move(forgotten, job()) is None
+
+
+def test_a_move_is_not_named_where_the_map_has_changed_or_another_job_is_at_work() -> None:
+    for current in (
+        shop().with_placement("orders", {2: "b"}),
+        shop(Move("r9-1", "orders", (3,), "a", "b")),
+    ):
+        with pytest.raises(PreconditionFailed, match=r"cancel the job \('shardkit rebalance cancel r1-1'\)"):
+            name_move(current, job())
 
 
 # --- pace ----------------------------------------------------------------------------------------------------------
