@@ -176,7 +176,11 @@ class Chain:
         expected = self.contents(self.master)
         assert expected, "the master has no tables: nothing would be compared"
         for server in self.servers[1:]:
-            assert self.contents(server) == expected, server.name
+            found = self.contents(server)
+            different = {name: (expected.get(name), found.get(name)) for name in expected.keys() | found.keys()}
+            assert found == expected, (
+                f"{server.name}: { {n: pair for n, pair in different.items() if pair[0] != pair[1]} }"
+            )
 
     def failed(self, index: int = 0) -> BaseException:
         """Wait until a hop has stopped by itself, and give its error."""
