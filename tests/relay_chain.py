@@ -115,6 +115,14 @@ class Chain:
         )
         return parse_position(self.flavour, rows[0][0] if rows else "")
 
+    def reached_or_none(self, server: LocalDatabaseServer) -> Position | None:
+        """As `reached`; None as long as there is nothing."""
+        try:
+            position = self.reached(server)
+        except pymysql.MySQLError:
+            return None
+        return position if str(position) else None
+
     def settle(self) -> None:
         """Wait until the last server has everything that the master's log holds for the database.
 

@@ -43,6 +43,13 @@ def own_pair(flavour: str) -> Iterator[Chain]:
         yield from _chain(started)
 
 
+@pytest.fixture
+def own_chain(flavour: str) -> Iterator[Chain]:
+    """master -> staging -> replica on servers of the test's own."""
+    with servers(flavour, 3) as started:
+        yield from _chain(started)
+
+
 def _chain(links: Sequence[LocalDatabaseServer]) -> Iterator[Chain]:
     database = f"relay_{next(_numbers)}"
     for server in links:

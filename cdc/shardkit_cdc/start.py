@@ -17,9 +17,10 @@ from shardkit import own_tables
 from shardkit.credentials import CredentialSource
 from shardkit.errors import PreconditionFailed
 from shardkit.topology import Endpoint
+from shardkit_cdc import own_schema
 from shardkit_cdc.connection import connect
 from shardkit_cdc.gtid import Flavour, MariaDBPosition
-from shardkit_cdc.position import insert_row
+from shardkit_cdc.position import insert_row, read_row
 from shardkit_cdc.preflight import ServerFacts
 
 if TYPE_CHECKING:
@@ -90,12 +91,18 @@ def user_objects(connection: Connection, database: str) -> list[str]:
 def _refuse_older_tables(link: Link, credentials: CredentialSource, log_began: int) -> None:
     connection = connect(link.source, credentials, autocommit=True)
     with closing(connection), connection.cursor() as cursor:
+        filled_by_relay = own_schema.exists(connection) and read_row(connection, link.key) is not None
         cursor.execute(
             "SELECT table_name FROM information_schema.tables WHERE table_schema = %s "
             "AND UNIX_TIMESTAMP(create_time) < %s",
             (link.source.database, log_began),
         )
-        older = [name for (name,) in cursor.fetchall() if not name.startswith(own_tables.PREFIX)]
+        older = [name for (name,) in cursor.fetchall()]
+    if filled_by_relay:
+        # Its tables carry the times of its own source (MySQL). All of them are younger than its position table.
+        older = [name for name in older if name == own_tables.position.name]
+    else:
+        older = [name for name in older if not name.startswith(own_tables.PREFIX)]
     if older:
         raise PreconditionFailed(
             f"hop {link.name} has no position yet, and {link.source} has tables older than its log: {_listed(older)}",

@@ -153,8 +153,9 @@ def relay_seconds(source: LocalDatabaseServer, target: LocalDatabaseServer, *, d
 
         flavour = Flavour(source.flavour)
         began = time.perf_counter()
-        with running(Hop(spec, source.credentials, cluster="bench", runner="bench")):
-            wait_until(arrived)
+        hop = Hop(spec, source.credentials, cluster="bench", runner="bench")
+        with running(hop):
+            wait_until(arrived, [hop])
             return time.perf_counter() - began
 
 
@@ -245,7 +246,7 @@ def latency(
     with ExitStack() as stack:
         for hop in hops:
             stack.enter_context(running(hop))
-        wait_until(lambda: _reached(replica, end) or any(hop.report.state is State.FAILED for hop in hops))
+        wait_until(lambda: _reached(replica, end), hops)
         stop = threading.Event()
         watcher = threading.Thread(target=_watch, args=(replica, seen, stop))
         watcher.start()
@@ -331,9 +332,12 @@ def end_of_log(server: LocalDatabaseServer) -> Any:
     return parse_position(flavour, str(server.execute(f"SELECT @@global.{variable}")[0][0]))
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool], hops: Sequence[Hop] = ()) -> None:
     end = time.monotonic() + DEADLINE
     while not condition():
+        for hop in hops:
+            if hop.report.state in {State.FAILED, State.FENCED, State.BLOCKED}:
+                raise AssertionError(f"{hop.spec.name} is {hop.report.state}: {hop.report.error}")
         if time.monotonic() > end:
             raise AssertionError("the benchmark waits in vain")
         time.sleep(0.005)

@@ -448,3 +448,32 @@ def test_the_position_moves_past_other_databases_after_a_while(pair: Chain) -> N
     pair.master.execute("DROP DATABASE elsewhere")
     end = pair.end_of_log()
     wait_for(lambda: pair.reached(pair.last).covers(end), "the position moves without a transaction of its own")
+
+
+def test_a_replica_joins_a_staging_database_that_is_younger_than_the_tables_in_it(own_chain: Chain) -> None:
+    """MySQL gives a relayed table the time of its creation on the master, which is before staging's log begins."""
+    _, staging, replica = own_chain.servers
+    own_chain.sql("CREATE TABLE t (id INT PRIMARY KEY)", "INSERT INTO t VALUES (1)")
+    threading.Event().wait(2.1)  # creation times are whole seconds
+    mariadb = own_chain.flavour is Flavour.MARIADB
+    for server in (staging, replica):
+        server.execute("RESET MASTER" if mariadb else "RESET BINARY LOGS AND GTIDS")
+    own_chain.run(own_chain.hop(0))
+    wait_for(lambda: own_chain.reached_or_none(staging) is not None, "staging has the master's first transactions")
+    own_chain.run(own_chain.hop(1))
+    own_chain.settle()
+    own_chain.assert_equal()
+
+
+def test_a_replica_does_not_join_a_staging_database_whose_log_is_younger_than_its_data(own_chain: Chain) -> None:
+    _, staging, _ = own_chain.servers
+    own_chain.sql("CREATE TABLE t (id INT PRIMARY KEY)", "INSERT INTO t VALUES (1)")
+    own_chain.run(own_chain.hop(0))
+    wait_for(lambda: own_chain.reached_or_none(staging) is not None, "staging has the master's first transactions")
+    own_chain.stop()
+    threading.Event().wait(2.1)  # creation times are whole seconds
+    staging.execute("RESET MASTER" if own_chain.flavour is Flavour.MARIADB else "RESET BINARY LOGS AND GTIDS")
+    own_chain.run(own_chain.hop(1))
+    error = own_chain.failed()
+    assert isinstance(error, PreconditionFailed)
+    assert "older than its log" in error.message
