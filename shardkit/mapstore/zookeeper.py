@@ -148,7 +148,7 @@ class ZooKeeperMapStore:
         forever: dict[str, Any] = {"max_tries": -1, "delay": 0.1, "backoff": 2, "max_delay": 2.0}
         try:
             client = KazooClient(
-                hosts=self._hosts,
+                hosts=_with_patience(self._hosts, self._session_timeout),
                 timeout=self._session_timeout,
                 connection_retry=forever,
                 command_retry={"max_tries": 3},
@@ -442,6 +442,17 @@ class ZooKeeperMapStore:
             client.remove_listener(self._state_changed)
             client.stop()
             client.close()
+
+
+def _with_patience(hosts: str, session_timeout: float) -> str:
+    """The hosts, named so often that kazoo waits about three seconds for one to greet it, and not a whole session.
+
+    kazoo divides the session's time-out by the number of hosts that it was given (as ZooKeeper's own client does). A
+    server that is just starting may take a connection and never answer it, so with a single host the one wait would use
+    up all the time that a caller has.
+    """
+    tries = session_timeout / len(hosts.split(",")) / 3.0
+    return ",".join([hosts] * max(1, round(tries)))
 
 
 def _pack(text: str) -> bytes:

@@ -146,6 +146,26 @@ def test_an_unreachable_zookeeper_is_said_so_in_time(opened: Opener) -> None:
         store.publish(layout(opened.cluster), expected_version=0)
 
 
+def test_a_server_that_takes_a_connection_and_never_greets_it_costs_one_try(
+    zookeeper: LocalZooKeeper, opened: Opener
+) -> None:
+    """As one that is just starting may do."""
+    first = opened().publish(layout(opened.cluster), expected_version=0)
+    lost: list[bytes] = []
+
+    def lose_the_first_greeting(direction: Direction, packet: bytes) -> Action:
+        if direction is Direction.TO_CLIENT and not lost:
+            lost.append(packet)
+            return Action.DROP
+        return Action.FORWARD
+
+    with TcpProxy(zookeeper.host, zookeeper.port, framing="zookeeper", on_packet=lose_the_first_greeting) as proxy:
+        store = opened(hosts=f"{proxy.host}:{proxy.port}")
+        assert store.load() == first
+        assert len(lost) == 1
+        store.close()
+
+
 def test_a_watch_that_begins_while_zookeeper_is_away_gets_its_map_later(
     own_zookeeper: LocalZooKeeper, opened_own: Opener
 ) -> None:
