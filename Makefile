@@ -48,6 +48,7 @@ lint: python ## ruff, mypy --strict, import-linter
 
 .PHONY: bench
 bench: servers ## The benchmarks, into bench.json (ONLY=relay for a part)
+	@.ci/setup-rivals.sh
 	@.venv/bin/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY))
 
 .PHONY: soak
