@@ -130,7 +130,6 @@ def _dump_seconds(source: LocalDatabaseServer, target: LocalDatabaseServer) -> f
     """A dump of the table piped into a client, and the table emptied again; None where they are not installed."""
     dump, client = (shutil.which(name) for name in ("mariadb-dump", "mariadb"))
     if dump is None or client is None:
-        print("mariadb-dump and mariadb are not installed: there is no rival to the copy", flush=True)
         return None
     account = ["--no-defaults", "--protocol=tcp", "-uroot"]
     started = time.monotonic()
