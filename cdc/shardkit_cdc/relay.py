@@ -215,8 +215,8 @@ class Hop:
 
     def _fail(self, error: RelayError) -> bool:
         known = error.of_hop(self.spec.name)
+        self._note(known)  # first: whoever sees the state finds the reason
         self._become(State.FAILED, known)
-        self._note(known)
         return False
 
     def _become(self, state: State, error: ShardkitError | None = None) -> None:

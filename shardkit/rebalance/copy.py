@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -179,7 +179,14 @@ class Copy:
                     chunk = pending.result()
                     if chunk.rows:
                         pending = ahead.submit(read_chunk, self.source, table, where, chunk.keys[-1], size.rows)
-                    cursor = self._write(table, chunk, cursor, packet, size)
+                    try:
+                        cursor = self._write(table, chunk, cursor, packet, size)
+                    except pymysql.IntegrityError as error:
+                        if not pending.cancel():
+                            wait([pending])  # it reads on the source's connection, which naming the rows needs
+                        if error.args and error.args[0] == ER.DUP_ENTRY:
+                            raise self._clash(table, chunk, str(error.args[1])) from error
+                        raise
                     reach("copying.chunk")
                     self.report(table, cursor.rows)
                     if cursor.finished:
@@ -192,23 +199,18 @@ class Copy:
         started = time.monotonic()
         last = chunk.keys[-1] if chunk.keys else cursor.last
         after = Cursor(last, cursor.rows + len(chunk.rows), finished=not chunk.rows)
-        try:
-            with self.target.transaction():
-                self.lease.check(self.target)
-                for statement in statements(table, chunk.rows, min(STATEMENT_BYTES, packet)):
-                    if len(statement) >= packet:
-                        raise RebalanceError(
-                            f"{self.target}: a row of {table.name} takes {len(statement):,} bytes as a statement, more "
-                            f"than max_allowed_packet ({packet:,})",
-                            job=self.job,
-                            hint="raise max_allowed_packet on both servers, then run the same command again",
-                        )
-                    self.target.run_bytes(statement)
-                write_cursor(self.target, self.job, "copy", table.name, after)
-        except pymysql.IntegrityError as error:
-            if error.args and error.args[0] == ER.DUP_ENTRY:
-                raise self._clash(table, chunk, str(error.args[1])) from error
-            raise
+        with self.target.transaction():
+            self.lease.check(self.target)
+            for statement in statements(table, chunk.rows, min(STATEMENT_BYTES, packet)):
+                if len(statement) >= packet:
+                    raise RebalanceError(
+                        f"{self.target}: a row of {table.name} takes {len(statement):,} bytes as a statement, more "
+                        f"than max_allowed_packet ({packet:,})",
+                        job=self.job,
+                        hint="raise max_allowed_packet on both servers, then run the same command again",
+                    )
+                self.target.run_bytes(statement)
+            write_cursor(self.target, self.job, "copy", table.name, after)
         took = time.monotonic() - started
         size.learn(len(chunk.rows), chunk.size, max(took, chunk.seconds))
         pause = self.throttle.pause_after(len(chunk.rows), max(took, chunk.seconds))

@@ -21,12 +21,12 @@ from shardkit.cluster import Cluster, create_cluster
 from shardkit.credentials import fixed
 from shardkit.errors import BucketClosed, PreconditionFailed, RebalanceError, StaleShardMap
 from shardkit.mapstore import MapStore, MemoryMapStore
-from shardkit.rebalance import Job, Progress, Settings, State, apply_plan, cancel_job, plan_move
+from shardkit.rebalance import Job, Progress, Settings, State, apply_plan, cancel_job, copy, plan_move
 from shardkit.rebalance import MoveBuckets as Move
-from shardkit.rebalance.copy import Copy
+from shardkit.rebalance.copy import Chunk, Copy, Key, read_chunk
 from shardkit.rebalance.cutover import Lease
 from shardkit.rebalance.servers import Server
-from shardkit.rebalance.tables import read_table
+from shardkit.rebalance.tables import Table, read_table
 from shardkit.rebalance.throttle import Throttle
 from shardkit.shardmap import ShardMap
 from shardkit.testing import LocalZooKeeper
@@ -530,7 +530,15 @@ def test_epochs_grow_over_three_shards(shop: Shop) -> None:
     assert epochs == sorted(set(epochs))
 
 
-def test_a_unique_value_that_the_target_has_already_stops_the_job_and_names_both_rows(shop: Shop) -> None:
+def test_a_unique_value_that_the_target_has_already_stops_the_job_and_names_both_rows(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def still_reading(source: Server, table: Table, where: str, after: Key | None, limit: int) -> Chunk:
+        if after is not None:  # the next chunk is being read on the source's connection when this one clashes
+            source.rows("SELECT SLEEP(0.3)")
+        return read_chunk(source, table, where, after, limit)
+
+    monkeypatch.setattr(copy, "read_chunk", still_reading)
     plan = shop.plan()
     user = shop.users_in(plan.transfers[0].buckets)[3]
     other = int(shop.rows(SECOND, "SELECT MIN(id) FROM users")[0][0])
