@@ -12,8 +12,9 @@ def _names(text: str) -> frozenset[str]:
 
 #: Many rows in, one value out.
 AGGREGATES: Final = _names(
-    "any_value avg bit_and bit_or bit_xor count group_concat json_arrayagg json_group_array json_group_object "
-    "json_objectagg max min std stddev stddev_pop stddev_samp string_agg sum total var_pop var_samp variance"
+    "aggregate_strings any_value avg bit_and bit_or bit_xor count group_concat json_arrayagg json_group_array "
+    "json_group_object json_objectagg max min std stddev stddev_pop stddev_samp string_agg sum total var_pop var_samp "
+    "variance"
 )
 
 #: One row in, one value out; the same value for the same arguments.

@@ -21,6 +21,7 @@ from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStateme
 from shardkit.routing.shapes import Pinned, Shape, Shapes
 from shardkit.routing.splitting import SplitContext, merge_plan
 from shardkit.routing.spread import Everywhere, Parted, Refused, check_readable
+from shardkit.routing.unions import as_select
 from shardkit.shardmap import ShardMap
 
 
@@ -159,6 +160,9 @@ class Reads:
         self._check_readable(shape)
         statement: Any = route.statement
         given = one_set(route.parameters)
+        if isinstance(statement, CompoundSelect) and statement.keyword.name in {"UNION", "UNION_ALL"}:
+            statement = as_select(statement)
+            shape = self._shapes.of(statement, given)[0]
         binds = self._shapes.of(statement, given)[1]
         # LIMIT is ours to cut after the merge; with it an ORM statement may hide its tables in a subquery
         whole = _without_limit(statement)
@@ -175,7 +179,7 @@ class Reads:
         if len(where.shards) == 1:
             return found
         if not where.shards:
-            if wide.query.collapses or wide.query.branches:
+            if wide.query.collapses:
                 return replace(found, shards=(self._home(shape),))
             return found
         if shape.locking:
@@ -183,7 +187,7 @@ class Reads:
         warning = _check_policy(shape, options, len(where.shards))
         plan = self._merge(statement, shape, wide, binds, given)
         found = replace(found, merge=plan, warning=warning)
-        moves = self._map.moves_of(spread.keyspace.name)
+        moves = [move for name in {info.keyspace.name for info in shape.infos} for move in self._map.moves_of(name)]
         if moves:
             own = self._own_rows(plan.statement, statement, given, where.shards, moves[0].job)
             found = replace(found, shard_statements=_per_shard(own, route.parameters))
@@ -192,8 +196,6 @@ class Reads:
     def _merge(
         self, statement: Any, shape: Shape, wide: Shape, binds: Binds, given: Mapping[str, Any] | None
     ) -> MergePlan:
-        if isinstance(statement, CompoundSelect):
-            return _merged_union(statement)
         # where the statement has a LIMIT that its outermost SELECT has not, joined eager loads stand around it
         nested = wide is not shape and not shape.query.limited
         if wide is not shape and not nested and shape.lineage.repeats:
@@ -260,16 +262,6 @@ def _check_policy(shape: Shape, options: RouteOptions, shards: int) -> str | Non
             what, hint="add a condition on the key, or shardkit_scatter=True", table=name, key=key, shards=shards
         )
     return what if options.scatter is None and options.policy == "warn" else None
-
-
-def _merged_union(statement: CompoundSelect[Any]) -> MergePlan:
-    if statement._order_by_clauses or statement._has_row_limiting_clause or statement._group_by_clauses:  # noqa: SLF001 - no public reader
-        raise Refused(
-            RoutingError,
-            "UNION ALL with ORDER BY, LIMIT or GROUP BY over several shards",
-            "run its parts as statements of their own, or pin them to one shard",
-        )
-    return MergePlan(statement, visible=None)
 
 
 def _per_shard(statements: Any, parameters: Parameters) -> dict[str, ShardStatement]:

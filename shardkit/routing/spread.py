@@ -113,9 +113,11 @@ class _Spreading:
             for branch in branches:
                 found = self._inner(found, branch, ())
             return found
-        keyspaces = {branch.keyspace.name for branch in branches if isinstance(branch, Parted)}
         first = next(branch for branch in branches if isinstance(branch, Parted))
-        if len(keyspaces) > 1 or not all(isinstance(branch, Parted) for branch in branches):
+        # rows of two keyspaces add up too, where every shard of the one has the other's tables
+        if not all(
+            isinstance(each, Parted) and set(each.keyspace.shards) == set(first.keyspace.shards) for each in branches
+        ):
             raise Refused(
                 CrossShardJoin,
                 f"UNION ALL of rows that are spread differently: {_names(query)}",

@@ -55,6 +55,7 @@ class Databases:
             sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
             *self.texts.values(),
             sa.Column("amount", sa.Numeric(12, 3)),
+            sa.Column("fine", sa.Numeric(12, 5)),
             sa.Column("ratio", sa.Float),
             sa.Column("exact", sa.Double),
             sa.Column("day", sa.Date),
@@ -97,6 +98,7 @@ class Databases:
                 )
             row |= {
                 "amount": None if n % 7 == 0 else Decimal(n % 11) * 10**6 + Decimal("0.125") * (n % 5),
+                "fine": Decimal(n * n) / 7 if n % 3 else None,
                 "ratio": None if n % 9 == 0 else (n * 0.1) ** 3 / 7,
                 "exact": n / 7,
                 "day": None if n % 8 == 0 else date(1000 + n * 37 % 900, 1 + n % 12, 1 + n % 28),
@@ -200,6 +202,154 @@ def test_numbers_are_combined_exactly(databases: Databases) -> None:
     (over,), (once,) = databases.over_shards(statement), databases.at_once(statement)
     assert over == once
     assert [str(value) for value in over] == [str(value) for value in once]
+
+
+def test_decimals_are_divided_in_words_of_nine_digits(databases: Databases) -> None:
+    """2 / 3 of a DECIMAL(12,5) is 0.666666666, not ...667."""
+    table = sa.Table("thirds", sa.MetaData(), sa.Column("id", sa.Integer), sa.Column("x", sa.Numeric(12, 5)))
+    for engine in databases.engines.values():
+        table.drop(engine, checkfirst=True)
+        table.create(engine)
+    rows = {"s0": [1], "s1": [1], "s2": [0], "whole": [1, 1, 0]}
+    for name, values in rows.items():
+        with databases.engines[name].begin() as connection:
+            connection.execute(table.insert(), [{"id": n, "x": value} for n, value in enumerate(values)])
+    planner = Planner(ShardMap.parse(databases.map.dump().replace("things: id", "thirds: id")), dialect_name="mysql")
+    statement = sa.select(sa.func.avg(table.c.x), sa.func.sum(table.c.x) / sa.func.count(), sa.func.avg(table.c.id))
+    route = planner.plan(statement)
+    streams = []
+    for shard in SHARDS:
+        with databases.engines[shard].connect() as connection:
+            streams.append([tuple(row) for row in connection.execute(route.statement_for(shard))])
+    assert route.merge is not None
+    (over,), (once,) = list(merge_rows(route.merge, streams)), databases.at_once(statement)
+    assert str(over[0]) == str(once[0]) == "0.666666666"
+    assert str(over[1]) == str(once[1])
+
+
+def _expressions(c: Any) -> list[Any]:
+    f = sa.func
+    return [
+        f.sum(c.amount) / f.count(),
+        f.sum(c.fine) / f.count(c.fine),
+        f.avg(c.fine),
+        -f.sum(c.fine) / 7,
+        f.sum(c.id) / f.count(c.amount) + 1,
+        f.sum(c.amount) * f.max(c.id) - f.min(c.amount),
+        f.sum(c.amount) * f.sum(c.fine),
+        f.coalesce(f.sum(c.amount), 0) + f.count(),
+        f.coalesce(f.sum(c.fine) / f.sum(c.amount), -1),
+        f.max(c.id) - f.min(c.id),
+        sa.case((f.count() > 3, f.sum(c.fine)), else_=0),
+        f.sum(sa.distinct(c.amount)),
+        f.avg(sa.distinct(c.fine)),
+        f.count(sa.distinct(c.day)),
+        f.count(sa.distinct(c.size)),
+        f.bit_xor(c.id),
+        f.bit_or(c.id),
+    ]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_expressions_over_aggregates_have_the_servers_digits(databases: Databases, grouped: bool) -> None:
+    c = databases.table.c
+    for expression in _expressions(c):
+        statement = (
+            sa.select(c.flag, expression).group_by(c.flag).order_by(c.flag) if grouped else sa.select(expression)
+        )
+        over, once = databases.over_shards(statement), databases.at_once(statement)
+        assert [[str(value) for value in row] for row in over] == [[str(value) for value in row] for row in once]
+
+
+def test_an_aggregate_of_different_values_of_nothing(databases: Databases) -> None:
+    c = databases.table.c
+    statement = sa.select(
+        sa.func.count(sa.distinct(c.amount)), sa.func.sum(sa.distinct(c.amount)), sa.func.count(), sa.literal(7),
+        sa.func.coalesce(sa.func.max(c.raw), b"-"), sa.func.count() + 1, sa.func.bit_and(c.id),
+    ).where(c.amount < -5)  # fmt: skip
+    assert databases.over_shards(statement) == databases.at_once(statement)
+
+
+@pytest.mark.parametrize("name", ["std", "stddev_samp", "var_pop", "var_samp"])
+def test_deviations_agree_to_twelve_digits(databases: Databases, name: str) -> None:
+    c = databases.table.c
+    for column in (c.id, c.amount, c.exact):
+        function = getattr(sa.func, name)(column)
+        statement = sa.select(c.size, function).group_by(c.size).order_by(c.size)
+        over, once = databases.over_shards(statement), databases.at_once(statement)
+        assert [row[0] for row in over] == [row[0] for row in once]
+        assert [row[1] for row in over] == pytest.approx([row[1] for row in once], rel=1e-12)
+
+
+def test_texts_are_put_together_as_the_server_does(databases: Databases, flavour: str) -> None:
+    c = databases.table.c
+    text = c["t_utf8mb4_general_ci"]
+    in_order = sa.func.aggregate_strings(text, "|").aggregate_order_by(c.id.desc())
+    numbers = sa.func.aggregate_strings(c.amount, ",").aggregate_order_by(c.amount, c.id)
+    different = sa.func.group_concat(sa.distinct(c.amount)).aggregate_order_by(c.amount.desc())
+    statement = sa.select(c.size, in_order, numbers, different, sa.func.count()).group_by(c.size).order_by(c.size)
+    assert databases.over_shards(statement) == databases.at_once(statement)
+    bytes_ = sa.select(sa.func.group_concat(text))  # in any order, each spelling as often as it is there
+    (over,), (once,) = databases.over_shards(bytes_), databases.at_once(bytes_)
+    assert Counter(over[0].split(",")) == Counter(once[0].split(","))
+    none = sa.select(sa.func.group_concat(text), sa.func.count()).where(c.id < 0)
+    assert databases.over_shards(none) == databases.at_once(none) == [(None, 0)]
+
+
+def test_texts_are_cut_off_where_the_server_cuts_them(databases: Databases) -> None:
+    c = databases.table.c
+    statement = sa.select(sa.func.aggregate_strings(c["t_utf8mb4_bin"], ",").aggregate_order_by(c.id))
+    for engine in databases.engines.values():
+        engine.dispose()
+
+    @sa.event.listens_for(sa.Engine, "connect")
+    def shorten(connection: Any, record: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SET SESSION group_concat_max_len = 11")
+
+    try:
+        over, once = databases.over_shards(statement), databases.at_once(statement)
+    finally:
+        sa.event.remove(sa.Engine, "connect", shorten)
+        for engine in databases.engines.values():
+            engine.dispose()
+    assert over == once
+    assert len(once[0][0].encode()) <= 11
+
+
+def test_groups_are_filtered_by_any_condition(databases: Databases) -> None:
+    c = databases.table.c
+    f = sa.func
+    conditions = [
+        sa.or_(f.sum(c.amount) > 5_000_000, c.size.is_(None)),
+        sa.and_(f.count(c.amount).between(3, 20), sa.not_(f.max(c.id) == 60)),
+        f.avg(c.fine) > f.min(c.fine) * 2,
+        f.count().in_([17, 18]),
+        f.sum(c.fine).is_not(None),
+        f.count(sa.distinct(c.day)) > f.count(sa.distinct(c.hour)),
+        f.max(c.day).is_(None),
+        c.size == "large",
+        f.stddev(c.amount) > 0,
+    ]
+    for condition in conditions:
+        statement = sa.select(c.size, f.count()).group_by(c.size).having(condition).order_by(c.size)
+        assert databases.over_shards(statement) == databases.at_once(statement), str(condition)
+        statement = (
+            sa.select(f.count(c.id)).group_by(c.size).having(condition).order_by(f.sum(c.id) / f.count(), c.size)
+        )
+        assert databases.over_shards(statement) == databases.at_once(statement), str(condition)
+
+
+@pytest.mark.parametrize("name", text_columns())
+def test_unions_are_sorted_and_told_apart_by_the_server(databases: Databases, name: str) -> None:
+    c = databases.table.c
+    text = c[f"t_{name}"]
+    parts = sa.select(text.label("t")).where(c.id < 40), sa.select(text).where(c.id > 20)
+    distinct = sa.union(*parts).order_by("t")
+    over, once = databases.over_shards(distinct), databases.at_once(distinct)
+    assert len(over) == len(once)
+    every = sa.union_all(*(part.add_columns(c.id) for part in parts)).order_by(sa.desc("t"), "id").limit(30).offset(2)
+    assert databases.over_shards(every) == databases.at_once(every)
 
 
 def test_averages_of_groups_have_the_servers_digits(databases: Databases) -> None:

@@ -10,7 +10,9 @@ import pytest
 import sqlalchemy as sa
 
 from shardkit.errors import RoutingError
-from shardkit.routing.merge import Aggregate, Combine, Groups, Having, MergePlan, merge_rows
+from shardkit.routing.combining import Aggregate, Average, Combine, Extreme, Groups, Total
+from shardkit.routing.formulas import Call, Constant, Place, greater, unequal
+from shardkit.routing.merge import MergePlan, merge_rows
 from shardkit.routing.sorting import Comparison, SortKey
 
 SELECT = sa.select(sa.literal(1))
@@ -83,20 +85,22 @@ def test_sqlite_sorts_by_storage_class() -> None:
     assert merged(plan, rows[::2], rows[1::2]) == [(n,) for n in range(8)]
 
 
-def one(how: Aggregate, **places: Any) -> MergePlan:
-    return MergePlan(SELECT, 1, groups=Groups((), (Combine(how, 0, 1, **places),)))
+def one(combine: Combine) -> MergePlan:
+    return MergePlan(SELECT, 1, groups=Groups((), (combine,)))
 
 
 def test_sums_are_exact() -> None:
     half = Decimal("12345678901234567890123456789012345678.01")
     whole = Decimal("24691357802469135780246913578024691356.02")
-    assert merged(one(Aggregate.SUM), [(half, half)], [(half, half)]) == [(whole,)]
-    assert merged(one(Aggregate.SUM), [(None, None)], [(Decimal("0.10"), Decimal("0.10"))]) == [(Decimal("0.10"),)]
-    assert merged(one(Aggregate.SUM), [(None, None)], [(None, None)]) == [(None,)]
+    assert merged(one(Total(Aggregate.SUM, 0, 1)), [(half, half)], [(half, half)]) == [(whole,)]
+    assert merged(one(Total(Aggregate.SUM, 0, 1)), [(None, None)], [(Decimal("0.10"), Decimal("0.10"))]) == [
+        (Decimal("0.10"),)
+    ]
+    assert merged(one(Total(Aggregate.SUM, 0, 1)), [(None, None)], [(None, None)]) == [(None,)]
 
 
 def test_an_average_is_not_the_average_of_averages() -> None:
-    plan = one(Aggregate.AVG, total=2, count=3)
+    plan = one(Average(0, 1, 2, 3))
     rows = (
         [(Decimal("1.0000"), Decimal("1.0000"), Decimal(1), 1)],
         [(Decimal("4.0000"), Decimal("4.0000"), Decimal(8), 2)],
@@ -110,26 +114,24 @@ def test_an_average_is_not_the_average_of_averages() -> None:
 )
 def test_an_average_is_rounded_as_mysql_rounds(total: int, count: int, expected: str) -> None:
     sample = Decimal("0.0000")
-    plan = one(Aggregate.AVG, total=2, count=3)
+    plan = one(Average(0, 1, 2, 3))
     rows = [(sample, sample, Decimal(total), count - 1)], [(sample, sample, Decimal(0), 1)]
     assert [str(value) for (value,) in merged(plan, *rows)] == [expected]
 
 
 def test_the_least_is_chosen_by_the_hidden_column() -> None:
-    plan = MergePlan(
-        SELECT, 1, groups=Groups((), (Combine(Aggregate.MIN, 0, 1, order=2, comparison=Comparison.BYTES),))
-    )
+    plan = one(Extreme(False, 0, 1, 2, Comparison.BYTES))
     assert merged(plan, [("B", "B", b"2")], [("a", "a", b"1")], [(None, None, None)]) == [("a",)]
 
 
 def test_what_coalesce_put_there_stands_only_when_all_are_null() -> None:
-    assert merged(one(Aggregate.SUM), [(0, None)], [(0, None)]) == [(0,)]
-    assert merged(one(Aggregate.SUM), [(0, None)], [(7, 7)]) == [(7,)]
+    assert merged(one(Total(Aggregate.SUM, 0, 1)), [(0, None)], [(0, None)]) == [(0,)]
+    assert merged(one(Total(Aggregate.SUM, 0, 1)), [(0, None)], [(7, 7)]) == [(7,)]
 
 
 def test_groups_meet_and_are_filtered_sorted_and_cut() -> None:
     groups = Groups(
-        (SortKey(2, Comparison.NUMBER),), (Combine(Aggregate.COUNT, 1, 3),), (Having(3, lambda a, b: a > b, 1),)
+        (SortKey(2, Comparison.NUMBER),), (Total(Aggregate.COUNT, 1, 3),), (Call(greater, (Place(3), Constant(1))),)
     )
     plan = MergePlan(SELECT, 2, (SortKey(3, Comparison.NUMBER, descending=True),), groups=groups, limit=2)
     rows = [("x", 1, 1, 1), ("y", 1, 2, 1)], [("x", 2, 1, 2), ("z", 4, 3, 4)], [("n", 5, None, 5)]
@@ -137,7 +139,7 @@ def test_groups_meet_and_are_filtered_sorted_and_cut() -> None:
 
 
 def test_having_compares_null_with_nothing() -> None:
-    groups = Groups((), (Combine(Aggregate.SUM, 0, 1),), (Having(1, lambda a, b: a != b, 1),))
+    groups = Groups((), (Total(Aggregate.SUM, 0, 1),), (Call(unequal, (Place(1), Constant(1))),))
     assert merged(MergePlan(SELECT, 1, groups=groups), [(None, None)], [(None, None)]) == []
 
 

@@ -1,0 +1,457 @@
+"""GROUP BY and aggregates over several shards -> hidden columns for the shards, and how their rows become the groups.
+
+Where an aggregate is of different values, or puts texts together, the shards group by those values too: then each of
+their rows is a part of a group, and every other aggregate is combined from such parts just as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Dialect
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import (
+    AggregateOrderBy,
+    BinaryExpression,
+    BindParameter,
+    BooleanClauseList,
+    Case,
+    ClauseElement,
+    ColumnElement,
+    ExpressionClauseList,
+    Null,
+    UnaryExpression,
+)
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import NullType, TypeDecorator
+
+from shardkit.errors import RoutingError
+from shardkit.routing import formulas
+from shardkit.routing.combining import (
+    Aggregate,
+    Average,
+    Combine,
+    Computed,
+    Deviation,
+    Different,
+    Extreme,
+    Texts,
+    Total,
+)
+from shardkit.routing.conditions import Binds
+from shardkit.routing.expressions import contents_of
+from shardkit.routing.formulas import Call, Constant, Formula, Place
+from shardkit.routing.sorting import Comparison, SortKey, bare, raw, sort_column
+from shardkit.routing.spread import Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Sorted:
+    """An element of ORDER BY without its direction, and the direction."""
+
+    expression: Any
+    descending: bool
+    nulls_first: bool
+
+
+@dataclass
+class Grouping:
+    """Collects what the shards send beside a grouped statement's own columns.
+
+    :param hide: adds a hidden column, and gives its place in the row.
+    :param sorted_by: reads an element of an ORDER BY.
+    :param is_key: whether a column is the whole key of the statement's rows.
+    :ivar finer: what the shards group by beside the statement's own groups.
+    """
+
+    groups: Sequence[ColumnElement[Any]]
+    binds: Binds
+    dialect: Dialect
+    hide: Callable[[ColumnElement[Any]], int]
+    sorted_by: Callable[[Any], Sorted]
+    is_key: Callable[[ClauseElement], bool]
+    keys: list[SortKey] = field(default_factory=list)
+    combines: list[Combine] = field(default_factory=list)
+    computed: list[Computed] = field(default_factory=list)
+    finer: list[ColumnElement[Any]] = field(default_factory=list)
+    _made: list[tuple[Any, SortKey | None, int]] = field(default_factory=list)  # expression, how it sorts, its place
+
+    def __post_init__(self) -> None:
+        for expression in self.groups:
+            column, comparison = sort_column(expression, self.dialect)
+            self.keys.append(SortKey(self.hide(least(column)), comparison))
+
+    # --- the statement's columns
+
+    def output(self, column: Any, place: int) -> SortKey | None:
+        """Read one of the statement's own columns.
+
+        :returns: what it is compared by; None for a constant.
+        """
+        expression = bare(column)
+        if not isinstance(expression, ColumnElement):
+            raise refused("an ORM entity or a bundle beside aggregates, over several shards", "select its columns")
+        group = self._group(expression)
+        if group is not None:
+            return group
+        if is_constant(expression) or _name(expression) == "any_value":
+            return None
+        if self._is_aggregate(expression):
+            return self._aggregate(expression, place)
+        if _name(expression) == "coalesce":
+            first, *others = map(bare, expression.clauses)
+            if self._is_aggregate(first) and not _is_number(first) and all(map(is_constant, others)):
+                return self._aggregate(first, place)  # on a shard without a value the default stands in its place
+        return self._compute(expression, place)
+
+    def order(self, wanted: Sorted) -> SortKey:
+        """What a group is sorted by."""
+        expression = bare(wanted.expression)
+        key = self._group(expression) or self._known(expression)
+        if key is None and self._is_aggregate(expression):
+            key = self._aggregate(expression, None)
+        if key is None:
+            key = self._compute(expression, None)
+        return SortKey(key.index, key.comparison, wanted.descending, wanted.nulls_first)
+
+    def _group(self, expression: Any) -> SortKey | None:
+        for group, key in zip(self.groups, self.keys, strict=True):
+            if bare(group).compare(expression):
+                return key
+        return None
+
+    def _known(self, expression: Any) -> SortKey | None:
+        return next((key for each, key, _ in self._made if key is not None and each.compare(expression)), None)
+
+    def blank(self, columns: Sequence[Any], width: int) -> tuple[Any, ...]:
+        """The row that stands for no rows at all: for shards that answer with none, since they group more finely."""
+        row: list[Any] = [None] * width
+        for place, column in enumerate(columns):
+            expression = bare(column)
+            if _name(expression) == "coalesce":  # of an aggregate that has no value, and constants
+                expression = next((each for each in map(bare, expression.clauses) if is_constant(each)), expression)
+            if is_constant(expression):
+                row[place] = self._constant(expression).value
+        for combine in self.combines:
+            if isinstance(combine, Total) and combine.how is not Aggregate.SUM:
+                row[combine.raw] = 2**64 - 1 if combine.how is Aggregate.BIT_AND else 0
+                if combine.visible is not None:
+                    row[combine.visible] = row[combine.raw]
+        return tuple(row)
+
+    # --- aggregates
+
+    def _is_aggregate(self, expression: Any) -> bool:
+        if isinstance(expression, AggregateOrderBy):
+            return _name(expression.element) in _TEXTS
+        name = _name(expression)
+        count = len(list(expression.clauses)) if name else 0
+        return name in _AGGREGATES and (count <= 1 or name in _TEXTS)
+
+    def _aggregate(self, expression: Any, place: int | None) -> SortKey:
+        """Combine one aggregate; what it is compared by."""
+        if isinstance(expression.type, TypeDecorator) and _name(expression) not in {"min", "max"}:
+            raise refused(f"{_name(expression).upper()} of a column with a type of its own, over several shards")
+        if isinstance(expression, AggregateOrderBy) or _name(expression) in _TEXTS:
+            combine: Combine = self._texts(expression, place)
+            self.combines.append(combine)
+            self._made.append((expression, None, combine.raw))
+            return SortKey(combine.raw, Comparison.BYTES)
+        combine = self._number(expression, place)
+        self.combines.append(combine)
+        if isinstance(combine, Extreme):
+            key = SortKey(combine.order, combine.comparison)
+        else:
+            key = SortKey(combine.raw, self._as_number)
+        self._made.append((expression, key, combine.raw))
+        return key
+
+    @property
+    def _as_number(self) -> Comparison:
+        return Comparison.SQLITE if self.dialect.name == "sqlite" else Comparison.NUMBER
+
+    def _number(self, expression: Any, place: int | None) -> Combine:
+        name = _name(expression)
+        own = self.hide(raw(expression))
+        arguments = [bare(each) for each in expression.clauses]
+        if arguments and is_distinct(arguments[0]):
+            argument = bare(arguments[0].element)
+            if name == "count" and self.is_key(argument):
+                return Total(Aggregate.COUNT, place, own)
+            if name in {"count", "sum", "avg"}:
+                return self._different(name, argument, place, own)
+            if name not in {"min", "max"}:
+                raise refused(f"{name.upper()}(DISTINCT ...) over several shards")
+        match name:
+            case "min" | "max":
+                column, comparison = sort_column(expression, self.dialect)
+                return Extreme(name == "max", place, own, self.hide(column), comparison)
+            case "avg":
+                (argument,) = arguments
+                return Average(
+                    place, own, self.hide(raw(sa.func.sum(argument))), self.hide(raw(sa.func.count(argument)))
+                )
+            case _ if name in _DEVIATIONS:
+                return self._deviation(name, expression, arguments[0], place, own)
+            case _:
+                return Total(Aggregate(name), place, own)
+
+    def _deviation(self, name: str, expression: Any, argument: Any, place: int | None, own: int) -> Combine:
+        if not isinstance(expression.type, NullType | sa.Float) or is_distinct(argument):
+            raise refused(f"{name.upper()} with a type or DISTINCT, over several shards")
+        sample, root = _DEVIATIONS[name]
+        exact = raw(argument + sa.literal_column("0e0"))  # as DOUBLE: MariaDB rounds those of exact numbers
+        return Deviation(
+            name.upper(),
+            place,
+            own,
+            count=self.hide(raw(sa.func.count(argument))),
+            mean=self.hide(raw(sa.func.avg(exact))),
+            variance=self.hide(raw(sa.func.var_pop(exact))),
+            zero=self.hide(raw(sa.func.max(argument * sa.literal_column("0")))),
+            rounds=self.hide(raw(sa.func.version().like("%MariaDB%"))),
+            sample=sample,
+            root=root,
+        )
+
+    def _different(self, name: str, argument: Any, place: int | None, own: int) -> Combine:
+        column, comparison = sort_column(argument, self.dialect)
+        self.finer.append(argument)
+        value = self.hide(least(raw(argument)))
+        return Different(name, place, own, value, SortKey(self.hide(least(column)), comparison))
+
+    def _texts(self, expression: Any, place: int | None) -> Texts:
+        function = expression.element if isinstance(expression, AggregateOrderBy) else expression
+        order_by: Any = getattr(function.clauses, "aggregate_order_by", None)
+        if isinstance(expression, AggregateOrderBy):
+            order_by = expression.order_by
+        value, *others = (bare(each) for each in function.clauses)
+        sqlite = self.dialect.name == "sqlite"
+        separator = ","
+        if others:
+            known = self._constant(others[0]).value if is_constant(others[0]) else None
+            if len(others) > 1 or not isinstance(known, str) or (not sqlite and _name(function) == "group_concat"):
+                raise refused("GROUP_CONCAT of several values over several shards", "use func.aggregate_strings()")
+            separator = known
+        different = is_distinct(value)
+        value = bare(value.element) if different else value
+        if not isinstance(value.type, sa.String | sa.Integer | sa.Numeric | sa.Date | sa.DateTime | sa.Time):
+            raise refused(f"GROUP_CONCAT of a {value.type!r} over several shards")
+        text = sa.cast(value, sa.Text) if sqlite else sa.func.concat(value)
+        order = []
+        for each in () if order_by is None else order_by.clauses:
+            by = self.sorted_by(each)
+            if different and not bare(by.expression).compare(value):
+                raise refused("GROUP_CONCAT(DISTINCT ...) sorted by something else, over several shards")
+            column, comparison = sort_column(by.expression, self.dialect)
+            self.finer.append(by.expression)
+            order.append(SortKey(self.hide(least(column)), comparison, by.descending, by.nulls_first))
+        key = None
+        if different:
+            column, comparison = sort_column(value, self.dialect)
+            key = SortKey(self.hide(least(column)), comparison)
+            self.finer.append(value)
+        else:
+            self.finer.append(sa.cast(text, sa.LargeBinary))  # by its bytes: equal spellings are not one value here
+        shown, count = self.hide(least(raw(text))), self.hide(raw(sa.func.count(value)))
+        longest = None if sqlite else self.hide(raw(sa.literal_column("@@group_concat_max_len")))
+        return Texts(place, self.hide(sa.null()), shown, count, separator, tuple(order), key, longest)
+
+    # --- expressions over aggregates
+
+    def _compute(self, expression: Any, place: int | None) -> SortKey:
+        formula = self.formula(expression)
+        own = self.hide(raw(expression))
+        process = expression.type.result_processor(self.dialect, None)
+        if isinstance(expression.type, TypeDecorator):
+            raise refused("an expression over aggregates with a type of its own, over several shards")
+        self.computed.append(Computed(place, own, formula, process))
+        key = SortKey(own, self._as_number)
+        self._made.append((expression, key, own))
+        return key
+
+    def formula(self, expression: Any) -> Formula:
+        """A number made of aggregates.
+
+        :raises Refused: for what only the database can work out.
+        """
+        expression = bare(expression)
+        if is_constant(expression):
+            return self._constant(expression)
+        if self._is_aggregate(expression):
+            return self._aggregated(expression)
+        group = self._group(expression)
+        if group is not None and _is_number(expression):
+            return Place(self.hide(least(raw(expression))))
+        match expression:
+            case BinaryExpression() if expression.operator in _ARITHMETIC:
+                arguments = (self.formula(expression.left), self.formula(expression.right))
+                return Call(_ARITHMETIC[expression.operator], arguments)
+            case BinaryExpression() if expression.operator is operators.truediv:
+                arguments = (self.formula(expression.left), self.formula(expression.right))
+                if self.dialect.name == "sqlite":
+                    return Call(formulas.divide_floats, arguments)
+                digits = Place(self.hide(raw(sa.literal_column("@@div_precision_increment"))))
+                return Call(formulas.divide, (*arguments, digits))
+            case UnaryExpression() if expression.operator is operators.neg:
+                return Call(formulas.negate, (self.formula(expression.element),))
+            case FunctionElement() if _name(expression) in {"coalesce", "ifnull"}:
+                return Call(formulas.coalesce, tuple(self.formula(each) for each in expression.clauses))
+            case Case() if expression.value is None:
+                return self._case(expression)
+        raise refused(
+            f"{_name(expression).upper() or 'a column'} beside aggregates, over several shards",
+            "select aggregates, GROUP BY columns, numbers made of them with + - * / and COALESCE, or group by the key",
+        )
+
+    def _case(self, expression: Case[Any]) -> Formula:
+        parts: list[Formula] = []
+        for when, then in expression.whens:
+            parts += (self.test(when), self.formula(then))
+        parts.append(Constant(None) if expression.else_ is None else self.formula(expression.else_))
+        return Call(formulas.first_true, tuple(parts))
+
+    def _aggregated(self, expression: Any) -> Formula:
+        for each, _, place in self._made:
+            if each.compare(expression):
+                return Place(place)
+        if not _is_number(expression):
+            raise refused(f"{_name(expression).upper()} of what is not a number in an expression, over several shards")
+        self._aggregate(expression, None)
+        return Place(self._made[-1][2])
+
+    def _constant(self, expression: Any) -> Constant:
+        if isinstance(expression, Null):
+            return Constant(None)
+        if isinstance(expression, BindParameter):
+            value = self.binds.of(expression)
+            if value is None or isinstance(value, int | float | Decimal | str | bytes):
+                return Constant(value)
+        elif _NUMBER.fullmatch(expression.name):
+            return Constant(Decimal(expression.name) if "." in expression.name else int(expression.name))
+        raise refused("a constant that is not a number in an expression over aggregates, over several shards")
+
+    # --- HAVING
+
+    def test(self, clause: Any) -> Formula:
+        """A condition on a group: true, false or NULL."""
+        clause = bare(clause)
+        if not contents_of([clause]).aggregates:
+            # every shard says the same of a group's own columns
+            return Place(self.hide(least(raw(sa.type_coerce(clause, sa.Integer)))))
+        match clause:
+            case BooleanClauseList():
+                how = formulas.both if clause.operator is operators.and_ else formulas.either
+                return Call(how, tuple(self.test(each) for each in clause.clauses))
+            case UnaryExpression() if clause.operator is operators.inv:
+                return Call(formulas.negated, (self.test(clause.element),))
+            case BinaryExpression():
+                return self._comparison(clause)
+        raise _untold()
+
+    def _comparison(self, clause: BinaryExpression[Any]) -> Formula:
+        operator: Any = clause.operator
+        right: Any = bare(clause.right)
+        if operator in (operators.is_, operators.is_not) and isinstance(right, Null):
+            how = formulas.is_null if operator is operators.is_ else formulas.is_not_null
+            return Call(how, (self._present(clause.left),))
+        left = self._operand(clause.left)
+        if operator in _COMPARISONS:
+            return Call(_COMPARISONS[operator], (left, self._operand(right)))
+        found: Formula
+        if operator in (operators.between_op, operators.not_between_op) and isinstance(right, ExpressionClauseList):
+            found = Call(formulas.between, (left, *(self._operand(each) for each in right.clauses)))
+            return Call(formulas.negated, (found,)) if operator is operators.not_between_op else found
+        if operator in (operators.in_op, operators.not_in_op) and isinstance(right, BindParameter) and right.expanding:
+            values = self.binds.of(right)
+            if all(isinstance(value, int | float | Decimal) or value is None for value in values):
+                found = Call(formulas.one_of, (left, *map(Constant, values)))
+                return Call(formulas.negated, (found,)) if operator is operators.not_in_op else found
+        raise _untold()
+
+    def _present(self, expression: Any) -> Formula:
+        """Something that is NULL where the expression is."""
+        expression = bare(expression)
+        if self._is_aggregate(expression):
+            for each, _, place in self._made:
+                if each.compare(expression):
+                    return Place(place)
+            self._aggregate(expression, None)
+            return Place(self._made[-1][2])
+        return self.formula(expression)
+
+    def _operand(self, expression: Any) -> Formula:
+        formula = self.formula(expression)
+        if isinstance(formula, Constant) and isinstance(formula.value, str | bytes):
+            raise _untold()
+        return formula
+
+
+_NUMBER: Final = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
+_TEXTS: Final = frozenset({"group_concat", "aggregate_strings"})
+#: name -> (of a sample, the square root)
+_DEVIATIONS: Final[Mapping[str, tuple[bool, bool]]] = {
+    "std": (False, True),
+    "stddev": (False, True),
+    "stddev_pop": (False, True),
+    "stddev_samp": (True, True),
+    "variance": (False, False),
+    "var_pop": (False, False),
+    "var_samp": (True, False),
+}
+_AGGREGATES: Final = frozenset({*(each.value for each in Aggregate), "min", "max", "avg", *_DEVIATIONS, *_TEXTS})
+_ARITHMETIC: Final[Mapping[Any, Callable[..., Any]]] = {
+    operators.add: formulas.add,
+    operators.sub: formulas.subtract,
+    operators.mul: formulas.multiply,
+}
+_COMPARISONS: Final[Mapping[Any, Callable[..., Any]]] = {
+    operators.gt: formulas.greater,
+    operators.ge: formulas.greater_or_equal,
+    operators.lt: formulas.less,
+    operators.le: formulas.less_or_equal,
+    operators.eq: formulas.equal,
+    operators.ne: formulas.unequal,
+}
+
+
+def is_constant(expression: Any) -> bool:
+    """Whether it is the same for every row: a bound value, NULL, or a literal."""
+    return isinstance(expression, BindParameter | Null) or bool(getattr(expression, "is_literal", False))
+
+
+def is_distinct(element: Any) -> bool:
+    """Whether this is the ``DISTINCT x`` of an aggregate."""
+    return isinstance(element, UnaryExpression) and element.operator is operators.distinct_op
+
+
+def least(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """The one value of a group: MIN says so to ONLY_FULL_GROUP_BY."""
+    return raw(sa.func.min(column))
+
+
+def refused(what: str, hint: str = "pin the statement to one shard, or do this part in the application") -> Refused:
+    """A refusal."""
+    return Refused(RoutingError, what, hint)
+
+
+def _untold() -> Refused:
+    return refused(
+        "HAVING over several shards",
+        "compare aggregates and numbers made of them with numbers, group by the key, or filter in the application",
+    )
+
+
+def _is_number(expression: Any) -> bool:
+    if _name(expression) in {*_DEVIATIONS, "count", "avg"} or _name(expression).startswith("bit_"):
+        return True
+    return isinstance(expression.type, sa.Integer | sa.Numeric) and not isinstance(expression.type, sa.Boolean)
+
+
+def _name(expression: Any) -> str:
+    return str(getattr(expression, "name", "")).lower() if isinstance(expression, FunctionElement) else ""

@@ -1,0 +1,73 @@
+"""UNION and UNION ALL over several shards: the same as a SELECT (DISTINCT) from all their rows together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.selectable import CompoundSelect
+
+from shardkit.errors import RoutingError
+from shardkit.routing.sorting import LONGEST_TEXT
+from shardkit.routing.spread import Refused
+
+
+def as_select(statement: CompoundSelect[Any]) -> sa.Select[Any]:
+    """``SELECT [DISTINCT] ... FROM (a UNION ALL b) ORDER BY ... LIMIT ...``, with the union's own column names.
+
+    :raises Refused: where the columns that have to be compared are not of one type in all parts.
+    """
+    every = statement.keyword.name == "UNION_ALL"
+    if statement._group_by_clauses or statement._fetch_clause is not None:  # noqa: SLF001 - no public reader
+        raise _refused("a union with GROUP BY or FETCH over several shards")
+    rows = sa.union_all(*statement.selects).subquery("shardkit_union")
+    shown = list(rows.c)
+    names = [column.key or column.name for column in statement.selected_columns]
+    compared = shown if not every else []
+    order = [_of_rows(each, statement, shown) for each in statement._order_by_clauses]  # noqa: SLF001
+    used = [column for column in shown if any(column in visitors.iterate(each) for each in order)]
+    for column in {*compared, *used}:
+        _check_alike(statement.selects, shown.index(column))
+    select = sa.select(*(c if c.key == name else c.label(name) for c, name in zip(shown, names, strict=True)))
+    select = select.order_by(*order)
+    select._limit_clause, select._offset_clause = statement._limit_clause, statement._offset_clause  # noqa: SLF001 - as they are
+    return select if every else select.distinct()
+
+
+def _of_rows(clause: Any, statement: CompoundSelect[Any], shown: Sequence[Any]) -> Any:
+    """An element of the union's ORDER BY, said of the subquery's columns."""
+    columns: list[Any] = list(statement.selected_columns)
+    names = [column.key for column in columns]
+
+    def replaced(element: Any, **_: Any) -> Any:
+        if element.__visit_name__ == "textual_label_reference":
+            if names.count(element.element) != 1:
+                raise _refused(f"ORDER BY {element.element!r} as text, which is not the name of one selected column")
+            return shown[names.index(element.element)]
+        if element.__visit_name__ == "label_reference":
+            inner: Any = element.element
+            return visitors.replacement_traverse(inner, {}, replaced)
+        for column, ours in zip(columns, shown, strict=True):
+            if element is column:
+                return ours
+        return None
+
+    return visitors.replacement_traverse(clause, {}, replaced)
+
+
+def _check_alike(selects: Sequence[Any], place: int) -> None:
+    types = [list(select.selected_columns)[place].type for select in selects]
+    exact = all(isinstance(each, sa.Integer | sa.Numeric) and not isinstance(each, sa.Float) for each in types)
+    texts = all(isinstance(each, sa.String) and not isinstance(each, sa.Enum) for each in types)
+    if texts:
+        lengths = [each.length for each in types]
+        if all(length is not None and length <= LONGEST_TEXT for length in lengths):
+            exact = len({each.collation for each in types}) == 1
+    if not exact and (texts or len({type(each) for each in types}) > 1):
+        raise _refused("a union that is sorted or made distinct by columns of different types, over several shards")
+
+
+def _refused(what: str) -> Refused:
+    return Refused(RoutingError, what, "run its parts as statements of their own, or pin them to one shard")
