@@ -1,0 +1,42 @@
+"""Generated SELECTs over generated schemas: the shards' answer is the one database's, or a RoutingError."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, note, settings
+
+from shardkit.testing.database import LocalDatabaseServer
+from tests.differential.check import Tally, check_select
+from tests.differential.selects import Question, questions
+from tests.differential.world import PARTITIONS, World, server_world, sqlite_world
+
+#: How many of the statements of each world must be answered at least: a router that refuses everything is never wrong.
+ANSWERED = 0.5
+
+
+def check(world: World, examples: int) -> None:
+    tally = Tally()
+
+    @settings(max_examples=examples, derandomize=True, suppress_health_check=list(HealthCheck), deadline=None)
+    @given(questions(world))
+    def ask(question: Question) -> None:
+        note(str(question.statement))
+        check_select(world, question, tally)
+
+    try:
+        ask()
+    finally:
+        world.close()
+    assert tally.answered >= ANSWERED * tally.total, tally.refused.most_common(5)
+
+
+@pytest.mark.parametrize("seed", range(len(PARTITIONS)))
+def test_on_sqlite(seed: int) -> None:
+    check(sqlite_world(seed), 560)
+
+
+@pytest.mark.parametrize("seed", range(len(PARTITIONS)))
+def test_on_a_server(seed: int, database_server: LocalDatabaseServer, flavour: str) -> None:
+    check(server_world(seed, database_server, flavour, f"world_{os.getpid()}_{seed}"), 60)
