@@ -173,6 +173,9 @@ class ServerProcess:
         if not self.running:
             raise PreconditionFailed(f"{self.name} does not run, so it cannot be paused", hint="start it first")
         self._signal(signal.SIGSTOP)
+        assert self._child is not None  # noqa: S101 - it runs
+        # kill(2) returns before the other threads have stopped, and until then one of them may still answer
+        os.waitid(os.P_PID, self._child.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         self._paused = True
 
     def resume(self) -> None:
