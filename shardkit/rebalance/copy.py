@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -182,11 +182,10 @@ class Copy:
                     try:
                         cursor = self._write(table, chunk, cursor, packet, size)
                     except pymysql.IntegrityError as error:
-                        if not pending.cancel():
-                            wait([pending])  # it reads on the source's connection, which naming the rows needs
-                        if error.args and error.args[0] == ER.DUP_ENTRY:
-                            raise self._clash(table, chunk, str(error.args[1])) from error
-                        raise
+                        if not error.args or error.args[0] != ER.DUP_ENTRY:
+                            raise
+                        # on the thread that reads from the source: a connection takes one statement at a time
+                        raise ahead.submit(self._clash, table, chunk, str(error.args[1])).result() from error
                     reach("copying.chunk")
                     self.report(table, cursor.rows)
                     if cursor.finished:

@@ -6,8 +6,8 @@ their number of digits; floating point depends on the order of the rows, as in t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 from fractions import Fraction
@@ -168,9 +168,7 @@ class Deviation:
             zero = present[0][self.zero]
             if present[0][self.rounds] and isinstance(zero, int | Decimal):
                 value = round(value, 4 - int(Decimal(zero).as_tuple().exponent))
-        whole[self.raw] = value
-        if self.visible is not None:
-            whole[self.visible] = whole[self.raw]
+        _set(self, present[0], whole, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,13 +235,14 @@ class Texts:
             texts = [str(row[self.value]) for row in present for _ in range(int(row[self.count]))]
         else:
             same = identity((self.key,))
-            texts = [str(row[self.value]) for row in {same(row): row for row in reversed(present)}.values()][::-1]
+            first: dict[Any, str] = {}
+            for row in present:
+                first.setdefault(same(row), str(row[self.value]))
+            texts = list(first.values())
         value = self.separator.join(texts)
         if self.longest is not None:
             value = value.encode()[: int(present[0][self.longest])].decode(errors="ignore")
-        whole[self.raw] = value
-        if self.visible is not None:
-            whole[self.visible] = value
+        _set(self, present[0], whole, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,12 +285,13 @@ class Groups:
     having: tuple[Formula, ...] = ()
     computed: tuple[Computed, ...] = ()
     blank: Row | None = None
-    names: tuple[str, ...] = field(init=False, default=())
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", tuple(dict.fromkeys(combine.name for combine in self.combines)))
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The aggregates, each once."""
+        return tuple(dict.fromkeys(combine.name for combine in self.combines))
 
-    def combined(self, rows: Iterable[Row]) -> Iterable[Row]:
+    def combined(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The groups of the shards' rows. All of them are held in memory."""
         same = identity(self.keys)
         found: dict[tuple[Any, ...], list[Row]] = {}

@@ -44,7 +44,7 @@ from shardkit.routing.combining import (
     Total,
 )
 from shardkit.routing.conditions import Binds
-from shardkit.routing.expressions import contents_of
+from shardkit.routing.expressions import contents_of, is_distinct
 from shardkit.routing.formulas import Call, Constant, Formula, Place
 from shardkit.routing.sorting import Comparison, SortKey, bare, raw, sort_column
 from shardkit.routing.spread import Refused
@@ -317,11 +317,15 @@ class Grouping:
         return Call(formulas.first_true, tuple(parts))
 
     def _aggregated(self, expression: Any) -> Formula:
+        if not _is_number(expression):
+            raise refused(f"{_name(expression).upper()} of what is not a number in an expression, over several shards")
+        return self._place_of(expression)
+
+    def _place_of(self, expression: Any) -> Place:
+        """Where an aggregate's combined value stands; it is combined once, however often it is used."""
         for each, _, place in self._made:
             if each.compare(expression):
                 return Place(place)
-        if not _is_number(expression):
-            raise refused(f"{_name(expression).upper()} of what is not a number in an expression, over several shards")
         self._aggregate(expression, None)
         return Place(self._made[-1][2])
 
@@ -377,13 +381,7 @@ class Grouping:
     def _present(self, expression: Any) -> Formula:
         """Something that is NULL where the expression is."""
         expression = bare(expression)
-        if self._is_aggregate(expression):
-            for each, _, place in self._made:
-                if each.compare(expression):
-                    return Place(place)
-            self._aggregate(expression, None)
-            return Place(self._made[-1][2])
-        return self.formula(expression)
+        return self._place_of(expression) if self._is_aggregate(expression) else self.formula(expression)
 
     def _operand(self, expression: Any) -> Formula:
         formula = self.formula(expression)
@@ -423,11 +421,6 @@ _COMPARISONS: Final[Mapping[Any, Callable[..., Any]]] = {
 def is_constant(expression: Any) -> bool:
     """Whether it is the same for every row: a bound value, NULL, or a literal."""
     return isinstance(expression, BindParameter | Null) or bool(getattr(expression, "is_literal", False))
-
-
-def is_distinct(element: Any) -> bool:
-    """Whether this is the ``DISTINCT x`` of an aggregate."""
-    return isinstance(element, UnaryExpression) and element.operator is operators.distinct_op
 
 
 def least(column: ColumnElement[Any]) -> ColumnElement[Any]:

@@ -78,7 +78,7 @@ def merge_rows(plan: MergePlan, streams: Sequence[Iterable[Row]]) -> Iterator[Ro
         return iter(())
     rows: Iterator[Row]
     if plan.groups is not None:
-        rows = iter(plan.groups.combined(chain.from_iterable(streams)))
+        rows = plan.groups.combined(chain.from_iterable(streams))
         if plan.order:
             rows = iter(sorted(rows, key=ordering(plan.order)))
     elif plan.order:

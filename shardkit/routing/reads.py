@@ -162,8 +162,7 @@ class Reads:
         given = one_set(route.parameters)
         if isinstance(statement, CompoundSelect) and statement.keyword.name in {"UNION", "UNION_ALL"}:
             statement = as_select(statement)
-            shape = self._shapes.of(statement, given)[0]
-        binds = self._shapes.of(statement, given)[1]
+        shape, binds = self._shapes.of(statement, given)
         # LIMIT is ours to cut after the merge; with it an ORM statement may hide its tables in a subquery
         whole = _without_limit(statement)
         wide, wide_binds = (shape, binds) if whole is statement else self._shapes.of(whole, given)

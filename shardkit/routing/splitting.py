@@ -205,9 +205,12 @@ class _Splitting:
     def _grouped(self, limit: int | None, offset: int) -> MergePlan:
         statement = self.statement
         groups = [self._sorted(each).expression for each in statement._group_by_clauses]  # noqa: SLF001 - no public reader
-        grouping = Grouping(
-            groups, self.context.binds, self.context.dialect, self._hide, self._sorted, self.context.own().is_key
-        )
+        context = self.context
+
+        def is_key(element: ClauseElement) -> bool:
+            return context.own().is_key(element)  # the statement is read once more for it: only where DISTINCT asks
+
+        grouping = Grouping(groups, context.binds, context.dialect, self._hide, self._sorted, is_key)
         columns = _columns_of(statement)
         keys = [grouping.output(column, place) for place, column in enumerate(columns)]
         order = tuple(grouping.order(each) for each in self._order_by()) if groups else ()

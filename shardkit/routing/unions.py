@@ -22,14 +22,16 @@ def as_select(statement: CompoundSelect[Any]) -> sa.Select[Any]:
     every = statement.keyword.name == "UNION_ALL"
     if statement._group_by_clauses or statement._fetch_clause is not None:  # noqa: SLF001 - no public reader
         raise _refused("a union with GROUP BY or FETCH over several shards")
+    if statement._for_update_arg is not None:  # noqa: SLF001 - it would be lost on the way
+        raise _refused("a union FOR UPDATE over several shards")
     rows = sa.union_all(*statement.selects).subquery("shardkit_union")
     shown = list(rows.c)
     names = [column.key or column.name for column in statement.selected_columns]
-    compared = shown if not every else []
     order = [_of_rows(each, statement, shown) for each in statement._order_by_clauses]  # noqa: SLF001
-    used = [column for column in shown if any(column in visitors.iterate(each) for each in order)]
-    for column in {*compared, *used}:
-        _check_alike(statement.selects, shown.index(column))
+    sorted_by = {id(element) for each in order for element in visitors.iterate(each)}
+    for place, column in enumerate(shown):
+        if not every or id(column) in sorted_by:
+            _check_alike(statement.selects, place)
     select = sa.select(*(c if c.key == name else c.label(name) for c, name in zip(shown, names, strict=True)))
     select = select.order_by(*order)
     select._limit_clause, select._offset_clause = statement._limit_clause, statement._offset_clause  # noqa: SLF001 - as they are

@@ -19,17 +19,15 @@ class Different(AssertionError):
 
 
 class Tally:
-    """What was asked, and what was answered."""
+    """How many were asked, how many answered, and the kinds of those that were not."""
 
     def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.total = self.answered = 0
 
     def count(self, kinds: set[str], *, answered: bool) -> None:
         self.total += 1
         self.answered += answered
-        self.asked.update(kinds)
         if not answered:
             self.refused.update(kinds)
 

@@ -106,9 +106,10 @@ class Maker:
     # --- relations
 
     def table(self, part: Part) -> Relation:
-        clause: Any = part.table.alias(self.name()) if self.upto(1) else part.table
-        keys = [[clause.c[name] for name in part.key]] if part.key else []
-        return Relation(clause, list(clause.c), keys, [clause.c.id])
+        return self.aliased(part) if self.upto(1) else _relation(part.table, part)
+
+    def aliased(self, part: Part) -> Relation:
+        return _relation(part.table.alias(self.name()), part)
 
     def relation(self) -> Relation:
         world = self.world
@@ -149,8 +150,7 @@ class Maker:
         self.is_a("outer join by the key" if outer else "join by the key")
         left, right = self.table(self.world.parents), self.table(self.pick([self.world.children, self.world.parents]))
         if left.clause is right.clause:
-            right = Relation(clause := self.world.parents.table.alias(self.name()), list(clause.c))
-            right.keys, right.total = [[clause.c[name] for name in self.world.key]], [clause.c.id]
+            right = self.aliased(self.world.parents)
         on = [one == other for one, other in zip(left.keys[0], right.keys[0], strict=True)]
         if not self.upto(2):
             on.append(self.comparison(right))
@@ -263,24 +263,22 @@ class Maker:
                 return self.tied(relation, own[0])
             case 3:
                 self.is_a("IN (subquery on a reference table)")
-                clause = self.world.codes.table.alias(self.name())
-                condition = self.comparison(Relation(clause, list(clause.c)))
-                return self.pick(numbers).in_(sa.select(clause.c.code).where(condition))
+                inner = self.aliased(self.world.codes)
+                return self.pick(numbers).in_(sa.select(inner.clause.c.code).where(self.comparison(inner)))
             case 4 | 5:
                 return self.uncorrelated(self.pick(numbers))
             case 6:
                 self.is_a("subquery not tied by the key", refusable=True)
-                clause = self.pick([self.world.children, self.world.others]).table.alias(self.name())
-                condition = self.comparison(Relation(clause, list(clause.c)))
-                return sa.exists().where(clause.c.id == self.pick(numbers), condition)
+                inner = self.aliased(self.pick([self.world.children, self.world.others]))
+                return sa.exists().where(inner.clause.c.id == self.pick(numbers), self.comparison(inner))
             case _:
                 return self.comparison(relation)
 
     def tied(self, relation: Relation, key: Sequence[Any]) -> Any:
         """A subquery whose rows have the outer row's key."""
         self.is_a("subquery tied by the key")
-        clause = self.pick([self.world.children, self.world.parents]).table.alias(self.name())
-        inner = Relation(clause, list(clause.c), [[clause.c[name] for name in self.world.key]], [clause.c.id])
+        inner = self.aliased(self.pick([self.world.children, self.world.parents]))
+        clause = inner.clause
         tie = sa.and_(*(one == other for one, other in zip(inner.keys[0], key, strict=True)))
         condition = self.comparison(inner)
         match self.upto(2):
@@ -297,11 +295,8 @@ class Maker:
     def uncorrelated(self, column: Any) -> Any:
         """A subquery that says nothing of the row outside: it can be run first."""
         self.is_a("uncorrelated subquery", refusable=True)
-        part = self.pick([self.world.parents, self.world.children, self.world.others, self.world.solo])
-        clause = part.table.alias(self.name())
-        inner = Relation(
-            clause, list(clause.c), [[clause.c[name] for name in part.key]] if part.key else [], [clause.c.id]
-        )
+        inner = self.aliased(self.pick([self.world.parents, self.world.children, self.world.others, self.world.solo]))
+        clause = inner.clause
         numbers = [each for each in inner.columns if type(each.type) is sa.Integer]
         statement = sa.select(self.pick(numbers)).where(self.comparison(inner))
         match self.upto(4):
@@ -354,9 +349,7 @@ class Maker:
     def entities(self) -> Question:
         part = self.pick([self.world.parents, self.world.children, self.world.others])
         self.is_a("ORM objects")
-        source = Relation(
-            part.table, list(part.table.c), [[part.table.c[name] for name in part.key]], [part.table.c.id]
-        )
+        source = _relation(part.table, part)
         statement = sa.select(part.model).where(*self._wheres(source))
         if self.upto(1):
             statement = statement.order_by(part.table.c.id.desc())
@@ -479,6 +472,12 @@ class Maker:
         source = self.table(self.world.parents)
         number = sa.func.row_number().over(order_by=source.clause.c.id).label(self.name())
         return Question(sa.select(source.clause.c.id, number).where(*self._wheres(source)), self.kinds, self.must)
+
+
+def _relation(clause: Any, part: Part) -> Relation:
+    """A table, or an alias of it."""
+    keys = [[clause.c[name] for name in part.key]] if part.key else []
+    return Relation(clause, list(clause.c), keys, [clause.c.id])
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -13,15 +11,15 @@ from random import Random
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import event
 from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import registry
-from sqlalchemy.pool import StaticPool
 
 import shardkit
 from shardkit.cluster import Cluster, create_cluster
 from shardkit.shardmap import ShardMap
 from shardkit.testing.database import LocalDatabaseServer
+from tests.integration.shop import KEY_COLLATION
+from tests.routing_shop import memory_engine
 
 SHARDS = ("s0", "s1", "s2")
 WHOLE = "whole"
@@ -31,7 +29,6 @@ COLLATIONS: Mapping[str, Sequence[str | None]] = {
     "mariadb": ("utf8mb4_general_ci", "utf8mb4_bin", "utf8mb4_unicode_520_ci", "utf8mb4_nopad_bin"),
     "mysql": ("utf8mb4_0900_ai_ci", "utf8mb4_general_ci", "utf8mb4_bin", "utf8mb4_0900_bin"),
 }
-KEY_COLLATION = {"sqlite": None, "mariadb": "utf8mb4_nopad_bin", "mysql": "utf8mb4_0900_bin"}
 WORDS = ("", "a", "A", "a ", "á", "b", "B", "ss", "ß", "ab", "서울", "10", "9")
 NAMES = ("대구", "대전", "서울", "a", "A", "b", "")
 DATES = tuple(date(1999, 12, 30 + n) if n < 2 else date(2000, n, 1) for n in range(8))
@@ -154,7 +151,7 @@ class World:
             self.metadata.create_all(engine)
         self.rows = {part.table.name: self._rows(part) for part in self.parts}
         for part in self.parts:
-            self.fill(part)
+            self._fill(part)
         self.spellings = self._spellings()
         self.cluster: Cluster = create_cluster(
             self.map, engines={(shard, "master"): engines[shard] for shard in SHARDS}
@@ -205,7 +202,7 @@ class World:
             case "boolean":
                 return sa.Boolean()
             case _:
-                collation = KEY_COLLATION[self.dialect] if key else self.random.choice(self.collations)
+                collation = KEY_COLLATION.get(self.dialect) if key else self.random.choice(self.collations)
                 if self.dialect == "sqlite":
                     return sa.String(20, collation=collation)
                 return mysql.VARCHAR(20, charset="utf8mb4", collation=collation)
@@ -214,14 +211,16 @@ class World:
 
     def _rows(self, part: Part) -> list[dict[str, Any]]:
         count = {"parents": 26, "children": 40, "others": 20, "codes": 6, "solo": 8}[part.table.name]
-        return [self.new_row(part, number, self.random.choice) for number in range(count)]
+        return [self._row(part, number) for number in range(count)]
 
-    def new_row(self, part: Part, number: int, choose: Callable[[Sequence[Any]], Any]) -> dict[str, Any]:
+    def _row(self, part: Part, number: int) -> dict[str, Any]:
         """A row with this id; NULL is as likely as any value."""
         row: dict[str, Any] = {"id": number}
         for column in part.table.c:
             if column.name != "id":
-                row[column.name] = choose([*self.pools[f"{part.table.name}.{column.name}"], *self._nulls(part, column)])
+                row[column.name] = self.random.choice(
+                    [*self.pools[f"{part.table.name}.{column.name}"], *self._nulls(part, column)]
+                )
         if part.table.name == "codes":
             row["code"] = None if number == 0 else POOLS["integer"][number + 1]
         return row
@@ -236,41 +235,20 @@ class World:
             or self.map.keyspaces["main"].partition.bucket_of((None,) * len(self.key)) is not None
         )  # type: ignore[union-attr]
 
-    def home(self, part: Part, row: Mapping[str, Any]) -> tuple[str, ...]:
+    def _home(self, part: Part, row: Mapping[str, Any]) -> tuple[str, ...]:
         """The shards that a row belongs on."""
         if part.key:
             return (self.map.locate(part.table.name, [row[column] for column in part.key]).shard,)
         return SHARDS if part is self.codes else ("s1",)
 
-    def fill(self, part: Part) -> None:
-        """Make a table hold what it held at first, everywhere."""
+    def _fill(self, part: Part) -> None:
+        """Put a table's rows where they belong."""
         rows = self.rows[part.table.name]
         for name, engine in self.engines.items():
-            own = rows if name == WHOLE else [row for row in rows if name in self.home(part, row)]
+            own = rows if name == WHOLE else [row for row in rows if name in self._home(part, row)]
             with engine.begin() as connection:
-                connection.execute(part.table.delete())
                 if own:
                     connection.execute(part.table.insert(), own)
-
-    def contents(self, part: Part) -> dict[str, Counter[tuple[Any, ...]]]:
-        """What stands in a table, by database; read from outside."""
-        found = {}
-        for name, engine in self.engines.items():
-            with engine.connect() as connection:
-                found[name] = Counter(tuple(row) for row in connection.execute(sa.select(part.table)))
-        return found
-
-    def misplaced(self, part: Part) -> list[tuple[str, tuple[Any, ...]]]:
-        """Rows that stand where they do not belong, those missing there, and those that one database would not have."""
-        found = self.contents(part)
-        names = [column.name for column in part.table.c]
-        wanted: dict[str, Counter[tuple[Any, ...]]] = {shard: Counter() for shard in SHARDS}
-        for row, count in found[WHOLE].items():
-            for shard in self.home(part, dict(zip(names, row, strict=True))):
-                wanted[shard][row] += count
-        return [
-            (shard, row) for shard in SHARDS for row in (wanted[shard] - found[shard]) + (found[shard] - wanted[shard])
-        ]
 
     # --- comparing
 
@@ -310,20 +288,8 @@ def _equal(dialect: str, collation: str) -> sa.TextClause:
 def sqlite_world(seed: int) -> World:
     """A world in memory."""
     return World(
-        seed, "sqlite", {name: _memory() for name in (*SHARDS, WHOLE)}, {s: f"sqlite:///{s}.db" for s in SHARDS}
+        seed, "sqlite", {name: memory_engine() for name in (*SHARDS, WHOLE)}, {s: f"sqlite:///{s}.db" for s in SHARDS}
     )
-
-
-def _memory() -> sa.Engine:
-    engine = sa.create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
-
-    @event.listens_for(engine, "connect")
-    def connect(connection: Any, record: Any) -> None:
-        connection.create_function(
-            "crc32", 1, lambda text: None if text is None else zlib.crc32(str(text).encode()), deterministic=True
-        )
-
-    return engine
 
 
 def server_world(seed: int, server: LocalDatabaseServer, flavour: str, prefix: str) -> World:

@@ -121,8 +121,8 @@ class Databases:
         with self.engines["whole"].connect() as connection:
             return [tuple(row) for row in connection.execute(statement)]
 
-    def over_shards(self, statement: Any) -> list[tuple[Any, ...]]:
-        route = self.planner.plan(statement)
+    def over_shards(self, statement: Any, planner: Planner | None = None) -> list[tuple[Any, ...]]:
+        route = (planner or self.planner).plan(statement)
         assert route.shards == SHARDS
         assert route.merge is not None
         streams = []
@@ -216,13 +216,7 @@ def test_decimals_are_divided_in_words_of_nine_digits(databases: Databases) -> N
             connection.execute(table.insert(), [{"id": n, "x": value} for n, value in enumerate(values)])
     planner = Planner(ShardMap.parse(databases.map.dump().replace("things: id", "thirds: id")), dialect_name="mysql")
     statement = sa.select(sa.func.avg(table.c.x), sa.func.sum(table.c.x) / sa.func.count(), sa.func.avg(table.c.id))
-    route = planner.plan(statement)
-    streams = []
-    for shard in SHARDS:
-        with databases.engines[shard].connect() as connection:
-            streams.append([tuple(row) for row in connection.execute(route.statement_for(shard))])
-    assert route.merge is not None
-    (over,), (once,) = list(merge_rows(route.merge, streams)), databases.at_once(statement)
+    (over,), (once,) = databases.over_shards(statement, planner), databases.at_once(statement)
     assert str(over[0]) == str(once[0]) == "0.666666666"
     assert str(over[1]) == str(once[1])
 

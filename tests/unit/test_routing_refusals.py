@@ -86,6 +86,7 @@ READS: dict[str, tuple[Any, type[RoutingError]]] = {
         sa.union_all(sa.select(u.name), sa.select(Country.title)),
         CrossShardJoin,
     ),
+    "UNION ALL FOR UPDATE": (sa.union_all(sa.select(u.id), sa.select(o.id)).with_for_update(), RoutingError),
     "UNION ALL of a limited part": (sa.union_all(sa.select(u.id).limit(3), sa.select(o.id)), RoutingError),
     "an array of values": (sa.select(sa.func.json_arrayagg(u.name)), RoutingError),
     "STDDEV of different values": (sa.select(sa.func.stddev(sa.distinct(u.age))), RoutingError),
