@@ -215,7 +215,13 @@ class Shop:
 
     def over_shards(self, statement: Any, parameters: Any = None, **options: Any) -> list[tuple[Any, ...]]:
         """The merged rows of a SELECT."""
-        return self.answer(self.route(statement, parameters, **options))
+        route = self.route(statement, parameters, **options)
+        if route.first is None:
+            return self.answer(route)
+        answers = [
+            feed.values_of(row[0] for row in self.over_shards(feed.statement, parameters)) for feed in route.first.feeds
+        ]
+        return self.over_shards(route.first.fed(answers), parameters, **options)
 
     def answer(self, route: Route) -> list[tuple[Any, ...]]:
         unique = route.merge is None or route.merge.unique

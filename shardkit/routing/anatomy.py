@@ -76,6 +76,10 @@ class Anatomy:
     _selects: Mapping[int, Sequence[SelectParts]] = field(repr=False)
     _kept: Sequence[object] = field(repr=False)  # keeps the ids above from being used again
 
+    def selects(self) -> Sequence[object]:
+        """Every SELECT that was rendered, as it stands in the statement."""
+        return self._kept
+
     def parts_of(self, select: object) -> SelectParts | None:
         """What became of this SELECT; None where it was rendered in several ways, or not at all."""
         rendered = self._selects.get(id(select), ())

@@ -5,6 +5,7 @@ Values of parameters do not appear: they may be personal data.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import exc as sa_exc
@@ -13,6 +14,7 @@ from sqlalchemy.sql.base import Executable
 
 from shardkit.partition import format_buckets
 from shardkit.routing.anatomy import dialect_of
+from shardkit.routing.feeds import Feed
 from shardkit.routing.route import Route
 
 
@@ -22,7 +24,8 @@ def explain_json(route: Route, *, dialect_name: str = "mysql") -> dict[str, Any]
     :returns: ``statement`` (select, insert, ...), ``shards`` (names, in order), ``role`` (what the statement needs:
         ``master``, or ``any`` for reads that a replica may answer), ``keyspace``, ``tables``, ``buckets`` (names and
         numbers, null when not pinned), ``scattered``, ``replicated``, ``alternatives``, ``reasons``, ``merge`` (steps
-        in order) and ``sql`` (shard -> text with placeholders).
+        in order), ``sql`` (shard -> text with placeholders) and ``first`` (the subqueries that run before it: the same
+        again of each, with its ``purpose``; what is said of the statement is what is known without their values).
     """
     dialect = dialect_of(dialect_name)
     return {
@@ -38,14 +41,23 @@ def explain_json(route: Route, *, dialect_name: str = "mysql") -> dict[str, Any]
         "reasons": list(route.reasons),
         "merge": [] if route.merge is None else list(route.merge.steps),
         "sql": {shard: _sql(route.statement_for(shard), dialect) for shard in route.shards},
+        "first": [
+            {"purpose": feed.purpose, **explain_json(own, dialect_name=dialect_name)} for feed, own in _before(route)
+        ],
     }
 
 
 def explain_text(route: Route, *, dialect_name: str = "mysql") -> str:
     """A route as lines for people; shards that run the same SQL share one block."""
     found = explain_json(route, dialect_name=dialect_name)
+    lines = []
+    for feed, own in _before(route):
+        lines.append(f"first, for {feed.purpose}:")
+        lines += [f"  {line}" for line in explain_text(own, dialect_name=dialect_name).splitlines()]
     shards = ", ".join(route.shards) or "none: no row can match, nothing is sent"
-    lines = [f"{found['statement']} on {shards} ({found['role']})"]
+    if route.first is not None:
+        shards += " at most"
+    lines.append(f"{found['statement']} on {shards} ({found['role']})")
     if route.buckets is not None and route.buckets:
         lines.append(f"  buckets: {format_buckets(sorted(route.buckets, key=str))}")
     if len(route.alternatives) > 1:
@@ -59,6 +71,10 @@ def explain_text(route: Route, *, dialect_name: str = "mysql") -> str:
         lines.append(f"  {', '.join(together)}:")
         lines += [f"    {line.strip()}" for line in sql.splitlines()]
     return "\n".join(lines)
+
+
+def _before(route: Route) -> Sequence[tuple[Feed, Route]]:
+    return () if route.first is None else list(zip(route.first.feeds, route.first.routes, strict=True))
 
 
 def _sql(statement: Executable, dialect: Dialect) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -14,14 +14,15 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.lambdas import LambdaElement
 from sqlalchemy.sql.selectable import CompoundSelect
 
-from shardkit.errors import RoutingError, UnknownTable
+from shardkit.errors import CrossShardJoin, KeyChange, RoutingError, ScatterRefused, UnknownTable
 from shardkit.partition import WHOLE
 from shardkit.routing.anatomy import dialect_of
 from shardkit.routing.changes import Changes
+from shardkit.routing.feeds import Feed, feeding_of
 from shardkit.routing.inserts import Inserts
 from shardkit.routing.keys import Readers
 from shardkit.routing.keyvalues import Untrusted
-from shardkit.routing.reads import Reads
+from shardkit.routing.reads import Reads, one_set
 from shardkit.routing.route import Parameters, Route, RouteOptions, StatementKind
 from shardkit.routing.rows import Rows
 from shardkit.routing.shapes import Shapes
@@ -46,6 +47,7 @@ class Planner:
         self.dialect_name = dialect_name
         dialect = dialect_of(dialect_name)
         readers = Readers(dialect)
+        self._dialect = dialect
         self._shapes = Shapes(shard_map, dialect, readers)
         self._rows = Rows(shard_map, readers)
         self._reads = Reads(shard_map, self._shapes, dialect)
@@ -70,19 +72,59 @@ class Planner:
         match statement:
             case sa.Select():
                 quick = self._quick(statement, parameters, options)
-                return quick or self._reads.route(statement, parameters, options)
+                return quick or self._fed(self._reads.route, statement, parameters, options)
             case CompoundSelect():
-                return self._reads.route(statement, parameters, options)
+                return self._fed(self._reads.route, statement, parameters, options)
             case FunctionElement():
                 return self._reads.route(statement.select(), parameters, options)
             case sa.Insert():
                 return self._inserts.route(statement, parameters, options)
             case sa.Update() | sa.Delete():
-                return self._changes.route(statement, parameters, options)
+                return self._fed(self._changes.route, statement, parameters, options)
             case ExecutableDDLElement():
                 return self._texts.ddl(statement, parameters, options)
             case _:
                 return self._texts.route(statement, parameters, options)
+
+    def _fed(
+        self,
+        plan: Callable[[Any, Parameters, RouteOptions], Route],
+        statement: Any,
+        parameters: Parameters,
+        options: RouteOptions,
+    ) -> Route:
+        """Plan a statement; where its subqueries are in the way, plan them as statements that run before it."""
+        try:
+            return plan(statement, parameters, options)
+        except (ScatterRefused, KeyChange):
+            raise
+        except RoutingError:
+            if isinstance(parameters, Sequence) and len(parameters) > 1:
+                raise
+            names = tuple(one_set(parameters) or ())
+            changes = isinstance(statement, sa.Update | sa.Delete)
+            feeding = feeding_of(statement, names, self._dialect, locked=changes)
+            if feeding is None:
+                raise
+        # nothing is known of the values yet: whether the statement may go to all shards is asked when they are
+        allowed = replace(options, scatter=options.scatter or options.scatter is None)
+        route = plan(feeding.assumed(), parameters, allowed)
+        routes = tuple(self._of_feed(feed, parameters, options) for feed in feeding.feeds)
+        return replace(route, statement=statement, first=replace(feeding, routes=routes))
+
+    def _of_feed(self, feed: Feed, parameters: Parameters, options: RouteOptions) -> Route:
+        try:
+            return self.plan(feed.statement, parameters, options)
+        except ScatterRefused:
+            raise
+        except RoutingError as error:
+            raise CrossShardJoin(
+                f"a subquery would have to run first ({feed.purpose}), and cannot: {error.message}",
+                hint="run it as a statement of its own, and pass its values",
+                table=error.table,
+                key=error.key,
+                shards=error.shards,
+            ) from error
 
     def _on_the_only(self, statement: Any, parameters: Parameters, options: RouteOptions, shard: str) -> Route:
         """A cluster of one shard is that database: nothing is refused; ``warn`` says what would be."""

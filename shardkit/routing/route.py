@@ -16,6 +16,7 @@ from sqlalchemy.sql.base import Executable
 
 from shardkit.errors import RoutingError
 from shardkit.partition import Bucket
+from shardkit.routing.feeds import Feeding
 from shardkit.routing.merge import MergePlan
 
 #: What a statement is executed with: nothing, one set of values, or one set a row (executemany).
@@ -104,6 +105,8 @@ class Route:
     :param warning: what to warn about once (``scatter="warn"``).
     :param merge: how the shards' rows make one result; None: one shard, straight through, or nothing to return. A
         write over several shards with RETURNING has one, too.
+    :param first: the subqueries that have to run before it. The rest of the route is what is known without their
+        values; with them the statement is planned again.
     :param shard_statements: what a shard executes, for those where it is not ``merge.statement`` or ``statement``.
     """
 
@@ -121,6 +124,7 @@ class Route:
     reasons: tuple[str, ...] = ()
     warning: str | None = None
     merge: MergePlan | None = None
+    first: Feeding | None = None
     shard_statements: Mapping[str, ShardStatement] = field(default_factory=lambda: _NONE)
 
     @property

@@ -20,6 +20,7 @@ from sqlalchemy.sql.base import CompileState
 from sqlalchemy.util import EMPTY_DICT, immutabledict
 
 from shardkit.errors import RoutingError
+from shardkit.routing.feeds import Feeding
 from shardkit.routing.merge import merge_rows
 from shardkit.routing.route import Route, RouteOptions, StatementKind
 from shardkit.session.homes import Home, home_of
@@ -34,6 +35,8 @@ from shardkit.snapshots import View
 
 #: The bind argument that says where a statement goes, once that is decided.
 TARGET = "shardkit_target"
+#: What is said of a statement and holds for the subqueries that run before it.
+_OF_SUBQUERIES = ("shardkit_read_from", "shardkit_scatter", "autoflush")
 _ORM_SELECT: Any = CompileState.plugins["orm", "select"]
 
 
@@ -155,6 +158,9 @@ class RoutedSession(IdentitySession):
             nulls = bool({**statement._execution_options, **options}.get("render_nulls"))
             statement, params = filled(statement, params, view, self.cluster.next_id, nulls=nulls)
         route = view.planner.plan(statement, params, route_options)
+        if route.first is not None:
+            statement = self._fed(route.first, params, self._merged_options(statement, options))
+            return self._route(statement, params, options, bind_arguments, parent, scalar)
         if len(route.shards) != 1 or route.merge is not None:
             answer = self._run_on_several(route, view, options, bind_arguments, parent, from_replica)
             return answer.scalar() if scalar else answer
@@ -216,6 +222,15 @@ class RoutedSession(IdentitySession):
             _parent_execute_state=parent,
             _scalar_result=scalar,
         )
+
+    def _fed(self, feeding: Feeding, params: Any, options: Mapping[str, Any]) -> Any:
+        """The statement, once its subqueries have been read. They see what this transaction has written."""
+        inherited = {name: options[name] for name in _OF_SUBQUERIES if name in options}
+        answers = []
+        for feed in feeding.feeds:
+            with self._route(feed.statement, params, inherited, None, None, scalar=False) as result:
+                answers.append(feed.values_of(result.scalars()))
+        return feeding.fed(answers)
 
     @property
     def _binds_by_itself(self) -> bool:
@@ -336,7 +351,7 @@ class RoutedSession(IdentitySession):
         if clause is not None:
             options = replace(self._route_options, key=key)
             route = view.planner.plan(clause, None, options)
-            if len(route.shards) == 1:
+            if len(route.shards) == 1 and route.first is None:
                 return Target(route.shards[0], master=route.writes or route.locking, replica=False)
         elif mapper is not None:
             mapper = sa_inspect(mapper).mapper

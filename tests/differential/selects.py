@@ -266,7 +266,7 @@ class Maker:
                 inner = self.aliased(self.world.codes)
                 return self.pick(numbers).in_(sa.select(inner.clause.c.code).where(self.comparison(inner)))
             case 4 | 5:
-                return self.uncorrelated(self.pick(numbers))
+                return self.uncorrelated(relation)
             case 6:
                 self.is_a("subquery not tied by the key", refusable=True)
                 inner = self.aliased(self.pick([self.world.children, self.world.others]))
@@ -292,20 +292,31 @@ class Maker:
                 number = self.pick([column for column in relation.columns if type(column.type) is sa.Integer])
                 return number.in_(sa.select(clause.c.id).where(tie, condition))
 
-    def uncorrelated(self, column: Any) -> Any:
+    def uncorrelated(self, relation: Relation) -> Any:
         """A subquery that says nothing of the row outside: it can be run first."""
-        self.is_a("uncorrelated subquery", refusable=True)
         inner = self.aliased(self.pick([self.world.parents, self.world.children, self.world.others, self.world.solo]))
-        clause = inner.clause
-        numbers = [each for each in inner.columns if type(each.type) is sa.Integer]
-        statement = sa.select(self.pick(numbers)).where(self.comparison(inner))
-        match self.upto(4):
+        pairs = [
+            (column, other)
+            for column in relation.columns
+            for other in inner.columns
+            if _alike(column.type, other.type) and not isinstance(column.type, sa.Double)
+        ]
+        if not pairs:
+            return self.comparison(relation)
+        column, other = self.pick(pairs)
+        comes_back = self.world.dialect != "sqlite" or not isinstance(column.type, sa.Numeric)
+        self.is_a("uncorrelated subquery", refusable=not comes_back)
+        statement = sa.select(other).where(self.comparison(inner))
+        match self.upto(5):
             case 0:
                 return column.not_in(statement)
             case 1:
                 return sa.exists(statement)
-            case 2:
-                return column >= sa.select(sa.func.max(clause.c.id)).where(self.comparison(inner)).scalar_subquery()
+            case 2 if not isinstance(column.type, sa.String | sa.Boolean):
+                total = self.pick([sa.func.max, sa.func.min])(other)
+                return column >= sa.select(total).where(self.comparison(inner)).scalar_subquery()
+            case 3:
+                return ~sa.exists().where(self.comparison(inner))
             case _:
                 return column.in_(statement)
 

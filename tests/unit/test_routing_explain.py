@@ -30,6 +30,7 @@ def test_a_keyed_statement() -> None:
         "reasons": ["users.id = value pins users"],
         "merge": [],
         "sql": {place.shard: "SELECT users.id \nFROM users \nWHERE users.id = %s"},
+        "first": [],
     }
     json.dumps(found)
 
@@ -45,6 +46,32 @@ def test_a_statement_over_shards_says_how_it_is_merged() -> None:
         "  merge: take 3",
         "  s0, s1, s2:",
     ]
+
+
+def test_subqueries_that_run_first_are_shown_with_their_own_routes() -> None:
+    buyers = sa.select(Order.user_id).where(Order.amount > 100)
+    route = PLANNER.plan(sa.select(User.name).where(User.age.in_(buyers)))
+    assert explain_text(route).splitlines() == [
+        "first, for users.age IN its values:",
+        "  select on s0, s1, s2 (any)",
+        "    because: no condition pins orders.user_id",
+        "    merge: one shard after the other",
+        "    s0, s1, s2:",
+        "      SELECT orders.user_id",
+        "      FROM orders",
+        "      WHERE orders.amount > %s",
+        "select on s0, s1, s2 at most (any)",
+        "  because: no condition pins users.id",
+        "  merge: one shard after the other",
+        "  s0, s1, s2:",
+        "    SELECT users.name",
+        "    FROM users",
+        "    WHERE users.age IN (__[POSTCOMPILE_param_1])",
+    ]
+    (first,) = explain_json(route)["first"]
+    assert first["purpose"] == "users.age IN its values"
+    assert first["tables"] == ["orders"]
+    json.dumps(explain_json(route))
 
 
 def test_values_do_not_appear() -> None:

@@ -175,8 +175,7 @@ def test_each_mention_of_a_cte_is_pinned_for_itself() -> None:
 
 
 def test_not_in_a_subquery_does_not_prune() -> None:
-    with pytest.raises(sa.exc.InvalidRequestError, match="subquery on orders"):
-        route(sa.select(u).where(u.id.not_in(sa.select(o.user_id))))
+    assert len(route(sa.select(u).where(u.id.not_in(sa.select(o.user_id)))).shards) == 3
 
 
 def test_raw_sql_beside_a_key_is_not_trusted() -> None:

@@ -53,8 +53,31 @@ READS: dict[str, tuple[Any, type[RoutingError]]] = {
         CrossShardJoin,
     ),
     "EXISTS that is not tied by the key": (sa.select(u.id).where(sa.exists().where(o.giver == u.id)), CrossShardJoin),
-    "IN a subquery that is not tied": (sa.select(u.id).where(u.age.in_(sa.select(o.amount))), CrossShardJoin),
-    "NOT IN a subquery": (sa.select(u.id).where(u.id.not_in(sa.select(o.user_id))), CrossShardJoin),
+    "IN a subquery tied by another column": (
+        sa.select(u.id).where(u.age.in_(sa.select(o.amount).where(o.giver == u.id))),
+        CrossShardJoin,
+    ),
+    "two columns IN a subquery": (
+        sa.select(u.id).where(sa.tuple_(u.age, u.id).in_(sa.select(o.amount, o.giver))),
+        CrossShardJoin,
+    ),
+    "IN a subquery in a subquery": (
+        sa.select(sa.select(u.id).where(u.age.in_(sa.select(o.amount))).subquery()),
+        CrossShardJoin,
+    ),
+    "IN a subquery of another type": (sa.select(u.id).where(u.name.in_(sa.select(o.amount))), CrossShardJoin),
+    "IN a subquery of another collation": (
+        sa.select(u.id).where(sa.collate(u.name, "utf8mb4_bin").in_(sa.select(o.note))),
+        CrossShardJoin,
+    ),
+    "a comparison with an average": (
+        sa.select(u.id).where(u.age > sa.select(sa.func.avg(o.amount)).scalar_subquery()),
+        CrossShardJoin,
+    ),
+    "IN a subquery that itself is refused": (
+        sa.select(u.id).where(u.age.in_(sa.select(o.amount).join(other, other.age == o.amount))),
+        CrossShardJoin,
+    ),
     "a scalar subquery": (sa.select(u.id, sa.select(count(o.id)).scalar_subquery()), CrossShardJoin),
     "a subquery without FROM around it": (sa.select(sa.select(count(o.id)).scalar_subquery()), CrossShardJoin),
     "a joined eager load on another column": (sa.select(o).options(joinedload(o.present_of)), CrossShardJoin),
