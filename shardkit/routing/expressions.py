@@ -68,6 +68,7 @@ class Contents:
     """What expressions hold, subqueries' own contents not counted.
 
     :param functions: the names of the functions called.
+    :param windows: for each window function, what it is partitioned by.
     :param unknown: those of them that are not named in `shardkit.routing.functions`.
     """
 
@@ -75,7 +76,7 @@ class Contents:
     functions: set[str] = field(default_factory=set)
     unknown: set[str] = field(default_factory=set)
     unreadable: list[str] = field(default_factory=list)
-    windows: bool = False
+    windows: list[tuple[ClauseElement, ...]] = field(default_factory=list)
     aggregates: bool = False
 
     @property
@@ -191,7 +192,7 @@ def _binary(element: BinaryExpression[Any], place: Place, contents: Contents) ->
 
 
 def _window(element: Over[Any], contents: Contents) -> None:
-    contents.windows = True
+    contents.windows.append(() if element.partition_by is None else tuple(element.partition_by.clauses))
     for child in element.get_children():
         # the function itself is no aggregate here, but its arguments may hold some
         _arguments(child, contents) if child is element.element else _look_if_clause(child, contents)

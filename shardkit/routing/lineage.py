@@ -123,19 +123,21 @@ class Lineage:
         if parts is None:
             self.unreadable.append(f"a {type(element).__name__}")
             return query
-        self._shape(query, parts)
-        if derived and (query.limited or query.windows):
+        windows = self._shape(query, parts)
+        if derived and (query.limited or windows):
             query.context = (facts,)  # what is asked of its result may not be asked of its tables before the LIMIT
         for clause in parts.froms:
             query.nodes.append(self._node(clause, query, facts, query.context))
         self._expressions(query, parts.select._where_criteria, facts, "and", predicate=True)  # noqa: SLF001 - no public reader
         query.grouped_by = tuple(query.scope.resolve(_unreferenced(each)) for each in parts.select._group_by_clauses)  # noqa: SLF001
+        query.windows = tuple(tuple(query.scope.resolve(each) for each in partition) for partition in windows)
         self._expressions(query, (column for _, column in parts.columns), facts, "value")
         for clauses in _other_clauses(parts.select):
             self._expressions(query, clauses, facts, "value")
         return query
 
-    def _shape(self, query: Query, parts: SelectParts) -> None:
+    def _shape(self, query: Query, parts: SelectParts) -> Sequence[Sequence[ClauseElement]]:
+        """Note what kind of query it is; returns what its window functions are partitioned by."""
         select = parts.select
         query.parts = parts
         query.limited = select._has_row_limiting_clause  # noqa: SLF001 - no public reader
@@ -144,9 +146,9 @@ class Lineage:
         shown = [column for _, column in parts.columns]
         query.distinct = bool(select._distinct) or any(map(is_distinct, shown))  # noqa: SLF001
         contents = contents_of([*shown, *(each for clauses in _other_clauses(select) for each in clauses)])
-        query.windows = contents.windows
         query.aggregates = contents.may_aggregate
         self.unreadable += raw_clauses(select)
+        return contents.windows
 
     def _compound(self, element: CompoundSelect[Any], parent: Scope | None, context: Context) -> Query:
         query = Query(Scope(self.column, parent), Facts(), context)

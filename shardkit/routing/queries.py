@@ -78,6 +78,7 @@ class Query:
     :param context: the same, and what holds around it: conditions on a result may be asked of its tables.
     :param nodes: its FROM list.
     :param nested: the subqueries in its expressions.
+    :param windows: for each window function, the columns that it is partitioned by.
     :param aggregates: whether an aggregate stands in its columns, HAVING or ORDER BY.
     """
 
@@ -92,7 +93,7 @@ class Query:
     recursive: bool = False
     limited: bool = False
     ordered: bool = False
-    windows: bool = False
+    windows: tuple[tuple[KnownColumn | None, ...], ...] = ()
     aggregates: bool = False
     grouped_by: tuple[KnownColumn | None, ...] = ()
     grouped: bool = False

@@ -211,6 +211,7 @@ class Reads:
             binds=binds,
             dialect=self._dialect,
             keyed_groups=wide.query.grouped and wide.keyed_groups,
+            keyed_windows=not wide.query.windows or wide.keyed_windows,
             keyed_rows=wide.query.distinct and wide.keyed_rows,
         )
         return merge_plan(statement, context)

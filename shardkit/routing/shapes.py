@@ -23,7 +23,7 @@ from shardkit.routing.keys import KeyPin, Readers
 from shardkit.routing.keyvalues import Reader
 from shardkit.routing.lineage import Lineage
 from shardkit.routing.queries import Occurrence
-from shardkit.routing.spread import Parted, Refused, Spread, keyed_groups, keyed_rows, spread_of
+from shardkit.routing.spread import Parted, Refused, Spread, keyed_groups, keyed_rows, keyed_windows, spread_of
 from shardkit.shardmap import Keyspace, ShardMap, TableInfo
 
 
@@ -158,6 +158,12 @@ class Shape:
         """Whether equal rows of the result stand on one shard."""
         spread = self.spread
         return isinstance(spread, Parted) and keyed_rows(self.lineage, self.query, spread)
+
+    @cached_property
+    def keyed_windows(self) -> bool:
+        """Whether all rows that a window function sees at once stand on one shard."""
+        spread = self.spread
+        return isinstance(spread, Parted) and keyed_windows(self.lineage, self.query, spread)
 
     def is_key(self, element: ClauseElement) -> bool:
         """Whether a column is the whole key of the rows that the result is made of."""

@@ -3,7 +3,8 @@
 MySQL and MariaDB compare strings by their collation, which only the server knows: ``WEIGHT_STRING()`` gives the bytes
 it compares. Collations that pad compare as if every text went on with blanks for ever (or 'a' would sort before
 'a\\t'). SQLite compares by storage class, then by value: NULL, numbers, text by bytes, blobs by bytes
-(https://www.sqlite.org/datatype3.html#comparisons).
+(https://www.sqlite.org/datatype3.html#comparisons); NOCASE takes the letters A to Z as small ones, as ``lower()`` does,
+and RTRIM leaves blanks at the end out.
 """
 
 from __future__ import annotations
@@ -222,9 +223,15 @@ def sort_column(expression: ColumnElement[Any], dialect: Dialect) -> tuple[Colum
     expression = bare(expression)
     if dialect.name == "sqlite":
         collation = getattr(stored_type(expression.type, dialect), "collation", None)
-        if collation is not None and collation.upper() != "BINARY":
-            raise _unsortable(expression, f"it has the collation {collation}")
-        return raw(expression), Comparison.SQLITE
+        match "BINARY" if collation is None else collation.upper():
+            case "BINARY":
+                return raw(expression), Comparison.SQLITE
+            case "NOCASE":
+                return raw(sa.func.lower(expression)), Comparison.SQLITE
+            case "RTRIM":
+                return raw(sa.func.rtrim(expression, " ")), Comparison.SQLITE
+            case _:
+                raise _unsortable(expression, f"it has the collation {collation}")
     return _on_server(expression, stored_type(expression.type, dialect), dialect)
 
 

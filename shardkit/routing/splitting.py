@@ -41,6 +41,7 @@ class SplitContext:
     :param own: the shape of this very statement: its elements may be put into it.
     :param keyed_groups: groups do not stand on two shards.
     :param keyed_rows: equal rows of the result do not stand on two shards.
+    :param keyed_windows: the rows that a window function sees at once do not, either.
     """
 
     query: Query
@@ -50,6 +51,7 @@ class SplitContext:
     dialect: Dialect
     keyed_groups: bool
     keyed_rows: bool
+    keyed_windows: bool
 
 
 def merge_plan(statement: sa.Select[Any], context: SplitContext) -> MergePlan:
@@ -68,11 +70,13 @@ class _Splitting:
 
     def plan(self) -> MergePlan:
         query = self.context.query
-        if query.windows:
-            raise refused("a window function over several shards")
+        if query.windows and not self.context.keyed_windows:
+            raise refused("a window function over several shards: PARTITION BY does not hold the key")
         self._check_columns()
         limit, offset = self._cut()
         if query.collapses or (query.grouped and not self.context.keyed_groups):
+            if query.windows:
+                raise refused("a window function over aggregates of several shards")
             return self._grouped(limit, offset)
         distinct = self._distinct() if query.distinct and not self.context.keyed_rows else ()
         order = tuple(self._order(each) for each in self._order_by())

@@ -73,6 +73,11 @@ def keyed_rows(lineage: Lineage, query: Query, spread: Parted) -> bool:
     return _Spreading(lineage).keyed_rows(query, spread)
 
 
+def keyed_windows(lineage: Lineage, query: Query, spread: Parted) -> bool:
+    """Whether each window function sees rows of one key at a time, so that all that it sees stand on one shard."""
+    return _Spreading(lineage).keyed_windows(query, spread)
+
+
 class _Spreading:
     def __init__(self, lineage: Lineage) -> None:
         self._lineage = lineage
@@ -136,7 +141,10 @@ class _Spreading:
                 name
                 for name, present in (
                     ("LIMIT inside a subquery", query.limited),
-                    ("a window function inside a subquery", query.windows),
+                    (
+                        "a window function without the key in PARTITION BY inside a subquery",
+                        not self.keyed_windows(query, found),
+                    ),
                     ("an aggregate inside a subquery", query.collapses),
                     (
                         "GROUP BY without the key inside a subquery",
@@ -161,6 +169,12 @@ class _Spreading:
 
     def keyed_rows(self, query: Query, spread: Parted) -> bool:
         return self._holds_key(query, spread, [column.term for column in query.outputs()])
+
+    def keyed_windows(self, query: Query, spread: Parted) -> bool:
+        return all(
+            self._holds_key(query, spread, [column.term for column in partition if column is not None])
+            for partition in query.windows
+        )
 
     def _holds_key(self, query: Query, spread: Parted, terms: Iterable[tuple[int, str]]) -> bool:
         if spread.keyspace.partition is None:

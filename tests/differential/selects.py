@@ -180,11 +180,9 @@ class Maker:
             statement = statement.where(self.predicate(inner, 0))
         match self.upto(5):
             case 0:
-                self.check_compared(shown)
                 self.any_spelling = True
                 statement = statement.distinct()
             case 1:
-                self.check_compared(shown)
                 self.any_spelling = True
                 statement = statement.group_by(*shown)
             case 2:
@@ -195,11 +193,6 @@ class Maker:
         keys = columns[: len(inner.keys[0])]
         total = [column for column, source in zip(columns, shown, strict=True) if source is inner.clause.c.id]
         return Relation(clause, columns, [keys], total)
-
-    def check_compared(self, columns: Sequence[Any]) -> None:
-        """SQLite does not tell how its other collations compare."""
-        if self.world.dialect == "sqlite" and any(getattr(column.type, "collation", None) for column in columns):
-            self.is_a("texts compared by a collation of SQLite", refusable=True)
 
     # --- predicates
 
@@ -352,7 +345,6 @@ class Maker:
         source = self.relation()
         shown = self.some(source.columns, 3)
         self.is_a("DISTINCT")
-        self.check_compared(shown)
         self.any_spelling = True
         statement = sa.select(*shown).select_from(source.clause).where(*self._wheres(source)).distinct()
         return self._sorted(statement, shown, shown)
@@ -375,7 +367,6 @@ class Maker:
             return Question(statement, self.kinds, self.must, 0, self.any_spelling)
         self.is_a("ORDER BY")
         by = list(shown) if how > 1 else [shown[0]]
-        self.check_compared(by)
         descending = [bool(self.upto(1)) for _ in by]
         statement = statement.order_by(*(e.desc() if down else e for e, down in zip(by, descending, strict=True)))
         if how == 3 and total:
@@ -403,13 +394,11 @@ class Maker:
                 return sa.func.avg(self.pick(numbers))
             case 5 | 6:
                 column = self.pick(source.columns)
-                self.check_compared([column])
                 self.any_spelling = True
                 return self.pick([sa.func.min, sa.func.max])(column)
             case _:
                 column = self.pick(source.columns)
                 self.is_a("COUNT(DISTINCT)")
-                self.check_compared([column])
                 return sa.func.count(column.distinct())
 
     def aggregates(self, source: Relation) -> list[Any]:
@@ -434,7 +423,6 @@ class Maker:
         source = self.relation()
         self.is_a("GROUP BY")
         groups = self.some(source.columns, 2)
-        self.check_compared(groups)
         self.any_spelling = True
         aggregates = self.aggregates(source)
         statement = sa.select(*groups, *aggregates).select_from(source.clause).where(*self._wheres(source))
@@ -479,10 +467,21 @@ class Maker:
         return Question(statement, self.kinds, self.must, ordered, self.any_spelling)
 
     def window(self) -> Question:
-        self.is_a("window function", refusable=True)
-        source = self.table(self.world.parents)
-        number = sa.func.row_number().over(order_by=source.clause.c.id).label(self.name())
-        return Question(sa.select(source.clause.c.id, number).where(*self._wheres(source)), self.kinds, self.must)
+        source = self.table(self.pick([self.world.parents, self.world.children]))
+        by: Any = None
+        match self.upto(3):
+            case 0:
+                self.is_a("window function", refusable=True)
+            case 1:
+                self.is_a("window function by another column", refusable=True)
+                by = source.clause.c.code if "code" in source.clause.c else source.clause.c.parent_id
+            case _:
+                self.is_a("window function by the key")
+                by = list(self.draw(st.permutations([*source.keys[0], *self.some(source.of(sa.Integer), 1)])))
+        function = self.pick([sa.func.row_number(), sa.func.sum(source.clause.c.id), sa.func.lag(source.clause.c.id)])
+        number = function.over(partition_by=by, order_by=source.clause.c.id).label(self.name())
+        statement = sa.select(source.clause.c.id, number).where(*self._wheres(source))
+        return self._sorted(statement, [source.clause.c.id, number], source.total)
 
 
 def _relation(clause: Any, part: Part) -> Relation:

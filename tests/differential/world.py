@@ -25,7 +25,7 @@ SHARDS = ("s0", "s1", "s2")
 WHOLE = "whole"
 #: Collations of texts, by database. None is the database's own default for a text that is compared by its bytes.
 COLLATIONS: Mapping[str, Sequence[str | None]] = {
-    "sqlite": (None, None, "NOCASE"),
+    "sqlite": (None, None, "NOCASE", "RTRIM"),
     "mariadb": ("utf8mb4_general_ci", "utf8mb4_bin", "utf8mb4_unicode_520_ci", "utf8mb4_nopad_bin"),
     "mysql": ("utf8mb4_0900_ai_ci", "utf8mb4_general_ci", "utf8mb4_bin", "utf8mb4_0900_bin"),
 }

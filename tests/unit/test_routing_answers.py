@@ -56,8 +56,24 @@ ORDERED: dict[str, Any] = {
     "distinct under a limit": sa.select(o.amount, o.note).distinct().order_by(o.amount, o.note).limit(4).offset(2),
 }
 
+latest = sa.func.row_number().over(partition_by=o.user_id, order_by=o.id.desc()).label("place")
+numbered = sa.select(o.id, o.user_id, latest).subquery()
+
 AS_SETS: dict[str, Any] = {
     "all rows": sa.select(u),
+    "a window for each key": sa.select(o.id, sa.func.sum(o.amount).over(partition_by=o.user_id, order_by=o.id)),
+    "windows for each key and more": sa.select(
+        o.id, sa.func.rank().over(partition_by=(o.note, o.user_id), order_by=o.amount)
+    )
+    .join(o.user)
+    .where(u.age > 10),
+    "the latest of each key": sa.select(numbered.c.id, numbered.c.user_id).where(numbered.c.place == 1),
+    "a window over a join by the key": sa.select(
+        o.id, count().over(partition_by=u.id), sa.func.min(o.id).over(partition_by=[o.user_id])
+    ).join(o, o.user_id == u.id),
+    "a window over groups by the key": sa.select(
+        o.user_id, o.note, sa.func.sum(count(o.id)).over(partition_by=o.user_id)
+    ).group_by(o.user_id, o.note),
     "IN over shards": sa.select(u).where(u.id.in_([1, 2, 3, 4, 5, 5])),
     "no condition on the key": sa.select(u.id).where(u.age == 11),
     "an alias": sa.select(aliased(u)),

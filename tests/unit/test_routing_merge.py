@@ -10,10 +10,11 @@ import pytest
 import sqlalchemy as sa
 
 from shardkit.errors import RoutingError
+from shardkit.routing.anatomy import dialect_of
 from shardkit.routing.combining import Aggregate, Average, Combine, Extreme, Groups, Total
 from shardkit.routing.formulas import Call, Constant, Place, greater, unequal
 from shardkit.routing.merge import MergePlan, merge_rows
-from shardkit.routing.sorting import Comparison, SortKey
+from shardkit.routing.sorting import Comparison, SortKey, comparable, sort_column
 
 SELECT = sa.select(sa.literal(1))
 UP = SortKey(1, Comparison.NUMBER)
@@ -77,6 +78,25 @@ def test_text_of_a_collation_of_several_levels_is_refused() -> None:
 def test_a_value_that_the_type_did_not_promise_is_refused() -> None:
     with pytest.raises(RoutingError, match="a str where a number"):
         merged(MergePlan(SELECT, 1, (UP,)), [("a", "10")], [("b", "9")])
+
+
+@pytest.mark.parametrize("collation", ["NOCASE", "RTRIM"])
+def test_sqlites_own_collations(collation: str) -> None:
+    """Sorted and told apart as the database does it, letters outside of ASCII among them."""
+    texts = ["b", "B", "a ", "A", "a", "Ä", "ä", "a  b", "a b", "", " ", "_", "[", None]
+    table = sa.Table("t", sa.MetaData(), sa.Column("x", sa.String(9, collation=collation)))
+    column, comparison = sort_column(table.c.x, dialect_of("sqlite"))
+    engine = sa.create_engine("sqlite://")
+    with engine.begin() as connection:
+        table.create(connection)
+        connection.execute(table.insert(), [{"x": text} for text in texts])
+        for one, other, less, same in connection.execute(
+            sa.text("SELECT a.x, b.x, a.x < b.x, a.x = b.x FROM t a, t b WHERE a.x IS NOT NULL AND b.x IS NOT NULL")
+        ):
+            select = sa.select(column).where(table.c.x.collate("BINARY") == sa.bindparam("text"))
+            keys = [comparable(connection.scalar(select, {"text": text}), comparison) for text in (one, other)]
+            assert (keys[0] < keys[1], keys[0] == keys[1]) == (bool(less), bool(same)), (one, other)
+    engine.dispose()
 
 
 def test_sqlite_sorts_by_storage_class() -> None:

@@ -93,6 +93,20 @@ READS: dict[str, tuple[Any, type[RoutingError]]] = {
         sa.select(sa.select(u.id, sa.func.row_number().over(order_by=u.id).label("n")).subquery()),
         RoutingError,
     ),
+    "one window of two without the key": (
+        sa.select(
+            count().over(partition_by=o.user_id).label("own"), sa.func.row_number().over(order_by=o.id).label("all")
+        ),
+        RoutingError,
+    ),
+    "a window by a column called like the key": (
+        sa.select(count().over(partition_by=(o.giver % 3).label("user_id"))),
+        RoutingError,
+    ),
+    "a window over groups of several shards": (
+        sa.select(o.note, sa.func.sum(count()).over(partition_by=o.user_id)).group_by(o.note),
+        RoutingError,
+    ),
     "a window": (sa.select(u.id, sa.func.row_number().over(order_by=u.id)), RoutingError),
     "a recursive CTE": (sa.select(recursive.c.id), RoutingError),
     "FOR UPDATE": (sa.select(u).with_for_update(), RoutingError),
