@@ -49,10 +49,10 @@ OF_THE_CONNECTION: Final = _names(
 
 #: Functions whose value is a number whatever SQLAlchemy thinks of its type.
 NUMERIC: Final = _names(
-    "abs ascii avg bit_count bit_length ceil ceiling char_length character_length count crc32 datediff day dayofmonth "
-    "dayofweek dayofyear floor hour instr length locate microsecond minute mod month octet_length pow power quarter "
-    "round second sign sqrt strcmp sum time_to_sec timestampdiff to_days truncate unix_timestamp week weekday "
-    "weekofyear year yearweek"
+    "abs ascii avg bit_count bit_length ceil ceiling char_length character_length count crc32 cume_dist datediff day "
+    "dayofmonth dayofweek dayofyear dense_rank floor hour instr length locate microsecond minute mod month ntile "
+    "octet_length percent_rank pow power quarter rank round row_number second sign sqrt strcmp sum time_to_sec "
+    "timestampdiff to_days truncate unix_timestamp week weekday weekofyear year yearweek"
 )
 
 #: Functions whose text is never longer than their first argument.

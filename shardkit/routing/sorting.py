@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.elements import ColumnClause, ColumnElement, Grouping, Label
+from sqlalchemy.sql.elements import ColumnClause, ColumnElement, Grouping, Label, Over
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import NullType
 
@@ -236,7 +236,8 @@ def sort_column(expression: ColumnElement[Any], dialect: Dialect) -> tuple[Colum
 
 
 def _on_server(expression: Any, stored: Any, dialect: Dialect) -> tuple[ColumnElement[Any], Comparison]:
-    name = getattr(expression, "name", "") if isinstance(expression, FunctionElement) else ""
+    function = expression.element if isinstance(expression, Over) else expression
+    name = getattr(function, "name", "") if isinstance(function, FunctionElement) else ""
     match stored:
         case sa.Enum():
             if not isinstance(expression, ColumnClause):

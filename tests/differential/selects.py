@@ -478,7 +478,9 @@ class Maker:
             case _:
                 self.is_a("window function by the key")
                 by = list(self.draw(st.permutations([*source.keys[0], *self.some(source.of(sa.Integer), 1)])))
-        function = self.pick([sa.func.row_number(), sa.func.sum(source.clause.c.id), sa.func.lag(source.clause.c.id)])
+        function = self.pick(
+            [sa.func.row_number(), sa.func.sum(source.clause.c.id), sa.func.lag(source.clause.c.id, type_=sa.Integer)]
+        )
         number = function.over(partition_by=by, order_by=source.clause.c.id).label(self.name())
         statement = sa.select(source.clause.c.id, number).where(*self._wheres(source))
         return self._sorted(statement, [source.clause.c.id, number], source.total)
