@@ -481,9 +481,9 @@ class Maker:
         function = self.pick(
             [sa.func.row_number(), sa.func.sum(source.clause.c.id), sa.func.lag(source.clause.c.id, type_=sa.Integer)]
         )
-        number = function.over(partition_by=by, order_by=source.clause.c.id).label(self.name())
-        statement = sa.select(source.clause.c.id, number).where(*self._wheres(source))
-        return self._sorted(statement, [source.clause.c.id, number], source.total)
+        window = function.over(partition_by=by, order_by=number).label(self.name())
+        statement = sa.select(number, window).where(*self._wheres(source))
+        return self._sorted(statement, [number, window], source.total)
 
 
 def _relation(clause: Any, part: Part) -> Relation:
