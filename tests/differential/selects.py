@@ -478,9 +478,8 @@ class Maker:
             case _:
                 self.is_a("window function by the key")
                 by = list(self.draw(st.permutations([*source.keys[0], *self.some(source.of(sa.Integer), 1)])))
-        function = self.pick(
-            [sa.func.row_number(), sa.func.sum(source.clause.c.id), sa.func.lag(source.clause.c.id, type_=sa.Integer)]
-        )
+        number = source.clause.c.id
+        function = self.pick([sa.func.row_number(), sa.func.sum(number), sa.func.lag(number, type_=sa.Integer)])
         window = function.over(partition_by=by, order_by=number).label(self.name())
         statement = sa.select(number, window).where(*self._wheres(source))
         return self._sorted(statement, [number, window], source.total)
