@@ -11,11 +11,12 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.selectable import CompoundSelect
 
-from shardkit.errors import CrossShardJoin, RoutingError, ScatterRefused
+from shardkit.errors import CrossShardJoin, RoutingError
 from shardkit.routing.conditions import Binds
 from shardkit.routing.hints import Hint, hint_of
 from shardkit.routing.merge import MergePlan
 from shardkit.routing.moving import moves_on, restricted
+from shardkit.routing.policy import check_policy
 from shardkit.routing.queries import limited_tables
 from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStatement, StatementKind
 from shardkit.routing.shapes import Pinned, Shape, Shapes
@@ -183,7 +184,7 @@ class Reads:
             return found
         if shape.locking:
             raise Refused(RoutingError, "FOR UPDATE over several shards", "pin it to one key, or to one shard")
-        warning = _check_policy(shape, options, len(where.shards))
+        warning = check_policy(shape, options, len(where.shards))
         plan = self._merge(statement, shape, wide, binds, given)
         found = replace(found, merge=plan, warning=warning)
         moves = [move for name in {info.keyspace.name for info in shape.infos} for move in self._map.moves_of(name)]
@@ -251,17 +252,6 @@ def _without_limit(statement: Any) -> Any:
     if isinstance(statement, sa.Select) and statement._has_row_limiting_clause:  # noqa: SLF001 - no public reader
         return statement.limit(None).offset(None)
     return statement
-
-
-def _check_policy(shape: Shape, options: RouteOptions, shards: int) -> str | None:
-    table = next((info for info in shape.infos if info.kind == "sharded"), None)
-    name, key = (table.name, table.key) if table else (None, ())
-    what = f"{name} is read on {shards} shards: nothing pins {' and '.join(key)}"
-    if options.scatter is False or (options.scatter is None and options.policy == "refuse"):
-        raise ScatterRefused(
-            what, hint="add a condition on the key, or shardkit_scatter=True", table=name, key=key, shards=shards
-        )
-    return what if options.scatter is None and options.policy == "warn" else None
 
 
 def _per_shard(statements: Any, parameters: Parameters) -> dict[str, ShardStatement]:

@@ -14,7 +14,7 @@ from shardkit.cluster import Cluster
 from shardkit.errors import ShardkitError
 from shardkit.routing.route import ScatterPolicy
 from shardkit.session.session import ClusterSession
-from shardkit.session.transacting import ReadFrom
+from shardkit.session.transacting import GivenConnections, ReadFrom
 from shardkit.session.transaction import CommitMode
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ def sessionmaker(
     read_from: ReadFrom = "master",
     transactions: str = "atomic",
     scatter: ScatterPolicy = "allow",
+    connections: GivenConnections | None = None,
     class_: type[orm.Session] = ClusterSession,
     **session_options: Any,
 ) -> orm.sessionmaker[ClusterSession]:
@@ -40,6 +41,10 @@ def sessionmaker(
         commit one after the other, a failure between them raises `PartialCommit`. ``single``: writing to a second
         shard raises `SecondShardWritten` and rolls back. A transaction on one shard is an ordinary one in each of them.
     :param scatter: what a read over several shards does: ``allow``, ``warn`` (a `ScatterWarning`) or ``refuse``.
+    :param connections: connections to the shards' masters that are used instead of the cluster's own, by shard; a
+        shard without one cannot be used. A transaction that has begun on one of them before stays its owner's, as
+        ``join_transaction_mode=`` says; several of them are committed as under best_effort. For tests that roll back
+        (`shardkit.testing.rollback`).
     :param class_: a `sqlalchemy.orm.Session` subclass of the application.
     :param session_options: as for `sqlalchemy.orm.sessionmaker`: ``expire_on_commit=``, ``info=``, ...
     :raises ShardkitError: for an option that a cluster's sessions cannot have.
@@ -51,6 +56,7 @@ def sessionmaker(
         read_from=read_from,
         transactions=_possible(cluster, transactions),
         scatter=scatter,
+        connections=connections,
         **session_options,
     )
 
@@ -61,6 +67,7 @@ def async_sessionmaker(
     read_from: ReadFrom = "master",
     transactions: str = "atomic",
     scatter: ScatterPolicy = "allow",
+    connections: GivenConnections | None = None,
     class_: type[sa_asyncio.AsyncSession] = sa_asyncio.AsyncSession,
     sync_session_class: type[orm.Session] = ClusterSession,
     **session_options: Any,
@@ -74,6 +81,7 @@ def async_sessionmaker(
         read_from=read_from,
         transactions=_possible(cluster, transactions),
         scatter=scatter,
+        connections=connections,
         asynchronous=True,
         **session_options,
     )

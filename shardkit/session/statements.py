@@ -337,7 +337,7 @@ class RoutedSession(IdentitySession):
             target = self._target_without_route(mapper, clause, shardkit_shard, shardkit_key)
             if target.master and self._transaction is not None:
                 self.admit_writes((target.shard,))
-        return self._outermost().engine_for(target.shard, master=target.master, read_from_replica=target.replica)
+        return self._outermost().bind_for(target.shard, master=target.master, read_from_replica=target.replica)
 
     def _target_without_route(
         self, mapper: Any, clause: Any, shard: str | None, key: Mapping[str, Any] | None

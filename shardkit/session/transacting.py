@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 from weakref import WeakSet
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction, SessionTransactionOrigin
 
 from shardkit.cluster import Cluster
-from shardkit.errors import TransactionError
+from shardkit.errors import ShardkitError, TransactionError
 from shardkit.routing.route import RouteOptions, ScatterPolicy
 from shardkit.session.flush import Flush
 from shardkit.session.homes import home_of
@@ -23,6 +25,8 @@ from shardkit.snapshots import View
 
 T = TypeVar("T")
 ReadFrom = Literal["master", "replica"]
+#: Connections that the application has already, by shard.
+GivenConnections: TypeAlias = Mapping[str, Connection | AsyncConnection]
 
 
 class Target(NamedTuple):
@@ -48,11 +52,13 @@ class TransactingSession(Session):
         transactions: str = "atomic",
         scatter: ScatterPolicy = "allow",
         asynchronous: bool = False,
+        connections: GivenConnections | None = None,
         **options: Any,
     ) -> None:
         self.cluster = cluster
         self.asynchronous = asynchronous
         self.commit_mode = CommitMode(transactions)
+        self.connections = None if connections is None else _checked(connections, cluster)
         self._from_replica = read_from == "replica"
         self._route_options = RouteOptions(policy=scatter)
         self._root: ClusterTransaction | None = None
@@ -121,3 +127,25 @@ class TransactingSession(Session):
     def run_blocking(self, call: Callable[[], T]) -> T:
         """A call that waits for something other than a database; an event loop goes on meanwhile."""
         return run_blocking(call, asynchronous=self.asynchronous)
+
+
+def _checked(given: GivenConnections, cluster: Cluster) -> dict[str, Connection]:
+    """:raises ShardkitError: for what is no connection to a shard, or is the connection to two of them."""
+    connections: dict[str, Connection] = {}
+    for shard, each in given.items():
+        connection = each.sync_connection if isinstance(each, AsyncConnection) else each
+        if not isinstance(connection, Connection):
+            raise ShardkitError(
+                f"connections: what is given for shard {shard} is no open connection: {type(each).__name__}",
+                hint="give cluster.engine(shard).connect()",
+            )
+        if shard not in cluster.map.shards:
+            raise ShardkitError(
+                f"connections: no shard is named {shard!r}", hint=f"the shards are {', '.join(cluster.map.shards)}"
+            )
+        if connection in connections.values():
+            raise ShardkitError(
+                f"connections: shard {shard} has the connection of another shard", hint="give each shard one of its own"
+            )
+        connections[shard] = connection
+    return connections

@@ -18,7 +18,7 @@ from sqlalchemy.orm.state_changes import _StateChange
 
 from shardkit.cluster import Cluster
 from shardkit.engines import MAP_VERSION_STAMP
-from shardkit.errors import CommitPending, CommitUnknown, PartialCommit, SecondShardWritten, StaleShardMap
+from shardkit.errors import CommitPending, CommitUnknown, PartialCommit, RoutingError, SecondShardWritten, StaleShardMap
 from shardkit.session.twophase import TwoPhaseTransaction, two_phase_for
 from shardkit.snapshots import Pin, View
 from shardkit.topology import Role
@@ -52,12 +52,15 @@ class ClusterTransaction(SessionTransaction):
         self._written: dict[str, None] = {}  # in order of the first write
         self._on_master: set[str] = set()
         self._replicas: dict[str, int] = {}  # shard -> the replica that it reads
-        self._shard_of: dict[Engine, str] = {}
-        self._masters: dict[str, Engine] = {}
+        self._shard_of: dict[Engine | Connection, str] = {}
+        self._masters: dict[str, Engine | Connection] = {}
         self._began_empty = True
         #: (shard, whether from a replica) -> the connection that such reads go on
         self.reading: dict[tuple[str, bool], Connection] = {}
-        self._two_phase = two_phase_for(session) if self._mode is CommitMode.ATOMIC else None
+        self._given = session.connections
+        # a connection that is given has its transaction already, which is its owner's to end
+        atomic = self._mode is CommitMode.ATOMIC and self._given is None
+        self._two_phase = two_phase_for(session) if atomic else None
         session.begun(self)  # before SQLAlchemy's own events, whose handlers may use the session
         super().__init__(session, origin)
 
@@ -104,11 +107,15 @@ class ClusterTransaction(SessionTransaction):
         for shard in wanted:
             self._written[shard] = None
 
-    def engine_for(self, shard: str, *, master: bool, read_from_replica: bool) -> Engine:
+    def bind_for(self, shard: str, *, master: bool, read_from_replica: bool) -> Engine | Connection:
         """The endpoint of a shard for one statement.
 
         A shard's reads stay on one replica until the transaction needs its master, and then on the master.
+
+        :raises RoutingError: when the session was given connections, and none to this shard.
         """
+        if self._given is not None:
+            return self._given_to(shard, master=master)
         role, number = Role.MASTER, 0
         if master:
             self.turn_to_master(shard)
@@ -126,6 +133,21 @@ class ClusterTransaction(SessionTransaction):
         if role is Role.MASTER:
             self._masters[shard] = engine
         return engine
+
+    def _given_to(self, shard: str, *, master: bool) -> Connection:
+        assert self._given is not None  # noqa: S101 - asked by the caller
+        connection = self._given.get(shard)
+        if connection is None:
+            raise RoutingError(
+                f"the session was given connections, and none to shard {shard}",
+                hint="sessionmaker(cluster, connections={shard: connection}): name every shard that is used",
+                shards=1,
+            )
+        if master:
+            self.turn_to_master(shard)
+        self._shard_of[connection] = shard
+        self._masters[shard] = connection
+        return connection
 
     def turn_to_master(self, shard: str) -> bool:
         """From now on this shard is used on its master; True when its rows were read from a replica before."""
@@ -199,18 +221,19 @@ class ClusterTransaction(SessionTransaction):
             raise pending
 
     def _commit_connections(self) -> CommitPending | None:
-        held = set(self._connections.values())
+        held = {entry for entry in self._connections.values() if entry[2]}  # the others are their owner's to commit
+        if not held:
+            return None
         if len(held) == 1:
-            ((_, transaction, should_commit, _),) = held
-            if should_commit:
-                transaction.commit()
+            ((_, transaction, *_),) = held
+            transaction.commit()
             return None
         if self._two_phase is not None and self._two_phase.spans:
             return self._commit_two_phase(self._two_phase, held)
         writers: list[tuple[str, Transaction]] = []
         for shard in self._written:
             entry = self._connections.get(self._masters[shard])
-            if entry is not None:
+            if entry in held:
                 writers.append((shard, entry[1]))
                 held.discard(entry)
         self._commit_writers(writers)

@@ -10,25 +10,34 @@ fixture `shardkit_map`. Then::
     def test_orders_on_mariadb(shardkit_mariadb_cluster):    # a real server, started once per test process
         ...
 
+    def test_page(shardkit_rollback):                # what sessions of this factory commit is undone after the test
+        shardkit_rollback(application.Session)
+
+    def test_keys(no_scatter, assert_single_shard):  # no read of several shards in this test
+        assert_single_shard(select(Order).where(Order.user_id == 1))
+
 pytest loads this file in every environment that has shardkit installed, so nothing but pytest is imported here until a
 fixture is used, and logging is left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from sqlalchemy import MetaData
+    from sqlalchemy import Executable, MetaData
+    from sqlalchemy.orm import sessionmaker
 
     from shardkit.cluster import Cluster
+    from shardkit.session import ClusterSession
     from shardkit.shardmap import ShardMap
     from shardkit.testing.database import LocalDatabaseServer
 
@@ -109,6 +118,54 @@ def shardkit_mariadb_cluster(
     finally:
         for database in databases.values():
             server.execute(f"DROP DATABASE IF EXISTS {database}")
+
+
+@pytest.fixture
+def shardkit_rollback() -> Iterator[Callable[[sessionmaker[ClusterSession]], sessionmaker[ClusterSession]]]:
+    """Called with a session factory, it undoes after the test what the factory's sessions commit.
+
+    For asyncio: `shardkit.testing.rollback.async_rolled_back`, on the test's own event loop.
+    """
+    from shardkit.testing.rollback import rolled_back
+
+    with contextlib.ExitStack() as stack:
+        yield lambda factory: stack.enter_context(rolled_back(factory))
+
+
+# --- which shards statements touch -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_scatter() -> Iterator[None]:
+    """In this test a read of several shards raises `ScatterRefused`, unless it says ``shardkit_scatter=True``."""
+    from shardkit.routing.policy import no_scatter as forbidden
+
+    with forbidden():
+        yield
+
+
+@pytest.fixture
+def assert_single_shard(shardkit_map: ShardMap) -> Iterator[Callable[..., None]]:
+    """``assert_single_shard(statement, params=None)`` fails where a statement would touch several shards.
+
+    Nothing is sent: the statement is planned on the application's map.
+    """
+    from shardkit.cluster import create_cluster
+
+    with create_cluster(shardkit_map) as cluster:
+
+        def check(statement: Executable, params: Mapping[str, Any] | None = None) -> None:
+            route = cluster.explain(statement, params)
+            shards = dict.fromkeys(route.shards)
+            for subquery in route.first.routes if route.first else ():
+                shards.update(dict.fromkeys(subquery.shards))
+            if len(shards) > 1:
+                pytest.fail(
+                    f"{len(shards)} shards would be asked: {', '.join(shards)} ({'; '.join(route.reasons)})",
+                    pytrace=False,
+                )
+
+        yield check
 
 
 # --- the servers' logs, where a test fails -----------------------------------------------------------------------

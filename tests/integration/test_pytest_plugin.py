@@ -100,6 +100,105 @@ def test_nothing_stays(shardkit_mariadb_server):
     assert "3 passed" in done.stdout, done.stdout
 
 
+ROLLBACK = """
+@pytest.fixture
+def session_factory(request):
+    return sessionmaker(request.getfixturevalue(CLUSTER))
+
+def rows(cluster):
+    with sessionmaker(cluster)() as session:
+        return len(session.scalars(select(User)).all())
+
+def test_what_is_committed_is_undone(session_factory, request):
+    from shardkit.testing.rollback import rolled_back
+    cluster = request.getfixturevalue(CLUSTER)
+    with session_factory.begin() as session:
+        session.add(User(id=1000))
+    with rolled_back(session_factory) as factory:
+        with factory.begin() as session:
+            session.add_all(User(id=number) for number in range(1, 41))
+        with factory() as session:
+            assert len(session.scalars(select(User)).all()) == 41
+            session.add_all(User(id=number) for number in range(41, 60))
+            session.flush()
+            session.rollback()
+            assert len(session.scalars(select(User)).all()) == 41
+    assert rows(cluster) == 1
+    with session_factory.begin() as session:
+        session.add(User(id=1001))
+    assert rows(cluster) == 2
+"""
+
+
+def test_a_test_is_rolled_back_on_sqlite(project: Path) -> None:
+    done = run(project, f"CLUSTER = 'shardkit_cluster'\n{ROLLBACK}")
+    assert "1 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.mariadb
+def test_a_test_is_rolled_back_on_mariadb(project: Path) -> None:
+    done = run(project, f"CLUSTER = 'shardkit_mariadb_cluster'\n{ROLLBACK}")
+    assert "1 passed" in done.stdout, done.stdout
+
+
+def test_the_fixture_rolls_back_when_the_test_ends(project: Path) -> None:
+    done = run(
+        project,
+        """
+import shardkit
+
+@pytest.fixture(scope="module")
+def factory(tmp_path_factory, request):
+    home = tmp_path_factory.mktemp("shards")
+    text = (request.config.rootpath / "shardmap.yaml").read_text()
+    parsed = shardkit.ShardMap.parse(text)
+    from shardkit.topology import Endpoint, Shard
+    shards = {name: Shard(name, Endpoint("", 0, str(home / name), "sqlite")) for name in parsed.shards}
+    with shardkit.create_cluster(parsed.with_shards(shards)) as cluster:
+        cluster.create_all(Base.metadata)
+        yield sessionmaker(cluster)
+
+@pytest.mark.parametrize("time", [1, 2])
+def test_users(factory, shardkit_rollback, time):
+    assert shardkit_rollback(factory) is factory
+    with factory.begin() as session:
+        session.add_all(User(id=number) for number in range(1, 41))
+    with factory() as session:
+        assert len(session.scalars(select(User)).all()) == 40
+""",
+    )
+    assert "2 passed" in done.stdout, done.stdout
+
+
+def test_a_read_of_several_shards_fails_its_test(project: Path) -> None:
+    done = run(
+        project,
+        """
+from shardkit.errors import ScatterRefused
+
+def test_scatter(shardkit_cluster, no_scatter):
+    with sessionmaker(shardkit_cluster)() as session:
+        session.get(User, 1)
+        session.scalars(select(User), execution_options={"shardkit_scatter": True}).all()
+        with pytest.raises(ScatterRefused, match="users is read on 2 shards"):
+            session.scalars(select(User)).all()
+
+def test_without(shardkit_cluster):
+    with sessionmaker(shardkit_cluster)() as session:
+        session.scalars(select(User)).all()
+
+def test_keyed(assert_single_shard):
+    assert_single_shard(select(User).where(User.id == 1))
+
+def test_not_keyed(assert_single_shard):
+    assert_single_shard(select(User))
+""",
+    )
+    assert "3 passed" in done.stdout, done.stdout
+    assert "1 failed" in done.stdout, done.stdout
+    assert "2 shards would be asked: north, south" in done.stdout, done.stdout
+
+
 def test_without_a_map_the_fix_is_named(project: Path) -> None:
     (project / "pytest.ini").unlink()
     done = run(project, "def test_users(shardkit_cluster): pass\n")
