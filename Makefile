@@ -51,6 +51,13 @@ bench: servers ## The benchmarks, into bench.json (ONLY=relay for a part)
 	@.ci/setup-rivals.sh
 	@.venv/bin/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY))
 
+# The suite is fetched: where it cannot be had, that is said.
+.PHONY: transparency
+transparency: python ## SQLAlchemy's own ORM suite, with its Session and with ours
+	@.venv/bin/python -m tests.transparency; code=$$?; \
+	if [[ $$code == 3 ]]; then .ci/not-run.sh "SQLAlchemy's own suite" 'its source cannot be fetched on this machine today'; \
+	else exit $$code; fi
+
 .PHONY: soak
 soak: servers ## The long runs that the usual suite leaves out
 	$(PYTEST) -m soak --timeout 7200

@@ -195,6 +195,17 @@ class ShardMap:
                 tables[name] = TableInfo(name, "reference", (*before, keyspace))
         return tables
 
+    @cached_property
+    def sole_host(self) -> str | None:
+        """The one shard that holds everything, so that every statement is for it; None where there are several.
+
+        The others, if any, hold nothing yet, and no rebalance job is at work.
+        """
+        hosts = {shard for keyspace in self.keyspaces.values() for shard in keyspace.shards}
+        if len(self.shards) == 1:
+            return next(iter(self.shards))
+        return next(iter(hosts)) if len(hosts) == 1 and not self.moves else None
+
     @property
     def tables(self) -> Mapping[str, TableInfo]:
         """Every table that the map names."""

@@ -281,7 +281,8 @@ def mapper_of(statement: Any) -> Any:
     """The mapper of an ORM-enabled INSERT, UPDATE or DELETE."""
     if statement._propagate_attrs.get("compile_state_plugin") != "orm":  # noqa: SLF001 - no public reader
         return None
-    return statement._propagate_attrs.get("plugin_subject").mapper  # noqa: SLF001
+    subject = statement._propagate_attrs.get("plugin_subject")  # noqa: SLF001
+    return getattr(subject, "mapper", None)
 
 
 def name_of(column: Any) -> Any:

@@ -69,6 +69,17 @@ class Planner:
             statement = statement._resolved  # noqa: SLF001 - the statement that it stands for
         if self._only is not None:
             return self._on_the_only(statement, parameters, options, self._only)
+        try:
+            return self._plan(statement, parameters, options)
+        except RoutingError as error:  # nothing else can be meant than the one place where rows are
+            sole = self.shard_map.sole_host
+            hinted = options.shard is not None or options.key is not None
+            if sole is None or hinted:
+                raise
+            reason = f"{sole} is the only shard that holds anything ({error.message})"
+            return replace(self._on_the_only(statement, parameters, options, sole), reasons=(reason,))
+
+    def _plan(self, statement: Any, parameters: Parameters, options: RouteOptions) -> Route:
         match statement:
             case sa.Select():
                 quick = self._quick(statement, parameters, options)

@@ -153,7 +153,9 @@ class RoutedSession(IdentitySession):
                 # of the statement that this loader belongs to: related rows may live elsewhere
                 options = as_immutable(options).union({"identity_token": None})
             elif "identity_token" in combined and route_options.shard is None:
-                route_options = replace(route_options, shard=combined["identity_token"])
+                named = combined["identity_token"]
+                if view.map.sole_host is None or named in view.map.shards:
+                    route_options = replace(route_options, shard=named)
         if isinstance(statement, Insert):
             nulls = bool({**statement._execution_options, **options}.get("render_nulls"))
             statement, params = filled(statement, params, view, self.cluster.next_id, nulls=nulls)
@@ -190,7 +192,7 @@ class RoutedSession(IdentitySession):
     ) -> Any:
         if target.master:
             self._turn_to_masters((target.shard,))
-        if self._binds_by_itself and self._outermost().view.only is not None:
+        if self._binds_by_itself and self._outermost().view.map.sole_host is not None:
             with self._carrying(target):  # an application's own get_bind() sees what it would see of one database
                 return super()._execute_internal(
                     statement,
@@ -360,6 +362,8 @@ class RoutedSession(IdentitySession):
                 return Target(view.map.locate(home.info.name, key).shard, master=True, replica=False)
             if len(home.info.shards) == 1 and (self._flush_at_work is None or _secondaries_on(view, mapper, home)):
                 return Target(home.info.shards[0], master=True, replica=False)
+        if view.map.sole_host is not None:
+            return Target(view.map.sole_host, master=True, replica=False)
         raise NoSingleBind(
             "a connection was asked for without saying to which shard",
             hint="session.connection(bind_arguments={'shardkit_shard': 'shop-0'}); "

@@ -62,6 +62,8 @@ def existing(view: View, shard: Any) -> str:
     if view.only is not None:
         return view.only  # whatever else an identity token may stand for
     if shard not in view.map.shards:
+        if view.map.sole_host is not None:
+            return view.map.sole_host
         raise StaleShardMap(
             f"shard {shard!r} is not in the shard map (version {view.map.version})",
             hint="load the object again: its rows have moved",
