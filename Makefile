@@ -27,8 +27,8 @@ test: servers ## All tests, on MariaDB and ZooKeeper (WORKERS=2 processes)
 .PHONY: test-mysql
 test-mysql: servers ## The tests that talk to database servers, on MySQL
 	@if .ci/setup-mysql.sh; then \
-		echo 'SHARDKIT_TEST_FLAVOUR=mysql $(PYTEST) -n $(WORKERS) --dist loadfile -m mysql'; \
-		SHARDKIT_TEST_FLAVOUR=mysql $(PYTEST) -n $(WORKERS) --dist loadfile -m mysql; \
+		echo 'SHARDKIT_TEST_FLAVOUR=mysql $(PYTEST) -n $(WORKERS) --dist loadfile -m "mysql and not soak"'; \
+		SHARDKIT_TEST_FLAVOUR=mysql $(PYTEST) -n $(WORKERS) --dist loadfile -m "mysql and not soak"; \
 	elif [[ $$? == 3 ]]; then .ci/not-run.sh 'the tests on MySQL' 'MySQL cannot be had on this machine today'; \
 	else exit 1; fi
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from shardkit.credentials import Credentials, CredentialSource, fixed, from_environment
     from shardkit.errors import ShardkitError
     from shardkit.routing.route import Route
-    from shardkit.session import ClusterSession, ScatterWarning, async_sessionmaker, sessionmaker
+    from shardkit.session import ClusterSession, ScatterWarning, async_sessionmaker, is_retryable, retry, sessionmaker
     from shardkit.shardmap import Placement, ShardMap
     from shardkit.topology import Endpoint, Role, Shard
 
@@ -37,6 +37,8 @@ __all__ = [
     "errors",
     "fixed",
     "from_environment",
+    "is_retryable",
+    "retry",
     "sessionmaker",
 ]
 
@@ -57,6 +59,8 @@ _WHERE = {
     "create_cluster": "cluster",
     "fixed": "credentials",
     "from_environment": "credentials",
+    "is_retryable": "session",
+    "retry": "session",
     "sessionmaker": "session",
 }
 

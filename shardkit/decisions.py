@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ _DUPLICATE = 1062
 _LOCK_WAIT_TIMEOUT = 1205
 _XA_UNKNOWN = 1397  # XAER_NOTA: no such branch, or, on MariaDB, its owner is still connected
 _NO_SUCH_THREAD = 1094
+
+_ATTEMPTS = 20
+_ATTEMPT_SECONDS = 0.05
 
 
 class Verdict(StrEnum):
@@ -58,18 +62,20 @@ class BranchId:
     :param transaction: 16 hexadecimal digits, the same for all branches of a transaction.
     :param shard: the shard of this branch.
     :param connection: the server's id of the connection that owns the branch.
+    :param deciding: the id, on the decider's server, of the connection that is to commit the decision.
     """
 
     decider: str
     transaction: str
     shard: str
     connection: int
+    deciding: int
 
     @property
     def literal(self) -> str:
         """As XA statements take it: ``X'...',X'...',21320``."""
         gtrid = f"{_PREFIX}.{self.decider}.{self.transaction}".encode()
-        bqual = f"{self.shard}.{self.connection}".encode()
+        bqual = f"{self.shard}.{self.connection}.{self.deciding}".encode()
         for part in (gtrid, bqual):
             if len(part) > XID_PART_BYTES:
                 raise TransactionError(
@@ -86,10 +92,11 @@ class BranchId:
         gtrid, bqual = data[:gtrid_length].decode("latin-1"), data[gtrid_length:].decode("latin-1")
         prefix, _, rest = gtrid.partition(".")
         decider, _, transaction = rest.rpartition(".")
-        shard, _, connection = bqual.rpartition(".")
-        if prefix != _PREFIX or not decider or not shard or not connection.isdecimal():
+        owner, _, deciding = bqual.rpartition(".")
+        shard, _, connection = owner.rpartition(".")
+        if prefix != _PREFIX or not decider or not shard or not (connection.isdecimal() and deciding.isdecimal()):
             return None
-        return cls(decider, transaction, shard, int(connection))
+        return cls(decider, transaction, shard, int(connection), int(deciding))
 
 
 def new_transaction() -> str:
@@ -200,6 +207,9 @@ class Janitor:
     def _finish(self, branch: BranchId) -> Outcome:
         with closing(self._connect(branch.decider)) as connection:
             decided = verdict(connection, branch.transaction) or abort_undecided(connection, branch.transaction)
+            if decided is None:  # somebody holds the decision and does not commit it: a client that stands still
+                self._disconnect(connection, branch.deciding)
+                decided = abort_undecided(connection, branch.transaction)
         if decided is None:
             return Outcome.UNDECIDED
         with closing(self._connect(branch.shard)) as connection:
@@ -216,21 +226,29 @@ class Janitor:
     def _end(self, connection: Connection, branch: BranchId, decided: Verdict) -> Outcome:
         statement = f"XA {'COMMIT' if decided is Verdict.COMMIT else 'ROLLBACK'} {branch.literal}"
         done = Outcome.COMMITTED if decided is Verdict.COMMIT else Outcome.ROLLED_BACK
-        try:
-            _rows(connection, statement)
-        except Exception as error:
-            if _error_number(error) != _XA_UNKNOWN:
-                raise
-        else:
-            return done
-        if branch not in set(prepared_branches(connection)):
-            return Outcome.GONE
-        # MariaDB lets nobody else end a branch while its owner is connected, and says "unknown" (1397)
-        self._disconnect(connection, branch.connection)
+        for attempt in range(_ATTEMPTS):
+            try:
+                _rows(connection, statement)
+            except Exception as error:
+                if _error_number(error) != _XA_UNKNOWN:
+                    raise
+            else:
+                return done
+            if branch not in set(prepared_branches(connection)):
+                return Outcome.GONE
+            # MariaDB lets nobody else end a branch while its owner is connected, and says "unknown" (1397)
+            if attempt == 0:
+                self._disconnect(connection, branch.connection)
+            time.sleep(_ATTEMPT_SECONDS)  # the server takes a moment to let go
         return Outcome.UNDECIDED
 
     @staticmethod
     def _disconnect(connection: Connection, owner: int) -> None:
+        """End a client's connection to the database at hand. Ids begin anew when a server is started again."""
+        if not _rows(
+            connection, "SELECT 1 FROM information_schema.PROCESSLIST WHERE ID = %s AND DB = DATABASE()", (owner,)
+        ):
+            return
         try:
             _rows(connection, f"KILL {owner:d}")
         except Exception as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from sqlalchemy import URL, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
@@ -38,7 +38,11 @@ PROBE_SECONDS = 2
 #: Seconds after which a pooled connection is replaced: before the server's own eight hours, without asking each time.
 POOL_RECYCLE_SECONDS = 3600
 
+#: Seconds that a transaction over several shards waits for a lock.
+LOCK_WAIT_SECONDS = 5
+
 _PROBE = " probe"
+_BRIEF = "shardkit_waits_briefly"
 _SIGNAL = 1644  # ER_SIGNAL_EXCEPTION: what a trigger's SIGNAL arrives as
 _REFUSAL = "shardkit:"
 _NO_SUCH_TABLE = 1146
@@ -197,6 +201,7 @@ class Engines:
         else:
             event.listen(core, "connect", _stamp)
             event.listen(core, "do_connect", _connect)
+            event.listen(core, "reset", _wait_as_usual)
         event.listen(core, "handle_error", _Translator(shard, role, endpoint, self._on_refusal))
 
     def keep(self, shards: Iterable[Shard]) -> None:
@@ -303,6 +308,29 @@ def _connect(dialect: Dialect, _record: Any, arguments: Any, options: Any) -> An
         ) from error
 
 
+def wait_briefly(connection: Connection) -> None:
+    """Have a connection give up on locks soon, until it goes back to its pool.
+
+    Two transactions that wait for each other on two servers are a deadlock that neither server sees.
+    """
+    if connection.info.get(_BRIEF) is None:
+        connection.exec_driver_sql(
+            "SET @shardkit_lock_wait = @@innodb_lock_wait_timeout, "
+            f"innodb_lock_wait_timeout = CAST(LEAST(@@innodb_lock_wait_timeout, {LOCK_WAIT_SECONDS}) AS UNSIGNED)"
+        )
+        connection.info[_BRIEF] = True
+
+
+def _wait_as_usual(connection: Any, record: Any, state: Any) -> None:
+    if not state.asyncio_safe or record is None or record.info.pop(_BRIEF, None) is None:
+        return  # not to be spoken to any more, or as it was
+    cursor = connection.cursor()
+    try:
+        cursor.execute("SET innodb_lock_wait_timeout = @shardkit_lock_wait")
+    finally:
+        cursor.close()
+
+
 def _stamp(connection: Any, record: Any) -> None:
     """Note the oldest map version that the server takes from clients, as of now."""
     cursor = connection.cursor()
@@ -360,7 +388,8 @@ class _Translator:
 
 def _text(error: BaseException) -> str:
     """The driver's message without its number."""
-    return str(error.args[1]) if len(error.args) > 1 else str(error)
+    text = str(error.args[1]) if len(error.args) > 1 else str(error)
+    return text or type(error).__name__
 
 
 def bucket_closed(message: str, place: str) -> BucketClosed:

@@ -23,6 +23,7 @@ from sqlalchemy.engine.base import Transaction
 from shardkit import own_tables
 from shardkit.decisions import TABLE, BranchId, Verdict, abort_undecided, new_transaction
 from shardkit.decisions import Connection as PlainConnection
+from shardkit.engines import wait_briefly
 from shardkit.errors import CommitUnknown
 from shardkit.session.parallel import runner_for
 
@@ -116,7 +117,11 @@ class TwoPhaseTransaction:
         if self._decider is None:
             self._decider = (shard, connection, transaction)
             return transaction
-        branch = _Branch(BranchId(self._decider[0], self.name, shard, _connection_id(connection)), connection)
+        decider, deciding, _ = self._decider
+        for each in (deciding, connection):
+            wait_briefly(each)
+        identity = BranchId(decider, self.name, shard, _connection_id(connection), _connection_id(deciding))
+        branch = _Branch(identity, connection)
         connection.exec_driver_sql(f"XA START {branch.id.literal}")
         self._branches[shard] = branch
         return BranchTransaction(self, branch, transaction)

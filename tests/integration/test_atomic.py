@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -10,8 +14,9 @@ from sqlalchemy import String, event, orm, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from shardkit import Cluster, create_cluster, fixed, sessionmaker
+from shardkit import Cluster, create_cluster, fixed, retry, sessionmaker
 from shardkit.decisions import Janitor, Outcome, prepared_branches
+from shardkit.engines import LOCK_WAIT_SECONDS
 from shardkit.errors import CommitPending, CommitUnknown
 from shardkit.shardmap import ShardMap
 from shardkit.testing.database import LocalDatabaseServer
@@ -257,3 +262,55 @@ def test_bulk_update_over_all_shards(cluster: Cluster, factory: orm.sessionmaker
     with factory.begin() as session:
         session.execute(update(Account).values(amount=Account.amount * 2), execution_options={"shardkit_scatter": True})
     assert amounts(cluster) == [200, 200, 200]
+
+
+def lock_waits(cluster: Cluster) -> set[int]:
+    """What the connections that lie in the pools have set."""
+    found = set()
+    for shard in SHARDS:
+        with cluster.engine(shard).connect() as connection:
+            found.add(connection.exec_driver_sql("SELECT @@innodb_lock_wait_timeout").scalar())
+    return found
+
+
+def test_locks_are_waited_for_briefly_in_transactions_over_shards_only(
+    cluster: Cluster, factory: orm.sessionmaker[Session]
+) -> None:
+    usual = lock_waits(cluster)
+    assert min(usual) > LOCK_WAIT_SECONDS
+    with factory() as session:
+        transfer(session, 0)
+        asked = "SELECT @@innodb_lock_wait_timeout"
+        held = session.connection(bind_arguments={"bind": cluster.engine("north")})
+        assert held.exec_driver_sql(asked).scalar() in usual
+        transfer(session, 1)
+        other = session.connection(bind_arguments={"bind": cluster.engine("south")})
+        assert {each.exec_driver_sql(asked).scalar() for each in (held, other)} == {LOCK_WAIT_SECONDS}
+        session.rollback()
+    assert lock_waits(cluster) == usual
+
+
+def test_a_deadlock_over_two_servers_ends_soon_and_is_run_again(
+    cluster: Cluster, factory: orm.sessionmaker[Session]
+) -> None:
+    """Each server sees one transaction wait for another, and no circle."""
+    both_hold_one = threading.Barrier(2)
+    attempts: Counter[int] = Counter()
+
+    @retry(factory, within=60)
+    def crossing(session: Session, first: int, second: int) -> None:
+        attempts[first] += 1
+        session.get_one(Account, first, with_for_update=True).amount += 1
+        session.flush()
+        if attempts[first] == 1:
+            both_hold_one.wait(20)
+        session.get_one(Account, second, with_for_update=True).amount += 1
+
+    begun = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(crossing, 0, 1), pool.submit(crossing, 1, 0)]:
+            done.result()
+    assert time.monotonic() - begun < 40
+    assert attempts.total() > 2
+    assert amounts(cluster) == [102, 102, 100]
+    assert left_prepared(cluster) == []

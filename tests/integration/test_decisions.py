@@ -78,10 +78,10 @@ class Bench:
             cursor.execute("SELECT amount FROM accounts")
             return [row[0] for row in cursor.fetchall()]
 
-    def prepare(self, *, keep: bool = False) -> tuple[BranchId, pymysql.connections.Connection]:
+    def prepare(self, *, keep: bool = False, deciding: int = 0) -> tuple[BranchId, pymysql.connections.Connection]:
         """A branch on ``right``, prepared; its client hangs up unless it is kept."""
         connection = self.connect("right")
-        branch = BranchId("left", new_transaction(), "right", connection.thread_id())
+        branch = BranchId("left", new_transaction(), "right", connection.thread_id(), deciding)
         with connection.cursor() as cursor:
             cursor.execute(f"XA START {branch.literal}")
             cursor.execute("INSERT INTO accounts VALUES (2, 50)")
@@ -140,8 +140,7 @@ def test_a_living_transaction_is_left_in_peace_for_one_pass(bench: Bench) -> Non
 def test_a_branch_whose_owner_stalls_is_taken_from_it(bench: Bench) -> None:
     branch, connection = bench.prepare(keep=True)
     janitor = Janitor(bench.connect)
-    outcomes = [janitor.sweep(SHARDS, patient=False).get(branch) for _ in range(3)]
-    assert Outcome.ROLLED_BACK in outcomes or Outcome.GONE in outcomes
+    assert janitor.sweep(SHARDS, patient=False) == {branch: Outcome.ROLLED_BACK}
     assert bench.left_prepared() == set()
     assert bench.amounts("right") == []
     connection.close()
@@ -159,6 +158,39 @@ def test_a_client_in_the_middle_of_deciding_is_waited_for(bench: Bench) -> None:
         cursor.execute("COMMIT")
         assert janitor.sweep(SHARDS, patient=False) == {branch: Outcome.COMMITTED}
     assert bench.amounts("right") == [50]
+
+
+def test_a_client_that_stands_still_before_its_decision_is_overruled(bench: Bench) -> None:
+    """Its row is written and not committed, and nobody knows whether it ever will be."""
+    with closing(bench.connect("left")) as decider, decider.cursor() as cursor:
+        branch, owner = bench.prepare(keep=True, deciding=decider.thread_id())
+        cursor.execute("BEGIN")
+        cursor.execute(
+            "INSERT INTO shardkit_decision (transaction_id, verdict) VALUES (%s, 'commit')", (branch.transaction,)
+        )
+        assert Janitor(bench.connect).sweep(SHARDS, patient=False) == {branch: Outcome.ROLLED_BACK}
+        with pytest.raises(pymysql.err.OperationalError):
+            cursor.execute("COMMIT")
+        owner.close()
+    assert bench.amounts("right") == []
+    with closing(bench.connect("left")) as connection:
+        assert verdict(connection, branch.transaction) is Verdict.ABORT
+
+
+def test_a_connection_that_has_got_the_number_of_another_is_left_alone(
+    bench: Bench, database_server: LocalDatabaseServer
+) -> None:
+    with closing(database_server.connect("information_schema")) as stranger:
+        branch, _ = bench.prepare(deciding=stranger.thread_id())
+        with closing(bench.connect("left")) as decider, decider.cursor() as cursor:
+            cursor.execute("BEGIN")
+            cursor.execute(
+                "INSERT INTO shardkit_decision (transaction_id, verdict) VALUES (%s, 'commit')", (branch.transaction,)
+            )
+            assert Janitor(bench.connect).sweep(SHARDS, patient=False) == {branch: Outcome.UNDECIDED}
+            cursor.execute("ROLLBACK")
+        stranger.ping(reconnect=False)
+        assert Janitor(bench.connect).sweep(SHARDS, patient=False) == {branch: Outcome.ROLLED_BACK}
 
 
 def test_a_tombstone_and_a_decision_exclude_each_other(bench: Bench) -> None:
