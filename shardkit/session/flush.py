@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.orm import InstanceState, Mapper
+from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.base import PassiveFlag
 from sqlalchemy.orm.interfaces import RelationshipDirection
 
 from shardkit.errors import KeyChange, MissingKey, StaleShardMap
@@ -33,6 +35,8 @@ class Flush:
         self._connections: dict[str | None, Any] = {}
         self.touched: dict[str, None] = {}
         self.unchanged: list[InstanceState[Any]] = []
+        self._given: Sequence[InstanceState[Any]] = ()
+        self._owners: Mapping[InstanceState[Any], Sequence[tuple[InstanceState[Any], Any]]] | None = None
         self.placed: dict[InstanceState[Any], tuple[tuple[Any, ...] | None, str | None]] = {}
 
     # --- before anything is sent
@@ -50,6 +54,8 @@ class Flush:
         :raises MissingKey: when a new object has no key, and no related object that gives it one in the flush.
         """
         order: list[tuple[str, int, InstanceState[Any]]] = []
+        new, dirty = list(new), list(dirty)
+        self._given = [*new, *dirty]
         for state in sorted(new, key=_insert_order):
             home = home_of(self._view, state.mapper)
             self._fill(home, state)
@@ -89,15 +95,27 @@ class Flush:
         try:
             return self._place(home, state)
         except MissingKey:
-            parent = _key_of_parent(home, state)
+            parent = _key_of_parent(home, state) or self._key_of_owner(home, state)
             if parent is None:
-                if _has_relationship_to_key(home, state.mapper):
-                    return None  # the other side of the relationship may hold the parent
                 raise
         if parent[0] is None:
             return None
         placement = self._view.planner.place(home.table, {home.key[0].column: parent[0]})
         return None if placement is None else placement.shard
+
+    def _key_of_owner(self, home: Home, state: InstanceState[Any]) -> tuple[Any] | None:
+        """The key that a new object will take from the object whose collection it is in.
+
+        ``(None,)``: it will take one, which is not known yet.
+        """
+        if self._owners is None:
+            self._owners = _owners(self._given)
+        columns = {part.column for part in home.key}
+        for owner, relationship in self._owners.get(state, ()):
+            for local, remote in relationship.local_remote_pairs or ():
+                if remote.table is home.table and remote.name in columns:
+                    return (_reader(owner.mapper, local)(owner.obj()) if len(columns) == 1 else None,)
+        return None
 
     def _place(self, home: Home, state: InstanceState[Any]) -> str | None:
         key = home.key_of(state)
@@ -258,21 +276,38 @@ def _insert_order(state: InstanceState[Any]) -> int:
 
 
 def _key_relationships(home: Home, mapper: Mapper[Any]) -> Iterable[tuple[Any, Callable[[Any], Any]]]:
-    """The many-to-one relationships that give an object its (single-column) key, with how to read the parent's side."""
-    if len(home.key) != 1:
-        return
-    (part,) = home.key
+    """The many-to-one relationships that give an object its key, with how to read the parent's side; of a key of
+    several columns, None stands for what is not known yet."""
+    columns = {part.column for part in home.key}
     for relationship in mapper.relationships:
         if relationship.direction is not RelationshipDirection.MANYTOONE:
             continue
         for local, remote in relationship.local_remote_pairs or ():
-            if local.name == part.column and local.table is home.table:
-                yield relationship, _reader(relationship.mapper, remote)
+            if local.name in columns and local.table is home.table:
+                yield relationship, _reader(relationship.mapper, remote) if len(columns) == 1 else _not_known
 
 
 def _reader(mapper: Mapper[Any], column: Any) -> Callable[[Any], Any]:
     name = mapper.get_property_by_column(column).key
     return lambda parent: parent.__dict__.get(name)
+
+
+def _not_known(_parent: Any) -> None:
+    return None
+
+
+def _owners(states: Iterable[InstanceState[Any]]) -> Mapping[InstanceState[Any], Sequence[tuple[Any, Any]]]:
+    """New object -> the objects in whose collections it is, with the relationship."""
+    found: dict[InstanceState[Any], list[tuple[Any, Any]]] = {}
+    for owner in states:
+        for relationship in owner.mapper.relationships:
+            if relationship.direction is not RelationshipDirection.ONETOMANY or relationship.viewonly:
+                continue
+            history = owner.get_history(relationship.key, PassiveFlag.PASSIVE_NO_INITIALIZE)
+            for child in (*(history.added or ()), *(history.unchanged or ())):
+                if child is not None:
+                    found.setdefault(instance_state(child), []).append((owner, relationship))
+    return found
 
 
 def _key_of_parent(home: Home, state: InstanceState[Any]) -> tuple[Any] | None:
@@ -282,14 +317,6 @@ def _key_of_parent(home: Home, state: InstanceState[Any]) -> tuple[Any] | None:
         if parent is not None:
             return (read(parent),)
     return None
-
-
-def _has_relationship_to_key(home: Home, mapper: Mapper[Any]) -> bool:
-    """Whether some relationship, on either side, may give the key in the flush."""
-    names = {part.column for part in home.key}
-    return any(key.parent.name in names for key in home.table.foreign_keys) or any(
-        True for _ in _key_relationships(home, mapper)
-    )
 
 
 def _assign(state: InstanceState[Any], values: Mapping[str, Any]) -> None:
