@@ -75,7 +75,8 @@ def test_things_land_where_their_box_is(cluster: Cluster, session: Session, tmp_
         wanted[cluster.locate("boxes", id=number).shard].append(number * 10)
     assert things(tmp_path) == wanted
     for number in range(8):  # and into the collection of a box that is there already
-        session.get_one(Box, number).things.append(Thing(id=number * 10 + 1))
+        box = session.get_one(Box, number)
+        box.things.append(Thing(id=number * 10 + 1))
     session.commit()
     assert things(tmp_path) == {shard: sorted([*ids, *(each + 1 for each in ids)]) for shard, ids in wanted.items()}
 
