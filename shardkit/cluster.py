@@ -279,6 +279,14 @@ class Cluster:
         cores[key] = engine
         return engine
 
+    def helper_of(self, engine: Engine) -> Engine | None:
+        """An engine for a word aside to the server of a session's engine, on a connection of its own that gives up
+        soon; None for an engine that is not of this cluster."""
+        for (shard, role, number, _), known in list(self._cores.items()):
+            if known is engine:
+                return self._engines.probe(shard, role, self._endpoint(shard, role, number), number)
+        return None
+
     # --- tables
 
     def create_all(self, metadata: MetaData, *, checkfirst: bool = True) -> None:

@@ -40,9 +40,11 @@ POOL_RECYCLE_SECONDS = 3600
 
 #: Seconds that a transaction over several shards waits for a lock.
 LOCK_WAIT_SECONDS = 5
+#: Seconds that a server waits for the reader of a stream over several shards.
+STREAM_SECONDS = 24 * 3600
 
 _PROBE = " probe"
-_BRIEF = "shardkit_waits_briefly"
+_CHANGED = "shardkit_changed_variables"
 _SIGNAL = 1644  # ER_SIGNAL_EXCEPTION: what a trigger's SIGNAL arrives as
 _REFUSAL = "shardkit:"
 _NO_SUCH_TABLE = 1146
@@ -201,7 +203,7 @@ class Engines:
         else:
             event.listen(core, "connect", _stamp)
             event.listen(core, "do_connect", _connect)
-            event.listen(core, "reset", _wait_as_usual)
+            event.listen(core, "reset", _set_back)
         event.listen(core, "handle_error", _Translator(shard, role, endpoint, self._on_refusal))
 
     def keep(self, shards: Iterable[Shard]) -> None:
@@ -313,20 +315,34 @@ def wait_briefly(connection: Connection) -> None:
 
     Two transactions that wait for each other on two servers are a deadlock that neither server sees.
     """
-    if connection.info.get(_BRIEF) is None:
-        connection.exec_driver_sql(
-            "SET @shardkit_lock_wait = @@innodb_lock_wait_timeout, "
-            f"innodb_lock_wait_timeout = CAST(LEAST(@@innodb_lock_wait_timeout, {LOCK_WAIT_SECONDS}) AS UNSIGNED)"
-        )
-        connection.info[_BRIEF] = True
+    _set_for_now(connection, "innodb_lock_wait_timeout", f"LEAST(@@innodb_lock_wait_timeout, {LOCK_WAIT_SECONDS})")
 
 
-def _wait_as_usual(connection: Any, record: Any, state: Any) -> None:
-    if not state.asyncio_safe or record is None or record.info.pop(_BRIEF, None) is None:
-        return  # not to be spoken to any more, or as it was
+def write_patiently(connection: Connection) -> None:
+    """Have the server wait for a client that takes its rows slowly, until the connection goes back to its pool.
+
+    Rows of a shard that wait for their turn in a merge are rows that nobody reads (MariaDB and MySQL manuals,
+    "net_write_timeout": 60 seconds, after which the client is told that the connection was lost).
+    """
+    if connection.dialect.name != "sqlite":
+        _set_for_now(connection, "net_write_timeout", f"GREATEST(@@net_write_timeout, {STREAM_SECONDS})")
+
+
+def _set_for_now(connection: Connection, variable: str, value: str) -> None:
+    changed = connection.info.setdefault(_CHANGED, set())
+    if variable not in changed:
+        kept = f"@shardkit_{variable}"
+        connection.exec_driver_sql(f"SET {kept} = @@{variable}, {variable} = CAST({value} AS UNSIGNED)")
+        changed.add(variable)
+
+
+def _set_back(connection: Any, record: Any, state: Any) -> None:
+    changed = None if record is None else record.info.pop(_CHANGED, None)
+    if not changed or not state.asyncio_safe:
+        return  # as it was, or not to be spoken to any more
     cursor = connection.cursor()
     try:
-        cursor.execute("SET innodb_lock_wait_timeout = @shardkit_lock_wait")
+        cursor.execute("SET " + ", ".join(f"{variable} = @shardkit_{variable}" for variable in sorted(changed)))
     finally:
         cursor.close()
 

@@ -16,10 +16,22 @@ from sqlalchemy.sql.base import Executable
 from shardkit.routing.merge import MergePlan, merge_rows
 
 
-def merged(plan: MergePlan, results: Sequence[Result[Any]], statement: Executable) -> Result[Any]:
+class MergedResult(IteratorResult[Any]):
+    """The rows of several shards.
+
+    :ivar missing_shards: the shards that did not answer (``shardkit_partial_ok``): their rows are not among these.
+    """
+
+    missing_shards: tuple[str, ...] = ()
+
+
+def merged(
+    plan: MergePlan, results: Sequence[Result[Any]], statement: Executable, *, missing: tuple[str, ...] = ()
+) -> MergedResult:
     """One result of the rows of several shards. Needs at least one.
 
     :param statement: as it was given, without hidden columns.
+    :param missing: shards whose rows are not among them.
     """
     first = results[0]
     unique = first._unique_filter_state  # noqa: SLF001 - set by the ORM where joined collections need unique()
@@ -29,7 +41,8 @@ def merged(plan: MergePlan, results: Sequence[Result[Any]], statement: Executabl
     else:
         for result in results:
             result._unique_filter_state = None  # noqa: SLF001 - unique() is for the merged rows
-    answer: Result[Any] = IteratorResult(_metadata(first, plan.visible), merge_rows(plan, results))
+    answer = MergedResult(_metadata(first, plan.visible), merge_rows(plan, results))
+    answer.missing_shards = missing
     answer._attributes = first._attributes.union(_attributes(statement))  # noqa: SLF001 - what Query looks at
     answer._unique_filter_state = unique  # noqa: SLF001
     answer._yield_per = first._yield_per  # noqa: SLF001 - the size of partitions()

@@ -5,21 +5,29 @@ Only connections work in parallel: what touches the session (autoflush, turning 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sqlalchemy import Connection, CursorResult, Executable, Result
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm.context import _ORMCompileState
 from sqlalchemy.sql.base import CompileState
 from sqlalchemy.util import immutabledict
 
+from shardkit.engines import write_patiently
+from shardkit.errors import DeadlineExceeded, RoutingError, ShardUnreachable
 from shardkit.routing.route import Route
+from shardkit.session.deadline import Deadline, seconds_of
 from shardkit.session.parallel import runner_for
 from shardkit.session.results import merged
 
 if TYPE_CHECKING:
     from shardkit.session.statements import RoutedSession
+
+
+logger = logging.getLogger(__name__)
 
 
 class _Part(NamedTuple):
@@ -29,7 +37,15 @@ class _Part(NamedTuple):
     parameters: Any
     options: Mapping[str, Any]
     bind_arguments: dict[str, Any]
+    shard: str
     connection: Connection
+
+
+class _Missing(NamedTuple):
+    """A shard that did not answer."""
+
+    shard: str
+    error: Exception
 
 
 def select_from_several(
@@ -37,13 +53,17 @@ def select_from_several(
     route: Route,
     options_for: Callable[[str], immutabledict[str, Any]],
     bind_arguments_for: Callable[[str], dict[str, Any]],
+    said: Mapping[str, Any],
 ) -> Result[Any]:
     """Ask every shard of the route.
 
     :param options_for: shard -> the execution options for it.
     :param bind_arguments_for: shard -> the bind arguments that lead there.
-    :raises: the first error of any shard, once all have answered.
+    :param said: the execution options of session, statement and call together.
+    :raises: the first error of any shard, once all have answered. With ``shardkit_partial_ok``, only when none answers.
+    :raises DeadlineExceeded: when a shard does not answer within ``shardkit_deadline`` seconds.
     """
+    seconds, partial_ok = seconds_of(said), _partial_ok(said)
     orm = _orm_class(route.statement_for(route.shards[0]))
     prepared = []
     for shard in route.shards:  # the first one flushes: before any connection is chosen
@@ -55,29 +75,65 @@ def select_from_several(
             statement, options, parameters = orm.orm_pre_session_exec(  # type: ignore[no-untyped-call]
                 session, statement, parameters, options, bind_arguments, False
             )
-        prepared.append((statement, parameters, options, bind_arguments))
+        prepared.append((statement, parameters, options, bind_arguments, shard))
     if orm is None:
         session._autoflush()  # noqa: SLF001 - as Session.execute does for statements without entities
-    parts = [
-        _Part(statement, parameters, options, bind_arguments, session.connection_to_read(bind_arguments))
-        for statement, parameters, options, bind_arguments in prepared
-    ]
-    run = runner_for([part.connection for part in parts], asynchronous=session.asynchronous)
-    cursors = run([partial(_execute, part) for part in parts])
+    with Deadline(seconds, session.cluster.helper_of) as deadline:
+        parts, missing = _connected(session, prepared, partial_ok=partial_ok)
+        if said.get("yield_per") or said.get("stream_results"):
+            for part in parts:
+                write_patiently(part.connection)
+        run = runner_for([part.connection for part in parts], asynchronous=session.asynchronous)
+        answers = run([partial(_execute, part, deadline, partial_ok) for part in parts])
+    missing += [answer for answer in answers if isinstance(answer, _Missing)]
+    answered = [(part, answer) for part, answer in zip(parts, answers, strict=True) if not isinstance(answer, _Missing)]
+    if not answered:
+        raise missing[0].error
+    for shard, error in missing:
+        logger.warning("a read over several shards goes without shard %s: %s", shard, error)
     results: list[Result[Any]] = [
         cursor
         if orm is None
         else orm.orm_setup_cursor_result(  # type: ignore[no-untyped-call]
             session, part.statement, part.parameters, part.options, part.bind_arguments, cursor
         )
-        for part, cursor in zip(parts, cursors, strict=True)
+        for part, cursor in answered
     ]
     assert route.merge is not None  # noqa: S101 - the planner's promise for several shards
-    return merged(route.merge, results, route.statement)
+    return merged(route.merge, results, route.statement, missing=tuple(each.shard for each in missing))
 
 
-def _execute(part: _Part) -> CursorResult[Any]:
-    return part.connection.execute(part.statement, part.parameters or {}, execution_options=part.options)
+def _connected(
+    session: RoutedSession, prepared: Sequence[Any], *, partial_ok: bool
+) -> tuple[list[_Part], list[_Missing]]:
+    parts, missing = [], []
+    for statement, parameters, options, bind_arguments, shard in prepared:
+        try:
+            connection = session.connection_to_read(bind_arguments)
+        except ShardUnreachable as error:
+            if not partial_ok:
+                raise
+            missing.append(_Missing(shard, error))
+        else:
+            parts.append(_Part(statement, parameters, options, bind_arguments, shard, connection))
+    return parts, missing
+
+
+def _execute(part: _Part, deadline: Deadline, partial_ok: bool) -> CursorResult[Any] | _Missing:
+    try:
+        with deadline.over(part.shard, part.connection):
+            return part.connection.execute(part.statement, part.parameters or {}, execution_options=part.options)
+    except (DeadlineExceeded, DBAPIError) as error:
+        if not partial_ok or not (isinstance(error, DeadlineExceeded) or error.connection_invalidated):
+            raise
+        return _Missing(part.shard, error)
+
+
+def _partial_ok(said: Mapping[str, Any]) -> bool:
+    given = said.get("shardkit_partial_ok", False)
+    if not isinstance(given, bool):
+        raise RoutingError(f"shardkit_partial_ok is {given!r}", hint="give True or False")
+    return given
 
 
 def _orm_class(statement: Executable) -> type[_ORMCompileState] | None:

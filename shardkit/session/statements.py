@@ -23,6 +23,7 @@ from shardkit.errors import RoutingError
 from shardkit.routing.feeds import Feeding
 from shardkit.routing.merge import merge_rows
 from shardkit.routing.route import Route, RouteOptions, StatementKind
+from shardkit.session.deadline import Deadline, seconds_of
 from shardkit.session.homes import Home, home_of
 from shardkit.session.identity import IdentitySession
 from shardkit.session.inserts import filled
@@ -130,7 +131,7 @@ class RoutedSession(IdentitySession):
         transaction = self._outermost()
         transaction.begin_statement()
         view = transaction.view
-        route_options, from_replica = self._route_options, self._from_replica
+        route_options, from_replica, seconds = self._route_options, self._from_replica, None
         if options or statement._execution_options or self.execution_options:
             token = identity_of(options)
             if token is not None:  # get() and refresh of an object whose shard is known
@@ -144,10 +145,14 @@ class RoutedSession(IdentitySession):
                         from_replica = _replica(given["shardkit_read_from"])
                         break
                 target = Target(existing(view, token), statement._for_update_arg is not None, from_replica)
+                seconds = seconds_of({**self.execution_options, **statement._execution_options, **options})
+                if seconds is not None:
+                    return self._run_by(seconds, statement, params, options, bind_arguments, target, parent, scalar)
                 return self._run(statement, params, options, bind_arguments, target, parent, scalar)
             combined = self._merged_options(statement, options)
             if "shardkit_read_from" in combined:
                 from_replica = _replica(combined["shardkit_read_from"])
+            seconds = seconds_of(combined)
             route_options = RouteOptions.from_execution_options(combined, policy=route_options.policy)
             if "identity_token" in options and PARENT_LOAD in options:
                 # of the statement that this loader belongs to: related rows may live elsewhere
@@ -175,10 +180,21 @@ class RoutedSession(IdentitySession):
         if route.shard_statements:
             statement, params = route.statement_for(shard), route.parameters_for(shard)
         if not route.writes:
+            if seconds is not None:
+                return self._run_by(seconds, statement, params, options, bind_arguments, target, parent, scalar)
             return self._run(statement, params, options, bind_arguments, target, parent, scalar)
         self.admit_writes(route.shards)
         with self._carrying(target):
+            if seconds is not None:
+                return self._run_by(seconds, statement, params, options, bind_arguments, target, parent, scalar)
             return self._run(statement, params, options, bind_arguments, target, parent, scalar)
+
+    def _run_by(self, seconds: float, statement: Any, *arguments: Any) -> Any:
+        """`_run`, within a time."""
+        target: Target = arguments[3]
+        connection = self._reading_connection(target)
+        with Deadline(seconds, self.cluster.helper_of) as deadline, deadline.over(target.shard, connection):
+            return self._run(statement, *arguments)
 
     def _run(
         self,
@@ -294,6 +310,8 @@ class RoutedSession(IdentitySession):
         def arguments_for(shard: str) -> dict[str, Any]:
             return {**(bind_arguments or {}), TARGET: target_for(shard)}
 
+        said = self._merged_options(route.statement, options)
+        seconds = seconds_of(said)
         if route.kind is StatementKind.SELECT and not route.writes:
             session_options = immutabledict(
                 {
@@ -303,7 +321,7 @@ class RoutedSession(IdentitySession):
                 }
             )
             return select_from_several(
-                self, route, lambda shard: session_options.union(options_for(shard)), arguments_for
+                self, route, lambda shard: session_options.union(options_for(shard)), arguments_for, said
             )
         self.admit_writes(route.shards)
         results: list[Result[Any]] = []
@@ -314,7 +332,8 @@ class RoutedSession(IdentitySession):
                 own = own.union({"synchronize_session": False})  # objects follow the first shard's rows
             with self._carrying(target):
                 statement, params = route.statement_for(shard), route.parameters_for(shard)
-                results.append(self._run(statement, params, own, bind_arguments, target, parent, False))
+                arguments = (statement, params, own, bind_arguments, target, parent, False)
+                results.append(self._run(*arguments) if seconds is None else self._run_by(seconds, *arguments))
         return _combined_write(route, results)
 
     # --- binds
