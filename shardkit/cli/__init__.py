@@ -14,6 +14,7 @@ _ENTRIES = {
     "where": Entry("shardkit.cli.where", "where", "Which shard a key lives on."),
     "relay": Entry("shardkit.cli.relay", "relay", "Copy every master's changes to its replicas."),
     "rebalance": Entry("shardkit.cli.rebalance", "rebalance", "Move buckets between shards."),
+    "doctor": Entry("shardkit.cli.doctor", "doctor", "Look for what is unwell, and cure it."),
     "migrate": Entry("shardkit.cli.migrate", "migrate", "Alembic over every shard."),
 }
 
