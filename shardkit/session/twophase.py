@@ -205,8 +205,8 @@ class TwoPhaseTransaction:
             branch.abandon(error)
         raise CommitUnknown(
             f"the answer to the COMMIT on shard {shard} that decides transaction {self.name} was lost",
-            hint=f"it is durable everywhere if {TABLE} on {shard} holds it, and nowhere if not: the relay's janitor "
-            "ends it within its period; look there before running it again",
+            hint=f"it is durable everywhere if {TABLE} on {shard} holds it, and nowhere if not: the relay's janitor, "
+            "or shardkit doctor --transactions, ends it; look there before running it again",
         ) from error
 
     def _tell(self, writers: Sequence[_Branch]) -> tuple[str, ...]:
