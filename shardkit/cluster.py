@@ -41,6 +41,7 @@ def create_cluster(
     async_engine_options: Mapping[str, Any] | None = None,
     max_lag: float = 1.0,
     store_timeout: float = 10.0,
+    metadata: MetaData | None = None,
 ) -> Cluster:
     """Open a cluster. No database is connected to yet.
 
@@ -55,6 +56,8 @@ def create_cluster(
         by default.
     :param max_lag: seconds; a replica further behind gets no reads.
     :param store_timeout: seconds that reaching the map's store may take.
+    :param metadata: the application's tables (``Base.metadata``): it says of what type the keys in raw SQL are, without
+        which they pin nothing.
     :raises MapStoreUnavailable: when the store cannot be reached.
     :raises InvalidShardMap: when what it holds is not a map.
     """
@@ -63,7 +66,7 @@ def create_cluster(
         credentials or from_environment(), driver, async_driver, dict(engine_options or {}), async_engine_options
     )
     try:
-        return Cluster(store, settings, given=engines, max_lag=max_lag)
+        return Cluster(store, settings, given=engines, max_lag=max_lag, metadata=metadata)
     except BaseException:
         store.close()
         raise
@@ -74,11 +77,18 @@ class Cluster:
     by asyncio, and by child processes after a fork."""
 
     def __init__(
-        self, store: MapStore, settings: EngineSettings, *, given: GivenEngines | None = None, max_lag: float = 1.0
+        self,
+        store: MapStore,
+        settings: EngineSettings,
+        *,
+        given: GivenEngines | None = None,
+        max_lag: float = 1.0,
+        metadata: MetaData | None = None,
     ) -> None:
         self._store = store
         initial = store.load()
-        self._snapshots = Snapshots(initial, _dialect_name(initial, settings, given or {}), store.announce)
+        tables: dict[str, Table] | Any = {} if metadata is None else metadata.tables
+        self._snapshots = Snapshots(initial, _dialect_name(initial, settings, given or {}), store.announce, tables.get)
         self._check_given(given or {})
         self._credentials = settings.credentials
         self._engines = Engines(settings, given, self.refresh_soon)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shardkit.routing.planner import Planner
+from shardkit.routing.rawsql import Tables
 from shardkit.shardmap import ShardMap
 
 
@@ -27,9 +28,9 @@ class View:
 
     __slots__ = ("homes", "map", "only", "planner", "tokens")
 
-    def __init__(self, shard_map: ShardMap, dialect_name: str) -> None:
+    def __init__(self, shard_map: ShardMap, dialect_name: str, tables: Tables = lambda _name: None) -> None:
         self.map = shard_map
-        self.planner = Planner(shard_map, dialect_name=dialect_name)
+        self.planner = Planner(shard_map, dialect_name=dialect_name, tables=tables)
         self.only = next(iter(shard_map.shards)) if len(shard_map.shards) == 1 else None
         self.homes: dict[Any, Any] = {}
         self.tokens: dict[tuple[str, ...], bool] = {}
@@ -61,11 +62,19 @@ class Snapshots:
 
     :param dialect_name: of the cluster's servers.
     :param announce: told the oldest version in use, each time that it rises; must not block.
+    :param tables: the application's tables, by name.
     """
 
-    def __init__(self, initial: ShardMap, dialect_name: str, announce: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        initial: ShardMap,
+        dialect_name: str,
+        announce: Callable[[int], None],
+        tables: Tables = lambda _name: None,
+    ) -> None:
         self._dialect_name = dialect_name
-        self._current = View(initial, dialect_name)
+        self._tables = tables
+        self._current = View(initial, dialect_name, tables)
         self._announce = announce
         self._told = 0
         self._tokens = itertools.count()
@@ -102,7 +111,7 @@ class Snapshots:
         with self._lock:
             if new.version <= self._current.map.version:
                 return False
-            self._current = View(new, self._dialect_name)
+            self._current = View(new, self._dialect_name, self._tables)
             self._tell()
             if self._told < new.version and not self._waiting:
                 self._waiting = True

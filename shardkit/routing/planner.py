@@ -22,6 +22,7 @@ from shardkit.routing.feeds import Feed, feeding_of
 from shardkit.routing.inserts import Inserts
 from shardkit.routing.keys import Readers
 from shardkit.routing.keyvalues import Untrusted
+from shardkit.routing.rawsql import Tables
 from shardkit.routing.reads import Reads, one_set
 from shardkit.routing.route import Parameters, Route, RouteOptions, StatementKind
 from shardkit.routing.rows import Rows
@@ -40,9 +41,12 @@ class Planner:
 
     :param shard_map: the map that every route is planned on.
     :param dialect_name: ``mysql``, ``mariadb`` or ``sqlite``.
+    :param tables: tells the types of raw SQL's columns.
     """
 
-    def __init__(self, shard_map: ShardMap, *, dialect_name: str = "mysql") -> None:
+    def __init__(
+        self, shard_map: ShardMap, *, dialect_name: str = "mysql", tables: Tables = lambda _name: None
+    ) -> None:
         self.shard_map = shard_map
         self.dialect_name = dialect_name
         dialect = dialect_of(dialect_name)
@@ -53,7 +57,7 @@ class Planner:
         self._reads = Reads(shard_map, self._shapes, dialect)
         self._inserts = Inserts(shard_map, self._rows, self._shapes)
         self._changes = Changes(shard_map, self._rows, self._shapes)
-        self._texts = Texts(shard_map)
+        self._texts = Texts(shard_map, self._reads, tables, dialect)
         self._only = next(iter(shard_map.shards)) if len(shard_map.shards) == 1 else None
 
     def plan(

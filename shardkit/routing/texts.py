@@ -1,7 +1,7 @@
 """Raw SQL and DDL -> Route.
 
-Raw SQL is not read: it goes where ``shardkit_shard`` or ``shardkit_key`` says. (Reading plain SQL with sqlglot belongs
-into `Texts.route`, before the hint is asked for.)
+Raw SQL goes where ``shardkit_shard`` or ``shardkit_key`` says; where they say nothing, to the one shard that plain SQL
+is about (`shardkit.routing.rawsql`). It is never sent to several shards: nobody could put their rows together.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from dataclasses import replace
 from typing import Any, Final
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Dialect
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.base import Executable
 
-from shardkit.errors import RoutingError
+from shardkit.errors import KeyChange, RoutingError
 from shardkit.routing.hints import hint_of
+from shardkit.routing.rawsql import RawStatement, Tables, read_raw
+from shardkit.routing.reads import Reads
 from shardkit.routing.route import Parameters, Route, RouteOptions, StatementKind
 from shardkit.shardmap import ShardMap
 
@@ -28,8 +31,11 @@ _LOCKS: Final = re.compile(
 class Texts:
     """Plans raw SQL and DDL on one map."""
 
-    def __init__(self, shard_map: ShardMap) -> None:
+    def __init__(self, shard_map: ShardMap, reads: Reads, tables: Tables, dialect: Dialect) -> None:
         self._map = shard_map
+        self._reads = reads
+        self._tables = tables
+        self._dialect = dialect
 
     def route(self, statement: Executable, parameters: Parameters, options: RouteOptions) -> Route:
         """Where raw SQL runs.
@@ -42,6 +48,13 @@ class Texts:
         route = Route(StatementKind.TEXT, statement, parameters, (), writes=writes, locking=locking)
         hint = hint_of(options, self._map)
         if hint is None:
+            element = _raw(statement)
+            raw = None
+            if element is not None:
+                binds = element._bindparams  # noqa: SLF001 - no public reader
+                raw = read_raw(element.text, binds, self._map, self._tables, self._dialect)
+            if raw is not None:
+                return self._where_it_reads(route, raw, options)
             raise RoutingError(
                 f"raw SQL ({type(statement).__name__}) does not say which of {len(self._map.shards)} shards it is for",
                 hint="name the shard with shardkit_shard or the key with shardkit_key, or write it as a select()",
@@ -57,6 +70,55 @@ class Texts:
             )
         buckets = None if hint.bucket is None else frozenset({hint.bucket})
         return replace(route, shards=(hint.shard,), buckets=buckets, reasons=(hint.reason,))
+
+    def _where_it_reads(self, route: Route, raw: RawStatement, options: RouteOptions) -> Route:
+        """The one shard that holds the rows of plain SQL."""
+        found = self._reads.route(raw.select, route.parameters, replace(options, scatter=True))
+        table = found.tables[0]
+        if raw.changes is not None:
+            info = self._map.table(raw.changes)
+            if info.kind == "reference":
+                raise RoutingError(
+                    f"raw SQL that changes the reference table {info.name!r} would change it on one shard only",
+                    hint="write it as an update() or delete()",
+                    table=info.name,
+                    shards=len(info.shards),
+                )
+            keys = {column.lower() for column in info.key}
+            if changed := [column for column in raw.assigned if column.lower() in keys]:
+                raise KeyChange(
+                    f"raw SQL would change {changed[0]}, which {info.name!r} is sharded by",
+                    hint="insert a row with the new key, and delete the old one",
+                    table=info.name,
+                    key=info.key,
+                )
+        if len(found.shards) > 1:
+            raise RoutingError(
+                f"raw SQL on {table} would run on {len(found.shards)} shards: {'; '.join(found.reasons)}",
+                hint="compare the key with a value (create_cluster(metadata=...) says of what type it is), name it "
+                "with shardkit_key, or write the statement as a select(), whose rows can be put together",
+                table=table,
+                key=self._map.table(table).key,
+                shards=len(found.shards),
+            )
+        shards = found.shards or self._map.table(table).shards[:1]  # no row can match; its columns are wanted
+        jobs = [move.job for move in self._map.moves if shards[0] in (move.source, move.target)]
+        if jobs and not found.buckets:
+            raise RoutingError(
+                f"rebalance job {jobs[0]} is moving rows to or from {shards[0]!r}, and raw SQL cannot be told to take "
+                "each row once",
+                hint="name the key with shardkit_key, or wait for the end of the job (shardkit rebalance status)",
+                shards=1,
+            )
+        return replace(
+            route,
+            shards=shards,
+            keyspace=found.keyspace,
+            tables=found.tables,
+            buckets=found.buckets,
+            alternatives=() if route.writes or route.locking else found.alternatives,
+            reasons=found.reasons,
+        )
 
     def ddl(self, statement: ExecutableDDLElement, parameters: Parameters, options: RouteOptions) -> Route:
         """Where DDL runs: on every shard that hosts the table.
@@ -100,10 +162,15 @@ def reads_only(text: str) -> bool:
 
 def text_of(statement: Any) -> str | None:
     """The text of raw SQL, also inside ``select(...).from_statement(text(...))``; None where there is none."""
+    element = _raw(statement)
+    return None if element is None else element.text
+
+
+def _raw(statement: Any) -> sa.TextClause | None:
     element = statement
     for _ in range(4):
         if isinstance(element, sa.TextClause):
-            return element.text
+            return element
         element = getattr(element, "element", None)
     return None
 

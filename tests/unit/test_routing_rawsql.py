@@ -1,0 +1,191 @@
+"""Plain raw SQL goes to the one shard that its rows are on; everything else has to be told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from shardkit.errors import KeyChange, RoutingError, UnknownTable
+from shardkit.routing.planner import Planner
+from shardkit.routing.route import RouteOptions
+from shardkit.shardmap import Move
+from tests.routing_shop import Base, User, shop_map
+
+MAP = shop_map()
+PLANNER = Planner(MAP, dialect_name="mysql", tables=Base.metadata.tables.get)
+UNTYPED = Planner(MAP, dialect_name="mysql")
+
+
+def at(table: str, *key: Any) -> tuple[str, ...]:
+    return (MAP.locate(table, list(key)).shard,)
+
+
+FIVE, SIX = at("users", 5), at("users", 6)
+assert FIVE != SIX
+
+PLAIN: dict[str, tuple[str, ...]] = {
+    "SELECT * FROM users WHERE id = 5": FIVE,
+    "select name from users where 5 = id": FIVE,
+    "SELECT * FROM users AS u WHERE u.id = 5 AND u.age > 3": FIVE,
+    "SELECT * FROM users WHERE ID = 5": FIVE,
+    "SELECT * FROM `users` WHERE `id` = 5": FIVE,
+    "SELECT * FROM users WHERE (id = 5 AND name LIKE '%x%') AND my_own(name) > 3": FIVE,
+    "SELECT * FROM users WHERE id IN (5)": FIVE,
+    "SELECT * FROM users WHERE id = 5 OR id IN (5, 5)": FIVE,
+    "SELECT * FROM users WHERE id = -5": at("users", -5),
+    "SELECT age, COUNT(*) FROM users WHERE id = 5 GROUP BY age HAVING COUNT(*) > 1 ORDER BY RAND() LIMIT 3": FIVE,
+    "SELECT u.name, o.note FROM users u JOIN orders o ON o.user_id = u.id WHERE u.id = 5": FIVE,
+    "SELECT u.name, o.note FROM users u LEFT JOIN orders o ON o.user_id = u.id WHERE u.id = 5": FIVE,
+    "SELECT u.name, o.note FROM users u, orders o WHERE o.user_id = u.id AND o.user_id = 5": FIVE,
+    "SELECT * FROM users u JOIN orders o ON o.giver = u.age WHERE u.id = 5 AND o.user_id = 5": FIVE,
+    "SELECT note FROM orders JOIN countries ON code = note WHERE user_id = 5": FIVE,
+    "SELECT * FROM users WHERE id = 5 FOR UPDATE": FIVE,
+    "SELECT * FROM stores WHERE region = 'busan'": ("s1",),
+    "SELECT * FROM members WHERE age BETWEEN 21 AND 25": ("s1",),
+    "SELECT * FROM members WHERE age >= 20 AND age < 29": ("s1",),
+    "SELECT * FROM reads WHERE tenant = 1 AND day = 2": at("reads", 1, 2),
+    "SELECT * FROM invoices": ("s3",),
+    "SELECT * FROM invoices JOIN payments ON invoice_id = invoices.id": ("s3",),
+    "UPDATE users SET age = age + 1 WHERE id = 5": FIVE,
+    "DELETE FROM users WHERE id = 5 AND age = 3 LIMIT 1": FIVE,
+    "UPDATE invoices SET user_id = 3": ("s3",),
+}
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_plain_sql_finds_its_shard(text: str) -> None:
+    statement = sa.text(text)
+    route = PLANNER.plan(statement)
+    assert route.shards == PLAIN[text]
+    assert route.statement_for(route.shards[0]) is statement
+    assert route.merge is None
+    assert route.writes == (text.startswith(("UPDATE", "DELETE")) or "FOR UPDATE" in text)
+
+
+REFUSED = {
+    "SELECT * FROM users": "would run on 3 shards",
+    "SELECT * FROM users WHERE id = 5 OR age = 3": "would run on 3 shards",
+    "SELECT * FROM users WHERE NOT id = 5": "would run on 3 shards",
+    "SELECT * FROM users WHERE id <> 5": "would run on 3 shards",
+    "SELECT * FROM users WHERE id = '5'": "would run on 3 shards",
+    "SELECT * FROM users WHERE id = 5.0": "would run on 3 shards",
+    "SELECT * FROM users WHERE id = 4 + 1": "would run on 3 shards",
+    "SELECT * FROM users WHERE ABS(id) = 5": "would run on 3 shards",
+    "SELECT * FROM users WHERE id <=> 5": "would run on 3 shards",
+    "SELECT * FROM users WHERE id = 5 = 1": "would run on 3 shards",
+    "SELECT * FROM stores WHERE region = 'bu' 'san'": "would run on 3 shards",
+    "SELECT * FROM stores WHERE region = 5": "would run on 3 shards",
+    "SELECT * FROM stores WHERE region COLLATE utf8mb4_general_ci = 'busan'": "would run on 3 shards",
+    "SELECT age AS id FROM users u JOIN orders o ON o.user_id = u.id WHERE o.id = 5": "would run on 3 shards",
+    "SELECT * FROM users JOIN orders ON user_id = users.id WHERE id = 5": "would run on 3 shards",
+    "SELECT * FROM users u JOIN orders o ON o.giver = u.id WHERE u.id = 5": "not joined by their keys",
+    "SELECT * FROM users u LEFT JOIN orders o ON o.user_id = 6 WHERE u.id = 5": "not joined by their keys",
+    "UPDATE users SET age = 3": "would run on 3 shards",
+    "UPDATE countries SET title = 'x'": "would change it on one shard only",
+    "SELECT * FROM users WHERE id = 5 UNION SELECT * FROM users": "does not say which",
+    "SELECT * FROM users WHERE id = 5; DELETE FROM users": "does not say which",
+    "SELECT * FROM users WHERE id = 5 AND age IN (SELECT amount FROM orders)": "does not say which",
+    "SELECT (SELECT MAX(id) FROM orders) FROM users WHERE id = 5": "does not say which",
+    "SELECT * FROM (SELECT * FROM users) AS u WHERE u.id = 5": "does not say which",
+    "WITH u AS (SELECT * FROM users) SELECT * FROM u WHERE id = 5": "does not say which",
+    "SELECT * FROM users WHERE id = 5 /*! OR 1 = 1 */": "does not say which",
+    "SELECT * FROM users WHERE id = 5 -- x": "does not say which",
+    "SELECT * FROM users WHERE id = 5 # x": "does not say which",
+    'SELECT * FROM users WHERE id = 5 OR name = "id"': "does not say which",
+    "SELECT * FROM users WHERE id = 5 || age = 3": "does not say which",
+    r"SELECT * FROM stores WHERE region = 'busan' AND size = 'a\' OR 1 = 1'": "does not say which",
+    "SELECT * FROM users u RIGHT JOIN orders o ON o.user_id = u.id WHERE u.id = 5": "does not say which",
+    "SELECT * FROM users NATURAL JOIN orders WHERE id = 5": "does not say which",
+    "SELECT * FROM users JOIN orders USING (id) WHERE id = 5": "does not say which",
+    "SELECT * FROM shop.users WHERE id = 5": "does not say which",
+    "SELECT * FROM users WHERE id = 5 INTO OUTFILE 'x'": "does not say which",
+    "INSERT INTO users (id) VALUES (5)": "does not say which",
+    "UPDATE users JOIN orders ON user_id = users.id SET age = 3 WHERE users.id = 5": "does not say which",
+    "UPDATE users SET age = (SELECT 1) WHERE id = 5": "does not say which",
+    "SELECT 1": "does not say which",
+    "SET @a = 1": "does not say which",
+    "CALL my_own(5)": "does not say which",
+    "this is no SQL": "does not say which",
+    "": "does not say which",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_is_not_plain_or_not_of_one_shard_is_refused(text: str) -> None:
+    with pytest.raises(RoutingError, match=REFUSED[text]) as raised:
+        PLANNER.plan(sa.text(text))
+    assert raised.value.hint
+
+
+def test_parameters_pin_keys() -> None:
+    text = sa.text("SELECT * FROM users WHERE id = :number AND name = :name")
+    assert PLANNER.plan(text, {"number": 5, "name": "x"}).shards == FIVE
+    assert PLANNER.plan(text, {"number": 6, "name": "x"}).shards == SIX
+    assert PLANNER.plan(text.bindparams(number=5, name="x")).shards == FIVE
+    assert PLANNER.plan(text.bindparams(number=5), {"number": 6}).shards == SIX
+    for other in ("5", 5.0):
+        with pytest.raises(RoutingError):
+            PLANNER.plan(text, {"number": other, "name": "x"})
+    with pytest.raises(RoutingError):
+        PLANNER.plan(sa.text("SELECT * FROM users WHERE id IN :n").bindparams(sa.bindparam("n", [5], expanding=True)))
+
+
+def test_no_row_can_match() -> None:
+    """Its columns are wanted all the same: one shard answers that there is none."""
+    route = PLANNER.plan(sa.text("SELECT * FROM users WHERE id = 5 AND id = 7"))
+    assert len(route.shards) == 1
+
+
+def test_entities_from_raw_sql() -> None:
+    statement = sa.select(User).from_statement(sa.text("SELECT * FROM users WHERE id = 5"))
+    assert PLANNER.plan(statement).shards == FIVE
+
+
+def test_the_key_cannot_be_changed() -> None:
+    for text in (
+        "UPDATE users SET age = 3, ID = 7 WHERE id = 5",
+        "UPDATE reads SET day = 3 WHERE tenant = 1 AND day = 2",
+    ):
+        with pytest.raises(KeyChange):
+            PLANNER.plan(sa.text(text))
+
+
+def test_without_the_types_of_its_columns_a_key_pins_nothing() -> None:
+    """5 may be '5', '05' and '5x' of a text."""
+    with pytest.raises(RoutingError, match=r"create_cluster\(metadata="):
+        UNTYPED.plan(sa.text("SELECT * FROM users WHERE id = 5"))
+    assert UNTYPED.plan(sa.text("SELECT * FROM invoices WHERE id = 5")).shards == ("s3",)
+    assert len(UNTYPED.plan(sa.text("SELECT * FROM countries")).shards) == 1
+
+
+def test_unknown_tables() -> None:
+    with pytest.raises(UnknownTable):
+        PLANNER.plan(sa.text("SELECT * FROM elsewhere WHERE id = 5"))
+
+
+def test_hints_come_first() -> None:
+    text = sa.text("SELECT * FROM users WHERE id = 5")
+    assert PLANNER.plan(text, None, RouteOptions(shard="s2")).shards == ("s2",)
+
+
+def test_while_rows_move() -> None:
+    buckets = (MAP.locate("users", [5]).bucket,)
+    moving = Move("job", "orders", buckets, FIVE[0], "s3" if FIVE[0] != "s3" else "s0")
+    planner = Planner(MAP.with_moves([moving]), tables=Base.metadata.tables.get)
+    assert planner.plan(sa.text("SELECT * FROM users WHERE id = 5")).shards == FIVE
+    with pytest.raises(RoutingError, match="rebalance job job"):
+        planner.plan(sa.text("SELECT * FROM invoices"))
+
+
+def test_types_that_are_stored_otherwise_pin_nothing() -> None:
+    class Shouted(sa.TypeDecorator[str]):
+        impl = sa.String
+        cache_ok = True
+
+    metadata = sa.MetaData()
+    sa.Table("stores", metadata, sa.Column("id", sa.Integer), sa.Column("region", Shouted(20)))
+    planner = Planner(MAP, tables=metadata.tables.get)
+    with pytest.raises(RoutingError, match="would run on"):
+        planner.plan(sa.text("SELECT * FROM stores WHERE region = 'busan'"))
