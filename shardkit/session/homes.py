@@ -155,7 +155,7 @@ class Home:
                 f"changed to {new!r}",
                 table=self.table.name,
                 key=[column.column for column in self.key],
-                hint="make a new object with the new key, copy what it holds, and delete this one",
+                hint=f"session.move(obj, {new!r}) moves it, and what belongs to it",
             )
 
 

@@ -19,6 +19,7 @@ from sqlalchemy.orm import InstanceState
 from shardkit.errors import RoutingError, TransactionError
 from shardkit.session.flush import Flush
 from shardkit.session.homes import home_of
+from shardkit.session.moving import move
 from shardkit.session.statements import RoutedSession
 from shardkit.session.transacting import Target
 from shardkit.session.transaction import CommitMode
@@ -29,6 +30,20 @@ class ClusterSession(RoutedSession):
 
     Made by `shardkit.sessionmaker`, which documents the options.
     """
+
+    def move(self, instance: object, key: Any) -> None:
+        """Give a loaded object another shard key, and move it to the shard of that key.
+
+        Its row is written anew, and with it the rows of the same key in the same keyspace that its relationships
+        (one to many, not viewonly) lead to, and theirs. All of it is part of the session's transaction: under
+        ``transactions="atomic"`` it has moved everywhere or nowhere. Loaded objects stay the same objects.
+
+        With asyncio: ``await session.run_sync(lambda session: session.move(order, 7))``.
+
+        :param key: the new value of the shard key, as the application has it; of several columns, a mapping by name.
+        :raises RoutingError: for an object that cannot be moved, before anything is written.
+        """
+        move(self, instance, key)
 
     def _flush(self, objects: Sequence[Any] | None = None) -> None:
         if not self._dirty_states and not self._deleted and not self._new:

@@ -160,6 +160,8 @@ def empty(server: LocalDatabaseServer, endpoint: Endpoint) -> None:
         cursor.execute("SET foreign_key_checks = 0")
         cursor.execute("SHOW TABLES")
         for (table,) in cursor.fetchall():
+            if table == "shardkit_schema_version":
+                continue  # it says which of shardkit's tables are there
             if cursor.execute(f"SELECT 1 FROM `{table}` LIMIT 1"):
                 cursor.execute(f"DELETE FROM `{table}`")
         connection.commit()

@@ -1,0 +1,227 @@
+"""Giving an object another shard key: its row, and the rows that belong to it, are written anew where that key lives.
+
+A key cannot be changed by an UPDATE, which would leave the row on a shard where nobody looks for it. So the rows are
+read under lock, deleted, and inserted with the new key where that lives, in the session's transaction.
+"""
+
+# The private members used below are extension points in all but name: SQLAlchemy's own sharding extension uses them.
+# ruff: noqa: SLF001
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy import inspect as sa_inspect
+from sqlalchemy.orm import InstanceState, Mapper
+from sqlalchemy.orm.interfaces import RelationshipDirection
+
+from shardkit.errors import KeyChange, RoutingError
+from shardkit.session.homes import Home, home_of
+
+if TYPE_CHECKING:
+    from shardkit.session.session import ClusterSession
+
+
+@dataclass
+class _Rows:
+    """Rows of one table that move together.
+
+    :param rows: the rows as they were, by column name.
+    """
+
+    mapper: Mapper[Any]
+    home: Home
+    rows: list[dict[str, Any]]
+    new: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def table(self) -> Any:
+        return self.home.table
+
+    def identity(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[column.name] for column in self.table.primary_key)
+
+
+def move(session: ClusterSession, instance: object, key: Any) -> None:
+    """`ClusterSession.move`."""
+    state: InstanceState[Any] | None = sa_inspect(instance, raiseerr=False)
+    if state is None or state.key is None or state.session is not session:
+        raise RoutingError(
+            f"{type(instance).__name__} is not a loaded object of this session", hint="load it, then move it"
+        )
+    session.flush()
+    view = session._outermost().view
+    home = home_of(view, state.mapper)
+    new_key = _new_key(home, key)
+    source = session._shards_of(state, view)[0]
+    wanted = view.planner.place(home.table, new_key)
+    target = source if wanted is None else wanted.shard
+    everything = list(_gather(session, state, home, source, new_key))
+    session.admit_writes(dict.fromkeys((source, target)))
+    for each in reversed(everything):  # before the new rows, which on the same shard may have the same primary keys
+        session.execute(
+            sa.delete(each.table).where(_these(each.table, map(each.identity, each.rows))),
+            execution_options={"shardkit_shard": source, "synchronize_session": False},
+        )
+    for each in everything:
+        session.execute(sa.insert(each.table), each.new, execution_options={"shardkit_shard": target})
+    _rename(session, everything, target)
+
+
+def _new_key(home: Home, key: Any) -> dict[str, Any]:
+    if not home.key:
+        raise RoutingError(f"{home.info.name} has no shard key", hint="only rows of sharded tables can be moved")
+    names = [part.column for part in home.key]
+    if isinstance(key, Mapping):
+        given = dict(key)
+    elif len(names) == 1:
+        given = {names[0]: key}
+    else:
+        given = {}
+    if sorted(given) != sorted(names):
+        raise RoutingError(
+            f"{home.info.name} is sharded by {', '.join(names)}",
+            hint=f"give all of them: session.move(obj, {{{', '.join(f'{name!r}: ...' for name in names)}}})",
+            table=home.info.name,
+            key=names,
+        )
+    return given
+
+
+# --- finding the rows --------------------------------------------------------------------------------------------
+
+
+def _gather(
+    session: ClusterSession, state: InstanceState[Any], home: Home, source: str, new_key: Mapping[str, Any]
+) -> Iterable[_Rows]:
+    """The object's row and, after it, the rows of the objects that belong to it; each with what it becomes."""
+    assert state.key is not None  # noqa: S101 - asked by the caller
+    root = _Rows(
+        state.mapper, home, _read(session, home.table, _these(home.table, [state.key[1]]), source, state.mapper)
+    )
+    if not root.rows:
+        raise RoutingError(f"the row of {state.mapper.class_.__name__} {state.key[1]} is gone", hint="refresh it")
+    old = [root.rows[0][part.column] for part in home.key]
+    if old == [new_key[part.column] for part in home.key]:
+        raise KeyChange(f"{state.mapper.class_.__name__} {state.key[1]} has this key already")
+    waiting, seen = [root], {(root.table, root.identity(root.rows[0]))}
+    while waiting:
+        each = waiting.pop(0)
+        each.new = [{**row, **_renamed(each.home, row, home, old, new_key)} for row in each.rows]
+        yield each
+        for relationship in each.mapper.relationships:
+            if relationship.viewonly or relationship.direction is RelationshipDirection.MANYTOONE:
+                continue
+            children = _children(session, each, relationship, home, old, source)
+            if children is None:
+                continue
+            children.rows = [row for row in children.rows if (children.table, children.identity(row)) not in seen]
+            seen.update((children.table, children.identity(row)) for row in children.rows)
+            if children.rows:
+                waiting.append(children)
+
+
+def _renamed(own: Home, row: Mapping[str, Any], home: Home, old: Sequence[Any], new_key: Mapping[str, Any]) -> Any:
+    """The key columns of a row, as they become."""
+    return {
+        part.column: new_key[first.column]
+        for part, first, value in zip(own.key, home.key, old, strict=True)
+        if row[part.column] == value
+    }
+
+
+def _children(
+    session: ClusterSession, parents: _Rows, relationship: Any, home: Home, old: Sequence[Any], source: str
+) -> _Rows | None:
+    view = home.view
+    own = home_of(view, relationship.mapper)
+    identity_changes = any(part.position is not None for part in parents.home.key)
+    together = own.info.kind == "sharded" and own.info.keyspace.name == home.info.keyspace.name
+    if relationship.secondary is not None or not together or len(own.key) != len(home.key):
+        if identity_changes or relationship.secondary is not None:
+            raise RoutingError(
+                f"{parents.mapper.class_.__name__}.{relationship.key} leads to rows that do not move along, and would "
+                "lose what they belong to",
+                hint="make the relationship viewonly, or move those rows by hand",
+                table=own.info.name,
+            )
+        return None
+    pairs = [(local.name, remote) for local, remote in relationship.local_remote_pairs]
+    ours = sa.or_(*(sa.and_(*(remote == row[local] for local, remote in pairs)) for row in parents.rows))
+    same_key = sa.and_(*(own.table.c[part.column] == value for part, value in zip(own.key, old, strict=True)))
+    return _Rows(
+        relationship.mapper, own, _read(session, own.table, sa.and_(ours, same_key), source, relationship.mapper)
+    )
+
+
+def _read(session: ClusterSession, table: Any, where: Any, shard: str, mapper: Mapper[Any]) -> list[dict[str, Any]]:
+    if len(mapper.tables) > 1:
+        raise RoutingError(
+            f"{mapper.class_.__name__} is mapped to several tables, which move() does not take apart",
+            hint="write the new object, and delete this one",
+        )
+    options = {"shardkit_shard": shard}
+    locked: sa.Select[Any] = sa.select(sa.literal_column("*")).select_from(table).where(where).with_for_update()
+    there = session.execute(locked, execution_options=options)
+    unknown = [name for name in there.keys() if name not in table.c]  # noqa: SIM118 - a Result's keys()
+    there.close()
+    if unknown:
+        raise RoutingError(
+            f"{table.name} has columns that the application's table does not know, and that would be lost: "
+            f"{', '.join(unknown)}",
+            hint="add them to the model",
+            table=table.name,
+        )
+    columns = [column for column in table.c if column.computed is None]
+    exact = [_exact(column, session).label(column.name) for column in columns]
+    found = session.execute(sa.select(*exact).where(where).with_for_update(), execution_options=options)
+    return [dict(row) for row in found.mappings()]
+
+
+def _exact(column: Any, session: ClusterSession) -> Any:
+    """A column whose value comes back as it is stored: MySQL shows only six digits of a FLOAT."""
+    floats = isinstance(column.type, sa.Float) and not isinstance(column.type, sa.Double)
+    if floats and session.cluster.view.planner.dialect_name != "sqlite":
+        return sa.type_coerce(column + sa.literal_column("0E0"), sa.Double())
+    return column
+
+
+def _these(table: Any, identities: Iterable[Sequence[Any]]) -> Any:
+    columns = list(table.primary_key)
+    return sa.or_(
+        *(
+            sa.and_(*(column == value for column, value in zip(columns, identity, strict=True)))
+            for identity in identities
+        )
+    )
+
+
+# --- the objects --------------------------------------------------------------------------------------------------
+
+
+def _rename(session: ClusterSession, everything: Iterable[_Rows], target: str) -> None:
+    """Loaded objects become those of the new rows; a rollback makes them the old ones again."""
+    identities = {
+        (each.table, each.identity(old)): each.identity(new)
+        for each in everything
+        for old, new in zip(each.rows, each.new, strict=True)
+    }
+    renamed = [
+        (state, identities[state.mapper.local_table, state.key[1]])
+        for state in session.identity_map.all_states()
+        if state.key is not None and (state.mapper.local_table, state.key[1]) in identities
+    ]
+    transaction: Any = session._transaction
+    for state, identity in renamed:
+        old = state.key
+        assert old is not None  # noqa: S101 - chosen above
+        new = (old[0], identity, target)
+        session.identity_map.safe_discard(state)
+        first = transaction._key_switches.get(state, (old,))[0]
+        transaction._key_switches[state] = (first, new)
+        state.key, state.identity_token = new, target
+        session.identity_map.replace(state)
+        state._expire(state.dict, session.identity_map._modified)
