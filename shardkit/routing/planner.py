@@ -14,7 +14,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.lambdas import LambdaElement
 from sqlalchemy.sql.selectable import CompoundSelect
 
-from shardkit.errors import CrossShardJoin, KeyChange, RoutingError, ScatterRefused, UnknownTable
+from shardkit.errors import CrossShardJoin, KeyChange, MissingKey, RoutingError, ScatterRefused, UnknownTable
 from shardkit.partition import WHOLE
 from shardkit.routing.anatomy import dialect_of
 from shardkit.routing.changes import Changes
@@ -78,7 +78,8 @@ class Planner:
         except RoutingError as error:  # nothing else can be meant than the one place where rows are
             sole = self.shard_map.sole_host
             hinted = options.shard is not None or options.key is not None
-            if sole is None or hinted:
+            # a row whose key says nothing, or no bucket, would not be found again by its key
+            if sole is None or hinted or isinstance(error, MissingKey | KeyChange):
                 raise
             reason = f"{sole} is the only shard that holds anything ({error.message})"
             return replace(self._on_the_only(statement, parameters, options, sole), reasons=(reason,))

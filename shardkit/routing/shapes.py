@@ -200,7 +200,12 @@ def _union(sets: Iterable[frozenset[Bucket] | None]) -> frozenset[Bucket] | None
 
 
 def shards_of(keyspace: Keyspace, buckets: Iterable[Bucket]) -> tuple[str, ...]:
-    """The shards that hold these buckets, in the map's order."""
+    """The shards that hold these buckets, in the map's order.
+
+    A keyspace on one shard may hold rows whose keys no bucket takes: there nothing was refused.
+    """
+    if len(keyspace.shards) == 1:
+        return keyspace.shards
     holders = {keyspace.placement[bucket] for bucket in buckets}
     return tuple(shard for shard in keyspace.shards if shard in holders)
 

@@ -85,16 +85,16 @@ class Deadline:
         error = None
         try:
             yield
-        except Exception as raised:  # noqa: BLE001 - what it was is said below, or goes on as it is
+        except Exception as raised:
             error = raised
-        with self._lock:
-            del self._running[connection]
-            late = connection in self._late
-        if late:
-            connection.invalidate(error)
-            raise self._exceeded(shard) from error
-        if error is not None:
-            raise error
+            raise
+        finally:
+            with self._lock:
+                del self._running[connection]
+                late = connection in self._late
+            if late:
+                connection.invalidate(error)
+                raise self._exceeded(shard) from error
 
     def _exceeded(self, shard: str) -> DeadlineExceeded:
         return DeadlineExceeded(

@@ -389,3 +389,31 @@ def test_selectin_loads_and_payments_are_here_only_to_be_named() -> None:
         sa.select(Country).with_for_update(),
     ):
         assert PLANNER.plan(statement).shards
+
+
+@pytest.mark.parametrize("placed_elsewhere", [False, True])
+def test_a_key_that_no_bucket_takes_is_found_where_its_keyspace_stands_whole(placed_elsewhere: bool) -> None:
+    """It was not refused there; so it must not be looked for on no shard at all."""
+    document: dict[str, Any] = {
+        "format": 1,
+        "cluster": "x",
+        "keyspaces": {
+            "stores": {
+                "partition": {"by": "list", "buckets": {"north": ["seoul"], "south": ["busan"]}},
+                "tables": {"stores": "region"},
+                "placement": {"s0": ["north", "south"]},
+            }
+        },
+        "shards": TWO,
+    }
+    if placed_elsewhere:
+        document["keyspaces"]["billing"] = {"tables": ["invoices"], "placement": "s1"}
+    planner = Planner(ShardMap.parse(document))
+    for statement in (
+        sa.insert(Store).values(id=1, region="jeju"),
+        sa.select(Store).where(Store.region == "jeju"),
+        sa.select(Store).where(Store.region == "jeju", Store.region == "seoul"),
+        sa.update(Store).where(Store.region == "jeju").values(size=1),
+        sa.delete(Store).where(Store.region == "jeju"),
+    ):
+        assert planner.plan(statement).shards == ("s0",)
