@@ -26,8 +26,8 @@ class Census:
 def count(shard_map: ShardMap, keyspace: Keyspace, credentials: CredentialSource) -> Census:
     """Count every bucket of a keyspace: one scan of each of its tables on each of its shards.
 
-    :raises PreconditionFailed: for partitions whose buckets the database cannot tell apart, and shards that are not
-        servers.
+    :raises PreconditionFailed: for partitions whose buckets the database cannot tell apart, shards that are not
+        servers, and rows that are in no bucket.
     """
     if isinstance(keyspace.partition, DirectoryPartition):
         raise PreconditionFailed(
@@ -51,7 +51,13 @@ def count(shard_map: ShardMap, keyspace: Keyspace, credentials: CredentialSource
                     f"SELECT {table.bucket(keyspace.partition)} AS shardkit_bucket, COUNT(*), SUM({table.width})"
                     f" FROM {quoted(table.name)} GROUP BY shardkit_bucket"
                 ):
-                    bucket = by_name.get(str(name)) if name is not None else None
+                    if name is None:
+                        raise PreconditionFailed(
+                            f"{found} rows of {table.name} on {shard} have keys that no bucket of {keyspace.name!r} "
+                            "takes: once buckets are elsewhere, nobody finds those rows by their key",
+                            hint="give these keys a bucket in the shard map, or delete the rows",
+                        )
+                    bucket = by_name.get(str(name))
                     if bucket in here:
                         rows[bucket] = rows.get(bucket, 0) + int(found)
                         size[bucket] = size.get(bucket, 0) + int(width)

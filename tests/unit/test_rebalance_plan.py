@@ -146,7 +146,8 @@ GOOD = (Transfer("orders", (6, 7), "a", "b", 20, 2000), Transfer("stores", ("seo
 
 
 def test_a_plan_comes_back_from_its_file_as_it_was() -> None:
-    assert Plan.parse(plan(*GOOD).dump()) == plan(*GOOD)
+    given = plan(*GOOD)
+    assert Plan.parse(given.dump()) == given
     assert [plan(*GOOD).job_id(number) for number in (0, 1)] == ["r1-1", "r1-2"]
     assert (plan(*GOOD).rows, plan(*GOOD).size) == (21, 2010)
 
