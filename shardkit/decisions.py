@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from enum import StrEnum
@@ -43,6 +43,11 @@ class Verdict(StrEnum):
 
     COMMIT = "commit"
     ABORT = "abort"
+
+
+#: For how long rows of ``shardkit_decision`` are kept.
+_KEPT_DAYS = {Verdict.COMMIT: 2, Verdict.ABORT: 30}
+_BATCH = 1000
 
 
 class Outcome(StrEnum):
@@ -176,6 +181,24 @@ def abort_undecided(connection: Connection, transaction: str) -> Verdict | None:
     return Verdict.ABORT
 
 
+def _forget(connection: Connection, which: Verdict, days: int, but: Collection[str]) -> int:
+    deleted = 0
+    while True:
+        old = _rows(
+            connection,
+            f"SELECT transaction_id FROM {TABLE} "
+            "WHERE decided_at < NOW() - INTERVAL %s DAY AND verdict = %s ORDER BY decided_at LIMIT %s",
+            (days, which.value, _BATCH + len(but)),
+        )
+        names = [name for (name,) in old if name not in but][:_BATCH]
+        if not names:
+            return deleted
+        _rows(
+            connection, f"DELETE FROM {TABLE} WHERE transaction_id IN ({', '.join(['%s'] * len(names))})", tuple(names)
+        )
+        deleted += len(names)
+
+
 class Janitor:
     """Finishes prepared branches whose client has gone: one pass over all masters at a time.
 
@@ -204,6 +227,27 @@ class Janitor:
         self._seen = frozenset(found)
         return {branch: self._finish(branch) for branch in due}
 
+    def forget(self, shards: Iterable[str]) -> int:
+        """Delete old rows of ``shardkit_decision`` that no prepared branch of any shard asks for any more.
+
+        Decisions are kept for two days, so that a replica which is promoted knows them; tombstones for thirty, so that
+        a client which stood still comes back to find them.
+
+        :param shards: every master of the cluster: one that cannot be asked may hold a branch, and is an error.
+        :returns: how many were deleted.
+        """
+        masters = list(shards)
+        asked_for: set[str] = set()
+        for shard in masters:
+            with closing(self._connect(shard)) as connection:
+                asked_for.update(branch.transaction for branch in prepared_branches(connection))
+        deleted = 0
+        for shard in masters:
+            with closing(self._connect(shard)) as connection:
+                for which, days in _KEPT_DAYS.items():
+                    deleted += _forget(connection, which, days, asked_for)
+        return deleted
+
     def _finish(self, branch: BranchId) -> Outcome:
         with closing(self._connect(branch.decider)) as connection:
             decided = verdict(connection, branch.transaction) or abort_undecided(connection, branch.transaction)
@@ -211,6 +255,13 @@ class Janitor:
                 self._disconnect(connection, branch.deciding)
                 decided = abort_undecided(connection, branch.transaction)
         if decided is None:
+            logger.warning(
+                "transaction %s stands prepared on %s, and a client of %s holds its decision without committing it: "
+                "closing its connection takes PROCESS and CONNECTION ADMIN (MySQL: CONNECTION_ADMIN)",
+                branch.transaction,
+                branch.shard,
+                branch.decider,
+            )
             return Outcome.UNDECIDED
         with closing(self._connect(branch.shard)) as connection:
             outcome = self._end(connection, branch, decided)

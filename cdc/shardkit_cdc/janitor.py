@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 import pymysql
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two passes. A branch is ended in the pass after the one that first saw it.
 PERIOD = 10.0
+#: Seconds between two times that old decisions are deleted.
+FORGET_PERIOD = 3600.0
 
 
 class JanitorTask:
@@ -55,10 +58,14 @@ class JanitorTask:
         while not self._stop.is_set():
             with self._election.lead(self._stop) as lost:
                 janitors: dict[str, Janitor] = {}
+                forgotten = time.monotonic() - FORGET_PERIOD
                 while lost is not None and not lost.is_set() and not self._stop.wait(self._period):
                     for name, shard in self._shards().items():
                         if shard.master.dialect == "mysql":
                             self._sweep(name, janitors.setdefault(name, Janitor(self._connect)))
+                    if time.monotonic() - forgotten >= FORGET_PERIOD:
+                        forgotten = time.monotonic()
+                        self._forget()
 
     def _sweep(self, shard: str, janitor: Janitor) -> None:
         """One shard by itself: a server that is down must not keep the others' branches waiting."""
@@ -70,6 +77,16 @@ class JanitorTask:
             self._unwell.add(shard)
         else:
             self._unwell.discard(shard)
+
+    def _forget(self) -> None:
+        masters = [name for name, shard in self._shards().items() if shard.master.dialect == "mysql"]
+        try:
+            deleted = Janitor(self._connect).forget(masters)
+        except (ShardkitError, pymysql.MySQLError, OSError) as error:
+            logger.info("old decisions are kept: not every master could be asked (%s)", error)
+        else:
+            if deleted:
+                logger.info("%d old decisions of transactions over shards were deleted", deleted)
 
     def _connect(self, shard: str) -> Connection:
         return connect(self._shards()[shard].master, self._credentials, autocommit=True)

@@ -203,6 +203,44 @@ def test_a_tombstone_and_a_decision_exclude_each_other(bench: Bench) -> None:
         assert verdict(connection, "t3") is None
 
 
+def test_old_decisions_are_forgotten_unless_somebody_may_ask_for_them(bench: Bench) -> None:
+    asked_for, _ = bench.prepare()
+    ages = {
+        "new": ("commit", 1),
+        "old": ("commit", 3),
+        asked_for.transaction: ("commit", 3),
+        "stone": ("abort", 3),
+        "old stone": ("abort", 31),
+    }
+    with closing(bench.connect("left")) as connection, connection.cursor() as cursor:
+        for name, (what, days) in ages.items():
+            cursor.execute("INSERT INTO shardkit_decision VALUES (%s, %s, NOW() - INTERVAL %s DAY)", (name, what, days))
+        cursor.executemany(
+            "INSERT INTO shardkit_decision VALUES (%s, 'commit', NOW() - INTERVAL 9 DAY)",
+            [(f"many {number}",) for number in range(2500)],
+        )
+        assert Janitor(bench.connect).forget(SHARDS) == 2502
+        cursor.execute("SELECT transaction_id FROM shardkit_decision")
+        assert {name for (name,) in cursor.fetchall()} == {"new", asked_for.transaction, "stone"}
+        assert Janitor(bench.connect).sweep(SHARDS, patient=False) == {asked_for: Outcome.COMMITTED}
+        assert Janitor(bench.connect).forget(SHARDS) == 1
+
+
+def test_nothing_is_forgotten_while_a_master_cannot_be_asked(bench: Bench) -> None:
+    with closing(bench.connect("left")) as connection, connection.cursor() as cursor:
+        cursor.execute("INSERT INTO shardkit_decision VALUES ('old', 'commit', NOW() - INTERVAL 9 DAY)")
+
+        def connect(shard: str) -> pymysql.connections.Connection:
+            if shard == "right":
+                raise OSError("it is down")
+            return bench.connect(shard)
+
+        with pytest.raises(OSError, match="down"):
+            Janitor(connect).forget(SHARDS)
+        cursor.execute("SELECT COUNT(*) FROM shardkit_decision")
+        assert cursor.fetchone() == (1,)
+
+
 def test_branches_of_others_are_not_touched(bench: Bench) -> None:
     with closing(bench.connect("right")) as connection, connection.cursor() as cursor:
         cursor.execute("XA START 'somebody','else'")
