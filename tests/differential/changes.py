@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 from hypothesis import strategies as st
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from shardkit.errors import RoutingError
@@ -133,6 +135,12 @@ def check_change(world: World, change: Change, tally: Tally) -> None:
             tally.count(change.kinds, answered=False)
             over.rollback()
             _compare(world, over, once)
+            return
+        except DBAPIError as error:  # MySQL does not change a table that a subquery reads (1093)
+            with pytest.raises(DBAPIError) as raised:
+                once.execute(change.statement, change.parameters)
+            if raised.value.orig is None or error.orig is None or raised.value.orig.args[0] != error.orig.args[0]:
+                raise Different(f"{error}, and in one database {raised.value}") from error
             return
         tally.count(change.kinds, answered=True)
         wanted = once.execute(change.statement, change.parameters).rowcount

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -32,14 +32,21 @@ class Tally:
             self.refused.update(kinds)
 
 
-def check_select(world: World, question: Question, tally: Tally) -> None:
+Ask = Callable[[Any], list[tuple[Any, ...]]]
+
+
+def check_select(world: World, question: Question, tally: Tally, ask: Ask | None = None) -> None:
     """Ask both, and compare.
 
+    :param ask: statement -> the shards' rows; through a `Session` by default.
     :raises Different: when they differ, or when what must be answered is refused.
     """
     try:
-        with world.sessions() as session:
-            over = _rows(session, question.statement)
+        if ask is not None:
+            over = ask(question.statement)
+        else:
+            with world.sessions() as session:
+                over = rows_of(session, question.statement)
     except RoutingError as error:
         if question.must:
             raise Different(f"refused what must be answered ({sorted(question.kinds)}): {error}") from error
@@ -47,7 +54,7 @@ def check_select(world: World, question: Question, tally: Tally) -> None:
         return
     tally.count(question.kinds, answered=True)
     with Session(world.engines[WHOLE]) as session:
-        once = _rows(session, question.statement)
+        once = rows_of(session, question.statement)
     types = [getattr(column, "type", None) for column in getattr(question.statement, "selected_columns", ())]
 
     def plain(rows: Sequence[tuple[Any, ...]], columns: int | None, *, any_spelling: bool) -> list[tuple[Any, ...]]:
@@ -67,7 +74,8 @@ def check_select(world: World, question: Question, tally: Tally) -> None:
             raise Different(f"sorted otherwise: {ours_sorted} and in one database {theirs_sorted}")
 
 
-def _rows(session: Session, statement: Any) -> list[tuple[Any, ...]]:
+def rows_of(session: Session, statement: Any) -> list[tuple[Any, ...]]:
+    """The rows of a statement, objects as their columns' values."""
     rows = []
     for row in session.execute(statement):
         values: list[Any] = []

@@ -108,7 +108,14 @@ class World:
     table and ``solo`` a vertical one.
     """
 
-    def __init__(self, seed: int, dialect: str, engines: Mapping[str, sa.Engine], urls: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        dialect: str,
+        engines: Mapping[str, sa.Engine],
+        urls: Mapping[str, str],
+        **options: Any,
+    ) -> None:
         self.random = Random(seed)
         self.dialect = dialect
         self.engines = engines
@@ -153,9 +160,8 @@ class World:
         for part in self.parts:
             self._fill(part)
         self.spellings = self._spellings()
-        self.cluster: Cluster = create_cluster(
-            self.map, engines={(shard, "master"): engines[shard] for shard in SHARDS}
-        )
+        given = {(shard, "master"): engines[shard] for shard in SHARDS}
+        self.cluster: Cluster = create_cluster(self.map, engines=given, **options)
         self.sessions = shardkit.sessionmaker(
             self.cluster, transactions="best_effort" if dialect == "sqlite" else "atomic"
         )
@@ -303,4 +309,5 @@ def server_world(seed: int, server: LocalDatabaseServer, flavour: str, prefix: s
         driver = "mariadb+pymysql" if flavour == "mariadb" else "mysql+pymysql"
         engines[name] = sa.create_engine(url.set(drivername=driver), connect_args={"ssl_disabled": True})
         urls[name] = server.endpoint(database).url
-    return World(seed, flavour, engines, urls)
+    async_driver = "mariadb+asyncmy" if flavour == "mariadb" else "asyncmy"
+    return World(seed, flavour, engines, urls, credentials=server.credentials, async_driver=async_driver)
