@@ -23,6 +23,8 @@ from tests.differential.world import SHARDS, WHOLE, Part, World
 
 #: New rows have ids from here on: none of them is there already.
 NEW = 1000
+#: MySQL does not change a table that a subquery reads (ER_UPDATE_TABLE_USED).
+_TARGET_IN_SUBQUERY = 1093
 
 
 @dataclass
@@ -136,14 +138,19 @@ def check_change(world: World, change: Change, tally: Tally) -> None:
             over.rollback()
             _compare(world, over, once)
             return
-        except DBAPIError as error:  # MySQL does not change a table that a subquery reads (1093)
+        except DBAPIError as error:
             with pytest.raises(DBAPIError) as raised:
                 once.execute(change.statement, change.parameters)
             if raised.value.orig is None or error.orig is None or raised.value.orig.args[0] != error.orig.args[0]:
                 raise Different(f"{error}, and in one database {raised.value}") from error
             return
         tally.count(change.kinds, answered=True)
-        wanted = once.execute(change.statement, change.parameters).rowcount
+        try:
+            wanted = once.execute(change.statement, change.parameters).rowcount
+        except DBAPIError as error:
+            if count or error.orig is None or error.orig.args[0] != _TARGET_IN_SUBQUERY:
+                raise
+            return  # no row could match, so no shard was asked what it would have said of the statement
         if count != wanted and "many" not in " ".join(change.kinds):
             raise Different(f"{count} rows, and {wanted} in one database")
         _compare(world, over, once)
