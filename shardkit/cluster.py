@@ -25,6 +25,7 @@ from shardkit.replicas.health import Replica, ReplicaHealth
 from shardkit.routing.route import Route, RouteOptions
 from shardkit.shardmap import Placement, ShardMap
 from shardkit.snapshots import Pin, Snapshots, View
+from shardkit.telemetry import RouterMetrics
 from shardkit.topology import Endpoint, Role
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def create_cluster(
     max_lag: float = 1.0,
     store_timeout: float = 10.0,
     metadata: MetaData | None = None,
+    metrics: RouterMetrics | None = None,
 ) -> Cluster:
     """Open a cluster. No database is connected to yet.
 
@@ -58,6 +60,8 @@ def create_cluster(
     :param store_timeout: seconds that reaching the map's store may take.
     :param metadata: the application's tables (``Base.metadata``): it says of what type the keys in raw SQL are, without
         which they pin nothing.
+    :param metrics: what the sessions count; ``RouterMetrics(prometheus_client.REGISTRY)`` has it exposed with the
+        application's own. By default it is counted in `Cluster.metrics` and exposed nowhere.
     :raises MapStoreUnavailable: when the store cannot be reached.
     :raises InvalidShardMap: when what it holds is not a map.
     """
@@ -66,7 +70,7 @@ def create_cluster(
         credentials or from_environment(), driver, async_driver, dict(engine_options or {}), async_engine_options
     )
     try:
-        return Cluster(store, settings, given=engines, max_lag=max_lag, metadata=metadata)
+        return Cluster(store, settings, given=engines, max_lag=max_lag, metadata=metadata, metrics=metrics)
     except BaseException:
         store.close()
         raise
@@ -84,7 +88,9 @@ class Cluster:
         given: GivenEngines | None = None,
         max_lag: float = 1.0,
         metadata: MetaData | None = None,
+        metrics: RouterMetrics | None = None,
     ) -> None:
+        self.metrics = metrics or RouterMetrics()
         self._store = store
         initial = store.load()
         tables: dict[str, Table] | Any = {} if metadata is None else metadata.tables

@@ -8,6 +8,40 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 _COMMIT_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 
+class RouterMetrics:
+    """What the sessions of one cluster count, in this process. Nothing on the path of a statement for one shard.
+
+    :param registry: where the metrics are registered; a new one by default.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+        self.scattered = Counter(
+            "shardkit_router_scattered_reads",
+            "Reads that asked several shards, by the first table that they name.",
+            ("table",),
+            registry=self.registry,
+        )
+        self.late = Counter(
+            "shardkit_router_deadlines_exceeded",
+            "Statements killed at their deadline.",
+            ("shard",),
+            registry=self.registry,
+        )
+        self.missing = Counter(
+            "shardkit_router_missing_shards",
+            "Times that a read went without a shard (shardkit_partial_ok).",
+            ("shard",),
+            registry=self.registry,
+        )
+        self.commits = Counter(
+            "shardkit_router_commits_over_shards",
+            "Two-phase commits: done, pending (decided, a shard yet to be told), unknown, failed (nothing is durable).",
+            ("outcome",),
+            registry=self.registry,
+        )
+
+
 class RelayMetrics:
     """What the relay counts, per hop.
 

@@ -9,12 +9,13 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 
+from shardkit.cluster import Cluster
 from shardkit.errors import DeadlineExceeded, RoutingError
 
 logger = logging.getLogger(__name__)
@@ -42,12 +43,12 @@ class Deadline:
     """A time limit for statements on several connections.
 
     :param seconds: from now; None: there is no limit, and nothing is done.
-    :param helper: a connection's engine -> an engine that can kill its statements; None where there is none.
+    :param cluster: knows how to reach the servers of its connections.
     """
 
-    def __init__(self, seconds: float | None, helper: Callable[[Engine], Engine | None]) -> None:
+    def __init__(self, seconds: float | None, cluster: Cluster) -> None:
         self._seconds = seconds
-        self._helper = helper
+        self._cluster = cluster
         self._lock = threading.Lock()
         self._running: dict[Connection, str] = {}
         self._late: set[Connection] = set()
@@ -97,6 +98,7 @@ class Deadline:
                 raise self._exceeded(shard) from error
 
     def _exceeded(self, shard: str) -> DeadlineExceeded:
+        self._cluster.metrics.late.labels(shard).inc()
         return DeadlineExceeded(
             f"shard {shard} did not answer within {self._seconds:g} s: the statement was killed",
             shard=shard,
@@ -127,7 +129,7 @@ class Deadline:
         if connection.dialect.name == "sqlite":
             getattr(driver, "_conn", driver).interrupt()  # aiosqlite keeps the real one inside
             return
-        helper = self._helper(connection.engine)
+        helper = self._cluster.helper_of(connection.engine)
         if helper is not None:
             with helper.connect() as other:
                 other.exec_driver_sql(f"KILL QUERY {driver.thread_id():d}")

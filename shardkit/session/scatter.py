@@ -78,7 +78,7 @@ def select_from_several(
         prepared.append((statement, parameters, options, bind_arguments, shard))
     if orm is None:
         session._autoflush()  # noqa: SLF001 - as Session.execute does for statements without entities
-    with Deadline(seconds, session.cluster.helper_of) as deadline:
+    with Deadline(seconds, session.cluster) as deadline:
         parts, missing = _connected(session, prepared, partial_ok=partial_ok)
         if said.get("yield_per") or said.get("stream_results"):
             for part in parts:
@@ -90,6 +90,7 @@ def select_from_several(
     if not answered:
         raise missing[0].error
     for shard, error in missing:
+        session.cluster.metrics.missing.labels(shard).inc()
         logger.warning("a read over several shards goes without shard %s: %s", shard, error)
     results: list[Result[Any]] = [
         cursor

@@ -193,7 +193,7 @@ class RoutedSession(IdentitySession):
         """`_run`, within a time."""
         target: Target = arguments[3]
         connection = self._reading_connection(target)
-        with Deadline(seconds, self.cluster.helper_of) as deadline, deadline.over(target.shard, connection):
+        with Deadline(seconds, self.cluster) as deadline, deadline.over(target.shard, connection):
             return self._run(statement, *arguments)
 
     def _run(
@@ -313,6 +313,7 @@ class RoutedSession(IdentitySession):
         said = self._merged_options(route.statement, options)
         seconds = seconds_of(said)
         if route.kind is StatementKind.SELECT and not route.writes:
+            self.cluster.metrics.scattered.labels(route.tables[0] if route.tables else "").inc()
             session_options = immutabledict(
                 {
                     name: value

@@ -242,7 +242,15 @@ class ClusterTransaction(SessionTransaction):
         return None
 
     def _commit_two_phase(self, two_phase: TwoPhaseTransaction, held: set[Any]) -> CommitPending | None:
-        pending = two_phase.commit(self._written)
+        outcome = "failed"
+        try:
+            pending = two_phase.commit(self._written)
+            outcome = "pending" if pending else "done"
+        except CommitUnknown:
+            outcome = "unknown"
+            raise
+        finally:
+            self._cluster.metrics.commits.labels(outcome).inc()
         for connection, transaction, *_ in held:
             if transaction.is_active:  # the decider's has ended
                 _end_reading(connection, transaction)

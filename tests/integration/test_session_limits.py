@@ -60,6 +60,8 @@ def test_a_shard_that_is_late_fails_the_read(server_shop: Shop, users: list[int]
             with at_most(5), pytest.raises(DeadlineExceeded, match=r"shop-1 did not answer within 0\.5 s") as raised:
                 session.scalars(sa.select(User), execution_options=SOON).all()
             assert raised.value.shard == "shop-1"
+            late = ("shardkit_router_deadlines_exceeded_total", {"shard": "shop-1"})
+            assert server_shop.cluster.metrics.registry.get_sample_value(*late) == 1
             assert waiting(server_shop) == []
         session.rollback()
         assert sorted(user.id for user in session.scalars(sa.select(User), execution_options=SOON)) == users
