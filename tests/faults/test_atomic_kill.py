@@ -129,7 +129,7 @@ def check_load(bank: Bank, seconds: float) -> None:
     bank.under_load(seconds, LOAD, seed=already)
     assert bank.violations() == []
     said = Counter(each.partition(":")[0] for each in list(bank.said.values())[already:])
-    assert said["ok"] > 10 * seconds
+    assert said["ok"] > 2 * seconds
     assert said["dead"] + said["failed"]
 
 
