@@ -216,8 +216,8 @@ def _is_dead(pid: int) -> bool:
 
 def _server() -> LocalDatabaseServer:
     if FLAVOUR == "mariadb":
-        return LocalMariaDB()
-    return LocalMySQL(options={"tls_version": ""})  # the proxies count packets
+        return LocalMariaDB(durable=True)
+    return LocalMySQL(durable=True, options={"tls_version": ""})  # the proxies count packets
 
 
 class Bank:
