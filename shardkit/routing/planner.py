@@ -57,7 +57,7 @@ class Planner:
         self._reads = Reads(shard_map, self._shapes, dialect)
         self._inserts = Inserts(shard_map, self._rows, self._shapes)
         self._changes = Changes(shard_map, self._rows, self._shapes)
-        self._texts = Texts(shard_map, self._reads, tables, dialect)
+        self._texts = Texts(shard_map, self._rows, self._reads, tables, dialect)
         self._only = next(iter(shard_map.shards)) if len(shard_map.shards) == 1 else None
 
     def plan(

@@ -53,11 +53,13 @@ class RawStatement:
     :param select: reads the rows that it reads or changes.
     :param changes: the table that it changes; None for a SELECT.
     :param assigned: the columns that it assigns, by name.
+    :param inserted: the rows that an INSERT writes, as far as their key is concerned; empty for other statements.
     """
 
     select: sa.Select[Any]
     changes: str | None = None
     assigned: tuple[str, ...] = ()
+    inserted: tuple[Mapping[str, Any], ...] = ()
 
 
 class _NotPlain(Exception):
@@ -96,6 +98,8 @@ class _Reading:
         self._sources: dict[str, FromClause] = {}
 
     def statement(self, root: Any) -> RawStatement:
+        if isinstance(root, exp.Insert):
+            return self._insert(root)
         if not isinstance(root, exp.Select | exp.Update | exp.Delete):
             raise _NotPlain
         if len(list(root.find_all(exp.Query))) != isinstance(root, exp.Select):  # a subquery, wherever it stands
@@ -113,6 +117,33 @@ class _Reading:
                 raise _NotPlain
             assigned.append(each.this.name)
         return RawStatement(self._select(source, root.args.get("where")), root.this.name, tuple(assigned))
+
+    def _insert(self, root: exp.Insert) -> RawStatement:
+        _only(root, frozenset({"this", "expression"}))  # no IGNORE, no ON DUPLICATE KEY UPDATE
+        schema, values = root.this, root.expression
+        if not isinstance(schema, exp.Schema) or not isinstance(values, exp.Values) or root.find(exp.Query):
+            raise _NotPlain
+        source: Any = self._table(schema.this)
+        if not all(isinstance(each, exp.Identifier) for each in schema.expressions):
+            raise _NotPlain
+        columns = [each.name.lower() for each in schema.expressions]
+        info = self._map.tables.get(schema.this.name)
+        keys = {} if info is None else {name.lower(): name for name in info.key}
+        rows = []
+        for row in values.expressions:
+            if not isinstance(row, exp.Tuple) or len(row.expressions) != len(columns):
+                raise _NotPlain
+            given = zip(columns, row.expressions, strict=True)
+            rows.append({keys[name]: self._key_value(value) for name, value in given if name in keys})
+        return RawStatement(sa.select(sa.literal(1)).select_from(source), schema.this.name, inserted=tuple(rows))
+
+    def _key_value(self, node: Any) -> Any:
+        if isinstance(node, exp.Null):
+            return None
+        value = self._value(node)
+        if value is None:
+            raise _NotPlain
+        return value
 
     def _select(self, source: FromClause, where: Any) -> sa.Select[Any]:
         select = sa.select(sa.literal(1)).select_from(source)

@@ -7,6 +7,7 @@ is about (`shardkit.routing.rawsql`). It is never sent to several shards: nobody
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -15,12 +16,15 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.base import Executable
 
-from shardkit.errors import KeyChange, RoutingError
+from shardkit.errors import KeyChange, MissingKey, RoutingError
+from shardkit.routing.conditions import Binds
 from shardkit.routing.hints import hint_of
+from shardkit.routing.inserts import parameter_sets
 from shardkit.routing.rawsql import RawStatement, Tables, read_raw
 from shardkit.routing.reads import Reads
 from shardkit.routing.route import Parameters, Route, RouteOptions, StatementKind
-from shardkit.shardmap import ShardMap
+from shardkit.routing.rows import Rows
+from shardkit.shardmap import ShardMap, TableInfo
 
 _READS: Final = re.compile(r"\s*(?:\(\s*)*(?:select|show|explain|describe|desc|values)\b", re.IGNORECASE)
 _LOCKS: Final = re.compile(
@@ -31,8 +35,9 @@ _LOCKS: Final = re.compile(
 class Texts:
     """Plans raw SQL and DDL on one map."""
 
-    def __init__(self, shard_map: ShardMap, reads: Reads, tables: Tables, dialect: Dialect) -> None:
+    def __init__(self, shard_map: ShardMap, rows: Rows, reads: Reads, tables: Tables, dialect: Dialect) -> None:
         self._map = shard_map
+        self._rows = rows
         self._reads = reads
         self._tables = tables
         self._dialect = dialect
@@ -73,7 +78,7 @@ class Texts:
 
     def _where_it_reads(self, route: Route, raw: RawStatement, options: RouteOptions) -> Route:
         """The one shard that holds the rows of plain SQL."""
-        found = self._reads.route(raw.select, route.parameters, replace(options, scatter=True))
+        found = self._of_rows(route, raw) if raw.inserted else self._of_select(route, raw, options)
         table = found.tables[0]
         if raw.changes is not None:
             info = self._map.table(raw.changes)
@@ -153,6 +158,51 @@ class Texts:
             tables=(info.name,),
             reasons=(f"{info.name} stands on {len(info.shards)} shards",),
         )
+
+    def _of_select(self, route: Route, raw: RawStatement, options: RouteOptions) -> Route:
+        if isinstance(route.parameters, Sequence) and len(route.parameters) > 1:
+            raise RoutingError(
+                "raw SQL was given several sets of parameters, whose rows may be on several shards",
+                hint="execute it once for each, or name the shard with shardkit_shard",
+            )
+        return self._reads.route(raw.select, route.parameters, replace(options, scatter=True))
+
+    def _of_rows(self, route: Route, raw: RawStatement) -> Route:
+        """Where an INSERT's rows belong, for every set of parameters."""
+        info = self._map.table(raw.changes or "")
+        table: Any = raw.select.get_final_froms()[0]
+        self._check_counted(raw, info, route)
+        places = [
+            self._rows.place(table, row, Binds(given, ()))
+            for given in parameter_sets(route.parameters) or ({},)
+            for row in raw.inserted
+        ]
+        known = [place for place in places if place is not None]
+        return replace(
+            route,
+            shards=tuple(dict.fromkeys(place.shard for place in known)) or info.shards,
+            keyspace=info.keyspace.name,
+            tables=(info.name,),
+            buckets=frozenset(place.bucket for place in known),
+            reasons=(f"the rows' {' and '.join(info.key) or info.name}",),
+        )
+
+    def _check_counted(self, raw: RawStatement, info: TableInfo, route: Route) -> None:
+        """:raises MissingKey: for a key of 0 that the server would take as "give me the next number"."""
+        declared = self._tables(info.name)
+        counted = None if declared is None or self._dialect.name == "sqlite" else declared.autoincrement_column
+        if counted is None:
+            return
+        for given in parameter_sets(route.parameters) or ({},):
+            for row in raw.inserted:
+                bind = row.get(counted.name)
+                if bind is not None and Binds(given, ()).of(bind) == 0:
+                    raise MissingKey(
+                        f"the key {info.name}.{counted.name} is 0, for which the server puts in the next number",
+                        hint="give another value: the number would be chosen after the shard",
+                        table=info.name,
+                        key=info.key,
+                    )
 
 
 def reads_only(text: str) -> bool:

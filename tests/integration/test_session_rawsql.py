@@ -59,6 +59,17 @@ def test_whole_tables_need_no_key(shop: Shop, session: Session) -> None:
     assert session.execute(sa.text("SELECT * FROM countries")).all() == []
 
 
+def test_rows_go_where_their_key_says(shop: Shop, session: Session) -> None:
+    insert = sa.text("INSERT INTO orders (id, user_id, item, amount) VALUES (:id, :user, 'raw', 1)")
+    for position, shard in enumerate(SHARDS):
+        (number,) = shop.users_on(shard, 1)
+        session.execute(insert, [{"id": 100 * position + n, "user": number} for n in (1, 2)])
+    session.commit()
+    assert [len(ids) for ids in shop.where("orders").values()] == [3, 3, 3]
+    with pytest.raises(RoutingError, match="would run on 3 shards"):
+        session.execute(insert, [{"id": 900, "user": shop.users_on(shard, 1)[0]} for shard in SHARDS])
+
+
 def test_what_is_on_several_shards_is_refused(session: Session) -> None:
     for text in ("SELECT * FROM users", "UPDATE users SET age = 1", "DELETE FROM users WHERE age = 1"):
         with pytest.raises(RoutingError, match="would run on 3 shards"):

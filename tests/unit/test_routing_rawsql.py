@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from shardkit.errors import KeyChange, RoutingError, UnknownTable
+from shardkit.errors import KeyChange, MissingKey, RoutingError, UnknownTable
 from shardkit.routing.planner import Planner
 from shardkit.routing.route import RouteOptions
 from shardkit.shardmap import Move
@@ -51,6 +51,12 @@ PLAIN: dict[str, tuple[str, ...]] = {
     "UPDATE users SET age = age + 1 WHERE id = 5": FIVE,
     "DELETE FROM users WHERE id = 5 AND age = 3 LIMIT 1": FIVE,
     "UPDATE invoices SET user_id = 3": ("s3",),
+    "INSERT INTO users (name, ID) VALUES ('x', 5)": FIVE,
+    "INSERT INTO orders (id, user_id, amount) VALUES (1, 5, 1 + 1), (2, 5, my_own())": FIVE,
+    "INSERT INTO stores (id, region) VALUES (1, 'busan')": ("s1",),
+    "INSERT INTO stores (id, region) VALUES (1, NULL)": ("s2",),
+    "INSERT INTO invoices (id) VALUES (1), (2)": ("s3",),
+    "INSERT INTO users SET id = 5, name = 'x'": FIVE,
 }
 
 
@@ -61,7 +67,7 @@ def test_plain_sql_finds_its_shard(text: str) -> None:
     assert route.shards == PLAIN[text]
     assert route.statement_for(route.shards[0]) is statement
     assert route.merge is None
-    assert route.writes == (text.startswith(("UPDATE", "DELETE")) or "FOR UPDATE" in text)
+    assert route.writes == (text.startswith(("UPDATE", "DELETE", "INSERT")) or "FOR UPDATE" in text)
 
 
 REFUSED = {
@@ -101,7 +107,17 @@ REFUSED = {
     "SELECT * FROM users JOIN orders USING (id) WHERE id = 5": "does not say which",
     "SELECT * FROM shop.users WHERE id = 5": "does not say which",
     "SELECT * FROM users WHERE id = 5 INTO OUTFILE 'x'": "does not say which",
-    "INSERT INTO users (id) VALUES (5)": "does not say which",
+    "INSERT INTO users (id) VALUES (5), (6)": "would run on 2 shards",
+    "INSERT INTO users (name) VALUES ('x')": "has no value for its key",
+    "INSERT INTO users (id) VALUES ('5')": "is bound with another type",
+    "INSERT INTO users (id) VALUES (5 + 1)": "does not say which",
+    "INSERT INTO users VALUES (5, 'x')": "does not say which",
+    "INSERT IGNORE INTO users (id) VALUES (5)": "does not say which",
+    "INSERT INTO users (id) VALUES (5) ON DUPLICATE KEY UPDATE id = 6": "does not say which",
+    "INSERT INTO users (id) SELECT id FROM users": "does not say which",
+    "INSERT INTO users (id, age) VALUES (5, (SELECT MAX(age) FROM users))": "does not say which",
+    "REPLACE INTO users (id) VALUES (5)": "does not say which",
+    "INSERT INTO countries (code) VALUES ('kr')": "would change it on one shard only",
     "UPDATE users JOIN orders ON user_id = users.id SET age = 3 WHERE users.id = 5": "does not say which",
     "UPDATE users SET age = (SELECT 1) WHERE id = 5": "does not say which",
     "SELECT 1": "does not say which",
@@ -130,6 +146,26 @@ def test_parameters_pin_keys() -> None:
             PLANNER.plan(text, {"number": other, "name": "x"})
     with pytest.raises(RoutingError):
         PLANNER.plan(sa.text("SELECT * FROM users WHERE id IN :n").bindparams(sa.bindparam("n", [5], expanding=True)))
+
+
+def test_rows_of_parameters() -> None:
+    text = sa.text("INSERT INTO users (id, name) VALUES (:id, :name)")
+    assert PLANNER.plan(text, {"id": 6, "name": "x"}).shards == SIX
+    assert PLANNER.plan(text, [{"id": 5, "name": "x"}, {"id": 7, "name": "y"}]).shards == at("users", 7) == FIVE
+    with pytest.raises(RoutingError, match="would run on 2 shards"):
+        PLANNER.plan(text, [{"id": 5, "name": "x"}, {"id": 6, "name": "y"}])
+    with pytest.raises(RoutingError, match="several sets of parameters"):
+        PLANNER.plan(sa.text("DELETE FROM users WHERE id = :id"), [{"id": 5}, {"id": 6}])
+
+
+def test_a_number_that_the_server_makes_up() -> None:
+    metadata = sa.MetaData()
+    sa.Table("users", metadata, sa.Column("id", sa.BigInteger, primary_key=True), sa.Column("name", sa.String(20)))
+    planner = Planner(MAP, tables=metadata.tables.get)
+    assert planner.plan(sa.text("INSERT INTO users (id) VALUES (5)")).shards == FIVE
+    for text in (sa.text("INSERT INTO users (id) VALUES (0)"), sa.text("INSERT INTO users (id) VALUES (:n)")):
+        with pytest.raises(MissingKey, match="the next number"):
+            planner.plan(text, {"n": 0})
 
 
 def test_no_row_can_match() -> None:
