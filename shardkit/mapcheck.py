@@ -57,6 +57,7 @@ class KeyspaceDocument:
     reference: tuple[str, ...]
     placement: Mapping[Bucket, str]
     generated_ids: bool
+    local: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -210,13 +211,22 @@ class _Checker:
         tables = self._tables(path, written, partition)
         if not tables and not written.reference:
             self._fault((*path, "tables"), "names no table")
+        for index, table in enumerate(written.local):
+            if table not in tables:
+                fault = f"{table!r} is no table of this keyspace: it has {', '.join(tables)}"
+                self._fault((*path, "local", index), fault)
         if len(self.problems) > before:
             return None
         if isinstance(partition, DirectoryPartition) and partition.home not in shards:
             self._fault((*path, "partition", "home"), _unknown_shard(partition.home, shards))
         placement = self._placement(path, written, partition, shards)
         return KeyspaceDocument(
-            partition, tables, tuple(dict.fromkeys(written.reference)), placement, written.ids == "generated"
+            partition,
+            tables,
+            tuple(dict.fromkeys(written.reference)),
+            placement,
+            written.ids == "generated",
+            tuple(dict.fromkeys(written.local)),
         )
 
     def _tables(

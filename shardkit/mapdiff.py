@@ -148,6 +148,9 @@ def _keyspace_changes(old: Keyspace, new: Keyspace) -> Iterator[Change]:
         added = table in new.reference
         line = f"{name}: reference table {table} {'added' if added else 'removed'}"
         yield Change(Effect.ADDS if added else Effect.REMOVES, line)
+    for table in sorted(set(old.local) ^ set(new.local)):
+        where = "each shard only" if table in new.local else "all shards"
+        yield Change(Effect.CHANGES, f"{name}: what is unique in {table} is meant to be so on {where}")
     if old.generated_ids != new.generated_ids:
         yield Change(Effect.CHANGES, f"{name}: generated ids {'on' if new.generated_ids else 'off'}")
 

@@ -15,11 +15,12 @@ _FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("cluster",), "a name in quotes or without"),
     (("version",), "a whole number from 0; publishing raises it"),
     (("keyspaces",), "fields under each keyspace's name"),
-    (("keyspaces", "*"), "fields: partition, tables, reference, ids, placement"),
+    (("keyspaces", "*"), "fields: partition, tables, reference, local, ids, placement"),
     (("keyspaces", "*", "tables"), "{table: key_column}; in a vertical keyspace a list [table, table]"),
     (("keyspaces", "*", "tables", "*"), "the key's column, or a list of columns: text, quoted where it is a number"),
     (("keyspaces", "*", "tables", "*", "*"), "the name of a column: quote it"),
     (("keyspaces", "*", "reference"), "a list of tables: [countries]"),
+    (("keyspaces", "*", "local"), "a list of tables of this keyspace: [orders]"),
     (("keyspaces", "*", "ids"), "'generated', or left out"),
     (
         ("keyspaces", "*", "placement"),

@@ -77,6 +77,7 @@ class WrittenKeyspace(_Schema):
     ) = None
     tables: dict[str, str | list[str]] | list[str]
     reference: list[str] = Field(default_factory=list)
+    local: list[str] = Field(default_factory=list)
     ids: Literal["generated"] | None = None
     placement: str | dict[Name, str | list[int | str]]
 
@@ -141,6 +142,8 @@ def _keyspace_fields(keyspace: Keyspace) -> Iterator[tuple[str, Any]]:
         yield "tables", {table: key[0] if len(key) == 1 else list(key) for table, key in keyspace.tables.items()}
     if keyspace.reference:
         yield "reference", list(keyspace.reference)
+    if keyspace.local:
+        yield "local", list(keyspace.local)
     if keyspace.generated_ids:
         yield "ids", "generated"
     if keyspace.partition is None:

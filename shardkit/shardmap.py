@@ -34,6 +34,7 @@ class Keyspace:
     :param reference: tables that stand in full on every shard of the keyspace.
     :param placement: bucket -> shard; a vertical keyspace has the one bucket ``all``.
     :param generated_ids: whether a missing integer key is filled at flush.
+    :param local: tables whose unique indexes and AUTO_INCREMENT ids are meant to be unique on each shard only.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Keyspace:
     placement: Mapping[Bucket, str]
     reference: tuple[str, ...] = ()
     generated_ids: bool = False
+    local: tuple[str, ...] = ()
 
     @cached_property
     def shards(self) -> tuple[str, ...]:
@@ -157,6 +159,7 @@ class ShardMap:
                         placement=MappingProxyType(dict(keyspace.placement)),
                         reference=keyspace.reference,
                         generated_ids=keyspace.generated_ids,
+                        local=keyspace.local,
                     )
                     for name, keyspace in document.keyspaces.items()
                 }

@@ -29,8 +29,24 @@ def _on_shard(shard_map: ShardMap, shard: str, found: dict[str, TableFacts]) -> 
             continue
         if info.name not in found:
             yield f"there is no table {info.name}"
-        elif info.kind == "sharded":
-            yield from _sharded(info, found[info.name])
+        else:
+            if info.kind == "sharded":
+                yield from _sharded(info, found[info.name])
+            yield from hazards.foreign_key_hazards(found[info.name], _beside(shard_map, info))
+
+
+def _beside(shard_map: ShardMap, info: TableInfo) -> frozenset[str]:
+    """The tables whose rows stand with this table's rows, wherever those are."""
+    here = set(info.shards)
+
+    def stands_with(other: TableInfo) -> bool:
+        if other.kind == "reference":
+            return here <= set(other.shards)
+        if other.kind == "sharded":
+            return info.kind == "sharded" and other.keyspace.name == info.keyspace.name
+        return here == set(other.shards)
+
+    return frozenset(name for name, other in shard_map.tables.items() if stands_with(other))
 
 
 def _sharded(info: TableInfo, facts: TableFacts) -> Iterator[str]:
@@ -41,7 +57,8 @@ def _sharded(info: TableInfo, facts: TableFacts) -> Iterator[str]:
             yield from hazards.key_hazards(facts, facts.columns[column])
             yield from _values(info, facts.columns[column])
     if not missing:
-        yield from hazards.sharded_hazards(facts, info.key)
+        local = info.name in info.keyspace.local
+        yield from hazards.sharded_hazards(facts, info.key, generated=info.keyspace.generated_ids, local=local)
 
 
 def _values(info: TableInfo, column: ColumnFacts) -> Iterator[str]:

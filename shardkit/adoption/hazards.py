@@ -51,18 +51,30 @@ def _tells_apart(collation: str) -> bool:
     return name in {"binary", "utf8mb4_0900_bin"} or (name.endswith("_bin") and "nopad" in name)
 
 
-def sharded_hazards(table: TableFacts, key: tuple[str, ...]) -> Iterator[str]:
-    """What a table loses when it is spread over shards."""
+def sharded_hazards(
+    table: TableFacts, key: tuple[str, ...], *, generated: bool = True, local: bool = False
+) -> Iterator[str]:
+    """What a table loses when it is spread over shards.
+
+    :param generated: shardkit makes the ids (``ids: generated``), or will.
+    :param local: what is unique on each shard only is meant to be so.
+    """
     if not table.primary_key:
         yield f"{table.name} has no primary key: rows can be neither replicated nor moved safely; add one"
-    for unique in table.uniques:
+    for unique in () if local else table.uniques:
         if not set(key) <= set(unique):
             yield (
                 f"{table.name} ({', '.join(unique)}) is unique on each shard only: "
-                f"the index does not hold {' and '.join(key)}"
+                f"the index does not hold {' and '.join(key)} (if that is meant: 'local: [{table.name}]' in the map)"
             )
     for column in table.columns.values():
-        if column.autoincrement and not isinstance(column.type, sa.BigInteger):
+        if column.autoincrement and not generated and (not local or column.name in key):
+            meant = "" if column.name in key else f", or 'local: [{table.name}]' if that is meant"
+            yield (
+                f"{table.name}.{column.name} is AUTO_INCREMENT: two shards give the same number; "
+                f"set 'ids: generated' on its keyspace{meant}"
+            )
+        elif column.autoincrement and not local and not isinstance(column.type, sa.BigInteger):
             yield f"{table.name}.{column.name} is {_type_name(column)}: generated ids need BIGINT"
 
 

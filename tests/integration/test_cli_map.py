@@ -514,6 +514,49 @@ shards: {{s: {{master: '{shop_url}'}}}}
         assert any(part in finding for finding in findings), part
 
 
+def test_what_is_unique_or_refers_over_shards_is_found(
+    shell: Shell, shop_url: str, fresh_database: str, database_server: LocalDatabaseServer, tmp_path: Path
+) -> None:
+    for table in (
+        "people (id BIGINT PRIMARY KEY, email VARCHAR(50) UNIQUE)",
+        "posts (id BIGINT AUTO_INCREMENT PRIMARY KEY, person_id BIGINT, FOREIGN KEY (person_id) REFERENCES people (id))",
+        "bands (id BIGINT PRIMARY KEY, person_id BIGINT, FOREIGN KEY (person_id) REFERENCES people (id))",
+    ):
+        database_server.execute(f"CREATE TABLE {table}", database=fresh_database)
+    document: dict[str, Any] = {
+        "format": 1,
+        "cluster": "social",
+        "keyspaces": {
+            "people": {
+                "partition": {"by": "hash"},
+                "tables": {"people": "id", "posts": "person_id"},
+                "placement": {"s": "0-4095"},
+            },
+            "bands": {"tables": ["bands"], "placement": "s"},
+        },
+        "shards": {"s": {"master": shop_url}},
+    }
+    file = tmp_path / "map.yaml"
+
+    def findings() -> list[str]:
+        file.write_text(ShardMap.parse(document).dump(), encoding="utf-8")
+        return list(shell.json("map", "validate", file, "--connect", expect=3)["findings"])
+
+    found = findings()
+    for part in (
+        "s: people (email) is unique on each shard only: the index does not hold id",
+        "s: posts.id is AUTO_INCREMENT: two shards give the same number; set 'ids: generated' on its",
+        "s: bands (person_id) points at people, which may live elsewhere",
+    ):
+        assert any(part in finding for finding in found), (part, found)
+    assert len(found) == 3
+    document["keyspaces"]["people"]["local"] = ["people", "posts"]
+    assert len(findings()) == 1
+    document["keyspaces"]["people"]["local"] = ["bands"]
+    file.write_text(json.dumps(document), encoding="utf-8")
+    assert "'bands' is no table of this keyspace" in shell.fails("map", "validate", file, code=4)
+
+
 def test_the_cluster_at_a_glance(
     shell: Shell, shop_url: str, tmp_path: Path, zookeeper: LocalZooKeeper, cluster: str, until: Callable[..., None]
 ) -> None:
