@@ -517,10 +517,11 @@ shards: {{s: {{master: '{shop_url}'}}}}
 def test_what_is_unique_or_refers_over_shards_is_found(
     shell: Shell, shop_url: str, fresh_database: str, database_server: LocalDatabaseServer, tmp_path: Path
 ) -> None:
+    person = "person_id BIGINT NOT NULL, FOREIGN KEY (person_id) REFERENCES people (id)"
     for table in (
         "people (id BIGINT PRIMARY KEY, email VARCHAR(50) UNIQUE)",
-        "posts (id BIGINT AUTO_INCREMENT PRIMARY KEY, person_id BIGINT, FOREIGN KEY (person_id) REFERENCES people (id))",
-        "bands (id BIGINT PRIMARY KEY, person_id BIGINT, FOREIGN KEY (person_id) REFERENCES people (id))",
+        f"posts (id BIGINT AUTO_INCREMENT PRIMARY KEY, {person})",
+        f"bands (id BIGINT PRIMARY KEY, {person})",
     ):
         database_server.execute(f"CREATE TABLE {table}", database=fresh_database)
     document: dict[str, Any] = {
