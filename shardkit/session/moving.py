@@ -140,7 +140,8 @@ def _children(
     own = home_of(view, relationship.mapper)
     identity_changes = any(part.position is not None for part in parents.home.key)
     together = own.info.kind == "sharded" and own.info.keyspace.name == home.info.keyspace.name
-    if relationship.secondary is not None or not together or len(own.key) != len(home.key):
+    together = together and len(own.key) == len(home.key) and relationship.secondary is None
+    if not together or (identity_changes and not _tied_by_key(relationship, parents.home, own)):
         if identity_changes or relationship.secondary is not None:
             raise RoutingError(
                 f"{parents.mapper.class_.__name__}.{relationship.key} leads to rows that do not move along, and would "
@@ -155,6 +156,12 @@ def _children(
     return _Rows(
         relationship.mapper, own, _read(session, own.table, sa.and_(ours, same_key), source, relationship.mapper)
     )
+
+
+def _tied_by_key(relationship: Any, parent: Home, child: Home) -> bool:
+    """Whether all rows that the relationship leads to have the parent's key, and so stand beside it."""
+    pairs = {(local.name, remote.name) for local, remote in relationship.local_remote_pairs}
+    return all((one.column, other.column) in pairs for one, other in zip(parent.key, child.key, strict=True))
 
 
 def _read(session: ClusterSession, table: Any, where: Any, shard: str, mapper: Mapper[Any]) -> list[dict[str, Any]]:

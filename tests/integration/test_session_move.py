@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 import shardkit
 from shardkit.errors import KeyChange, RoutingError, SecondShardWritten
@@ -181,6 +181,39 @@ def test_with_asyncio(shop: Shop, old: int) -> None:
 
     asyncio.run(work())
     assert shop.where("orders")["shop-1"] == [1, 2]
+
+
+class Own(DeclarativeBase):
+    """Another view of two of the shop's tables."""
+
+    type_annotation_map = {int: sa.BigInteger().with_variant(sa.Integer, "sqlite"), str: sa.String(100)}  # noqa: RUF012
+
+
+class Person(Own):
+    __tablename__ = "users"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str]
+    age: Mapped[int | None]
+    bio: Mapped[str | None]
+    received: Mapped[list[Letter]] = relationship(primaryjoin="foreign(Letter.recipient_id) == Person.id")
+
+
+class Letter(Own):
+    """Sharded by its sender."""
+
+    __tablename__ = "messages"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    sender_id: Mapped[int]
+    recipient_id: Mapped[int]
+    text: Mapped[str]
+
+
+def test_rows_that_point_at_the_old_key_from_elsewhere_are_not_left_behind(shop: Shop, old: int) -> None:
+    with shop.session() as session:
+        person = session.get_one(Person, old)
+        with pytest.raises(RoutingError, match=r"Person\.received leads to rows that do not move along"):
+            session.move(person, shop.users_on("shop-1", 1)[0])
+    assert old in shop.where("users")["shop-0"]
 
 
 def test_generated_ids_stay(shop: Shop) -> None:
