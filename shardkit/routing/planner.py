@@ -32,6 +32,7 @@ from shardkit.shardmap import Placement, ShardMap
 
 _DEFAULT_OPTIONS = RouteOptions()
 _MISSING = object()
+_NOTHING = sa.select()
 
 
 class Planner:
@@ -192,18 +193,19 @@ class Planner:
             return None
         if bucket is None:
             return None
-        return Route(
-            StatementKind.SELECT,
-            statement,
-            parameters,
-            (keyspace.placement[bucket],),
-            shape.keyspace,
-            shape.tables,
-            frozenset((bucket,)),
-            False,
-            shape.locking,
-            reasons=reasons,
-        )
+        if shape.prototype is None:
+            shape.prototype = Route(
+                StatementKind.SELECT,
+                _NOTHING,  # nobody's statement: its values may be personal data
+                None,
+                (),
+                shape.keyspace,
+                shape.tables,
+                locking=shape.locking,
+                reasons=reasons,
+            )
+        prototype: Route = shape.prototype
+        return prototype.bound(statement, parameters, keyspace.placement[bucket], bucket)
 
     def place(self, table: sa.Table, row: Mapping[str, Any]) -> Placement | None:
         """Where one row belongs: for objects in a flush.

@@ -83,7 +83,7 @@ class ShardStatement:
     parameters: Parameters
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Route:
     """What the router decided for one statement.
 
@@ -126,6 +126,17 @@ class Route:
     merge: MergePlan | None = None
     first: Feeding | None = None
     shard_statements: Mapping[str, ShardStatement] = field(default_factory=lambda: _NONE)
+
+    def bound(self, statement: Executable, parameters: Parameters, shard: str, bucket: Bucket) -> Route:
+        """The same for another statement of this shape, whose key is in this bucket.
+
+        What `dataclasses.replace` does in a tenth of its time, for every keyed statement.
+        """
+        made = object.__new__(Route)
+        vars(made).update(
+            vars(self), statement=statement, parameters=parameters, shards=(shard,), buckets=frozenset((bucket,))
+        )
+        return made
 
     @property
     def scattered(self) -> bool:

@@ -65,6 +65,8 @@ class Shape:
         self.keyspace = keyspaces.pop() if len(keyspaces) == 1 else None
         self._pins = _pins(lineage)
         self.quick = self._quick()
+        #: Kept by the planner: what the routes of the quick way have in common.
+        self.prototype: Any = None
 
     def _quick(self) -> tuple[Reader, Slot, Keyspace, tuple[str, ...]] | None:
         """The one bound parameter that decides where the statement goes, where it is that simple."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy import func, select
 
 import shardkit
+from shardkit import own_tables
 from shardkit.cluster import Cluster
 from shardkit.topology import Endpoint
 from tests.integration.conftest import Shop, empty
@@ -34,14 +34,9 @@ class ReplicatedShop:
             *((r, f"replica {n}") for n, r in enumerate(replicas)),
         ):
             shop.execute(endpoint, f"INSERT INTO users (id, name) VALUES ({self.user}, '{name}')")
-            with closing(shop.connect(endpoint)) as connection:
-                cursor = connection.cursor()
-                cursor.execute(
-                    "CREATE TABLE IF NOT EXISTS shardkit_heartbeat "
-                    "(shard VARCHAR(190) PRIMARY KEY, beat BIGINT, written_at BIGINT)"
-                )
-                cursor.execute("CREATE TABLE IF NOT EXISTS shardkit_position (hop VARCHAR(190) PRIMARY KEY, gtid TEXT)")
-                connection.commit()
+        own_tables.upgrade(self.cluster.engine("shop-0"))
+        for number in range(len(replicas)):
+            own_tables.upgrade(self.cluster.engine("shop-0", "replica", number))
 
     def beat(self, *behind: float | None) -> None:
         """Have each replica hold a heartbeat of so many seconds ago (from now on, for a minute), or none."""
@@ -49,7 +44,9 @@ class ReplicatedShop:
             self.shop.execute(replica, "DELETE FROM shardkit_heartbeat")
             if seconds is not None:
                 written = int((time.time() - seconds) * 1_000_000)
-                self.shop.execute(replica, f"INSERT INTO shardkit_heartbeat VALUES ('shop-0', 1, {written})")
+                self.shop.execute(
+                    replica, f"INSERT INTO shardkit_heartbeat (shard, beat, written_at) VALUES ('shop-0', 1, {written})"
+                )
         self.cluster.health.wait()
 
     def fresh(self) -> set[int]:
@@ -214,11 +211,12 @@ def test_a_replica_that_is_too_far_behind_gets_no_reads_until_it_is_back(replica
 def test_a_replica_that_cannot_be_asked_gets_no_reads(replicated: ReplicatedShop) -> None:
     replicated.beat(0, 0)
     wait_until(lambda: replicated.fresh() == {0, 1})
-    replicated.shop.execute(replicated.replicas[0], "DROP TABLE shardkit_heartbeat")
+    replicated.shop.execute(replicated.replicas[0], "ALTER TABLE shardkit_heartbeat RENAME TO shardkit_hidden")
     wait_until(lambda: replicated.fresh() == {1})
     reading = replicated.cluster.health.reading(replicated.cluster._replicas_of("shop-0")[0])
     assert reading is not None
     assert "shardkit_heartbeat" in reading.error
+    replicated.shop.execute(replicated.replicas[0], "ALTER TABLE shardkit_hidden RENAME TO shardkit_heartbeat")
 
 
 def test_lag_is_counted_in_seconds_by_the_servers_own_clock(replicated: ReplicatedShop) -> None:
