@@ -41,6 +41,7 @@ def upgrade() -> None:
         sa.Column("updated_at", sa.BigInteger, nullable=False, comment="microseconds since the epoch, UTC"),
         mysql_engine="InnoDB",
         mariadb_engine="InnoDB",
+        if_not_exists=True,
     )
     op.create_table(
         "shardkit_heartbeat",
@@ -49,6 +50,7 @@ def upgrade() -> None:
         sa.Column("written_at", sa.BigInteger, nullable=False, comment="microseconds since the epoch, UTC"),
         mysql_engine="InnoDB",
         mariadb_engine="InnoDB",
+        if_not_exists=True,
     )
     op.create_table(
         "shardkit_prepared",
@@ -59,6 +61,7 @@ def upgrade() -> None:
         sa.Column("events", sa.LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb"), nullable=False),
         mysql_engine="InnoDB",
         mariadb_engine="InnoDB",
+        if_not_exists=True,
     )
 
 

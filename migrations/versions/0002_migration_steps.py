@@ -35,6 +35,7 @@ def upgrade() -> None:
         sa.Column("error", words),
         mysql_engine="InnoDB",
         mariadb_engine="InnoDB",
+        if_not_exists=True,
     )
 
 

@@ -36,6 +36,7 @@ def upgrade() -> None:
         sa.Column("job", _ascii(64), comment="the rebalance job at work on it"),
         mysql_engine="InnoDB",
         mariadb_engine="InnoDB",
+        if_not_exists=True,
     )
     op.create_table(
         "shardkit_map_version",
@@ -43,6 +44,7 @@ def upgrade() -> None:
         sa.Column("min_map_version", sa.BigInteger, nullable=False, comment="statements of older maps are not sent"),
         mysql_engine="InnoDB",
         mariadb_engine="InnoDB",
+        if_not_exists=True,
     )
     op.create_table(
         "shardkit_job",
@@ -50,6 +52,7 @@ def upgrade() -> None:
         sa.Column("coordinator", _ascii(32), nullable=False, comment="token of the process at work on it"),
         mysql_engine="InnoDB",
         mariadb_engine="InnoDB",
+        if_not_exists=True,
     )
     op.create_table(
         "shardkit_job_cursor",
@@ -63,6 +66,7 @@ def upgrade() -> None:
         mariadb_engine="InnoDB",
         mysql_charset="utf8mb4",
         mariadb_charset="utf8mb4",
+        if_not_exists=True,
     )
     op.create_table(
         "shardkit_journal",
@@ -72,6 +76,7 @@ def upgrade() -> None:
         sa.Column("noted_at", sa.BigInteger, nullable=False, comment="microseconds since the epoch, UTC"),
         mysql_engine="InnoDB",
         mariadb_engine="InnoDB",
+        if_not_exists=True,
     )
 
 

@@ -26,6 +26,7 @@ def upgrade() -> None:
         sa.Column("decided_at", sa.DateTime, nullable=False, server_default=sa.func.now(), index=True),
         mysql_engine="InnoDB",
         mariadb_engine="InnoDB",
+        if_not_exists=True,
     )
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -49,6 +50,32 @@ def test_processes_and_threads_that_come_together_make_them_once(
         _, errors = other.communicate(timeout=60)
         assert other.returncode == 0, errors
     assert "shardkit_position" in tables(engine)
+    engine.dispose()
+
+
+def test_taken_up_where_a_process_died(database_server: LocalDatabaseServer, fresh_database: str) -> None:
+    """Servers commit each CREATE TABLE by itself: what is there already must not be in the way."""
+    engine = sa.create_engine(database_server.dsn(fresh_database), poolclass=sa.NullPool)
+    made = 0
+    fatal = 1
+
+    @sa.event.listens_for(engine, "after_cursor_execute")
+    def die(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        nonlocal made
+        made += "CREATE TABLE" in statement
+        if made == fatal:
+            raise KeyboardInterrupt
+
+    while True:
+        made = 0
+        try:
+            own_tables.upgrade(engine)
+        except KeyboardInterrupt:
+            fatal += 1  # a step further each time
+        else:
+            break
+    assert fatal > 4
+    assert {"shardkit_position", "shardkit_decision"} <= set(tables(engine))
     engine.dispose()
 
 
