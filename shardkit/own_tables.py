@@ -242,4 +242,5 @@ def _lock(connection: sa.Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        connection.scalar(sa.text("SELECT RELEASE_LOCK(:name)"), {"name": name})
+        if not connection.invalidated:  # else the lock went with the connection
+            connection.scalar(sa.text("SELECT RELEASE_LOCK(:name)"), {"name": name})
