@@ -22,6 +22,7 @@ from shardkit.ids import IdGenerator, lease_for
 from shardkit.mapstore import MapStore, open_store
 from shardkit.replicas.balance import choose
 from shardkit.replicas.health import Replica, ReplicaHealth
+from shardkit.routing.rawsql import no_tables
 from shardkit.routing.route import Route, RouteOptions
 from shardkit.shardmap import Placement, ShardMap
 from shardkit.snapshots import Pin, Snapshots, View
@@ -93,8 +94,8 @@ class Cluster:
         self.metrics = metrics or RouterMetrics()
         self._store = store
         initial = store.load()
-        tables: dict[str, Table] | Any = {} if metadata is None else metadata.tables
-        self._snapshots = Snapshots(initial, _dialect_name(initial, settings, given or {}), store.announce, tables.get)
+        tables = no_tables if metadata is None else metadata.tables.get
+        self._snapshots = Snapshots(initial, _dialect_name(initial, settings, given or {}), store.announce, tables)
         self._check_given(given or {})
         self._credentials = settings.credentials
         self._engines = Engines(settings, given, self.refresh_soon)

@@ -221,11 +221,15 @@ class Janitor:
         here = set(shards)
         found: dict[BranchId, None] = {}
         for shard in here:
-            with closing(self._connect(shard)) as connection:
-                found |= dict.fromkeys(branch for branch in prepared_branches(connection) if branch.shard == shard)
+            found |= dict.fromkeys(self.prepared(shard))
         due = [branch for branch in found if branch in self._seen or not patient]
         self._seen = frozenset(found)
         return {branch: self._finish(branch) for branch in due}
+
+    def prepared(self, shard: str) -> list[BranchId]:
+        """The branches of a shard that stand prepared now. Its server may hold those of others, too."""
+        with closing(self._connect(shard)) as connection:
+            return [branch for branch in prepared_branches(connection) if branch.shard == shard]
 
     def forget(self, shards: Iterable[str]) -> int:
         """Delete old rows of ``shardkit_decision`` that no prepared branch of any shard asks for any more.

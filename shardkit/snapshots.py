@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shardkit.routing.planner import Planner
-from shardkit.routing.rawsql import Tables
+from shardkit.routing.rawsql import Tables, no_tables
 from shardkit.shardmap import ShardMap
 
 
@@ -28,7 +28,7 @@ class View:
 
     __slots__ = ("homes", "map", "only", "planner", "tokens")
 
-    def __init__(self, shard_map: ShardMap, dialect_name: str, tables: Tables = lambda _name: None) -> None:
+    def __init__(self, shard_map: ShardMap, dialect_name: str, tables: Tables = no_tables) -> None:
         self.map = shard_map
         self.planner = Planner(shard_map, dialect_name=dialect_name, tables=tables)
         self.only = next(iter(shard_map.shards)) if len(shard_map.shards) == 1 else None
@@ -70,7 +70,7 @@ class Snapshots:
         initial: ShardMap,
         dialect_name: str,
         announce: Callable[[int], None],
-        tables: Tables = lambda _name: None,
+        tables: Tables = no_tables,
     ) -> None:
         self._dialect_name = dialect_name
         self._tables = tables

@@ -60,9 +60,8 @@ class JanitorTask:
                 janitors: dict[str, Janitor] = {}
                 forgotten = time.monotonic() - FORGET_PERIOD
                 while lost is not None and not lost.is_set() and not self._stop.wait(self._period):
-                    for name, shard in self._shards().items():
-                        if shard.master.dialect == "mysql":
-                            self._sweep(name, janitors.setdefault(name, Janitor(self._connect)))
+                    for name in self._masters():
+                        self._sweep(name, janitors.setdefault(name, Janitor(self._connect)))
                     if time.monotonic() - forgotten >= FORGET_PERIOD:
                         forgotten = time.monotonic()
                         self._forget()
@@ -78,10 +77,13 @@ class JanitorTask:
         else:
             self._unwell.discard(shard)
 
+    def _masters(self) -> list[str]:
+        """The shards whose masters know prepared transactions: not SQLite's."""
+        return [name for name, shard in self._shards().items() if shard.master.dialect == "mysql"]
+
     def _forget(self) -> None:
-        masters = [name for name, shard in self._shards().items() if shard.master.dialect == "mysql"]
         try:
-            deleted = Janitor(self._connect).forget(masters)
+            deleted = Janitor(self._connect).forget(self._masters())
         except (ShardkitError, pymysql.MySQLError, OSError) as error:
             logger.info("old decisions are kept: not every master could be asked (%s)", error)
         else:

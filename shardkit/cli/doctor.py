@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import rich_click as click
@@ -69,21 +69,14 @@ def doctor(transactions: bool, dry_run: bool, wait: float, map_source: str, out:
         return connect(shard_map.shard(shard).master, credentials, autocommit=True)
 
     janitor = Janitor(open_master)
-    seen, unwell = _look(shard_map, open_master)
+    seen, unwell = _look(janitor, shard_map, open_master)
     findings = seen
     if seen and not dry_run:
         _sweep(janitor, shard_map, unwell)
         time.sleep(wait)
         outcomes = _sweep(janitor, shard_map, unwell)
         findings = {
-            branch: Finding(
-                each.shard,
-                each.transaction,
-                each.decider,
-                each.decision,
-                outcomes.get(branch, "ended by its client"),
-            )
-            for branch, each in seen.items()
+            branch: replace(each, outcome=outcomes.get(branch, "ended by its client")) for branch, each in seen.items()
         }
     _tell(findings, unwell, out, dry_run=dry_run)
     stuck = any(each.outcome == "undecided" for each in findings.values())
@@ -95,19 +88,17 @@ def _masters(shard_map: ShardMap) -> list[str]:
 
 
 def _look(
-    shard_map: ShardMap, open_master: Callable[[str], Connection]
+    janitor: Janitor, shard_map: ShardMap, open_master: Callable[[str], Connection]
 ) -> tuple[dict[BranchId, Finding], dict[str, str]]:
     """What is prepared, and the shards that could not be asked."""
-    from shardkit.decisions import prepared_branches, verdict
+    from shardkit.decisions import verdict
     from shardkit.errors import ShardkitError
 
     found: dict[BranchId, Finding] = {}
     unwell: dict[str, str] = {}
     for shard in _masters(shard_map):
         try:
-            with closing(open_master(shard)) as connection:
-                branches = [branch for branch in prepared_branches(connection) if branch.shard == shard]
-            for branch in branches:
+            for branch in janitor.prepared(shard):
                 with closing(open_master(branch.decider)) as connection:
                     decision = verdict(connection, branch.transaction)
                 found[branch] = Finding(shard, branch.transaction, branch.decider, decision)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import rich_click as click
 
 from shardkit.cli.options import map_option, map_store, output_option
 from shardkit.cli.output import Output
+from shardkit.cli.where import INTEGER
 
 if TYPE_CHECKING:
     from sqlalchemy import MetaData, Table
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from shardkit.routing.rawsql import Tables
     from shardkit.routing.route import Route
     from shardkit.shardmap import ShardMap
-
-_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 
 
 @click.command()
@@ -104,7 +102,7 @@ def _parameter(word: str) -> tuple[str, Any]:
     name, equals, value = word.partition("=")
     if not equals or not name:
         raise click.UsageError(f"{word!r} is no parameter: give NAME=VALUE")
-    return name, int(value) if _INTEGER.fullmatch(value) else value
+    return name, int(value) if INTEGER.fullmatch(value) else value
 
 
 def _load(place: str) -> MetaData:

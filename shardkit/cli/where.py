@@ -29,9 +29,11 @@ _TYPES: Mapping[str, Any] = {
     "decimal": Decimal,
 }
 _NAMES: Mapping[type, str] = {int: "int", str: "str", date: "date", datetime: "datetime"}
+#: What is taken for an integer when nobody says.
+INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 # what a value is taken for when nobody says: the first that fits
 _LOOKS_LIKE = (
-    ("int", re.compile(r"0|-?[1-9][0-9]*")),
+    ("int", INTEGER),
     ("decimal", re.compile(r"-?[0-9]+\.[0-9]+")),
     ("uuid", re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")),
     ("datetime", re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[ T][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?")),

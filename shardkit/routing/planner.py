@@ -22,7 +22,7 @@ from shardkit.routing.feeds import Feed, feeding_of
 from shardkit.routing.inserts import Inserts
 from shardkit.routing.keys import Readers
 from shardkit.routing.keyvalues import Untrusted
-from shardkit.routing.rawsql import Tables
+from shardkit.routing.rawsql import Tables, no_tables
 from shardkit.routing.reads import Reads, one_set
 from shardkit.routing.route import Parameters, Route, RouteOptions, StatementKind
 from shardkit.routing.rows import Rows
@@ -45,9 +45,7 @@ class Planner:
     :param tables: tells the types of raw SQL's columns.
     """
 
-    def __init__(
-        self, shard_map: ShardMap, *, dialect_name: str = "mysql", tables: Tables = lambda _name: None
-    ) -> None:
+    def __init__(self, shard_map: ShardMap, *, dialect_name: str = "mysql", tables: Tables = no_tables) -> None:
         self.shard_map = shard_map
         self.dialect_name = dialect_name
         dialect = dialect_of(dialect_name)

@@ -28,6 +28,12 @@ from shardkit.shardmap import ShardMap
 #: Table name -> the table as the application declares it; None where it is not known.
 Tables = Callable[[str], sa.Table | None]
 
+
+def no_tables(_name: str) -> sa.Table | None:
+    """For those who do not know the application's tables."""
+    return None
+
+
 _AMBIGUOUS: Final = re.compile(r"/\*|--|#|\"|\\|\|\||&&|:=")
 _MOST_CHARACTERS: Final = 20_000
 _SELECT_PARTS: Final = frozenset(
@@ -50,16 +56,24 @@ _COMPARISONS: Final[Mapping[type[exp.Expression], Callable[[Any, Any], ColumnEle
 class RawStatement:
     """What raw SQL is about.
 
-    :param select: reads the rows that it reads or changes.
+    :param source: its tables; of an INSERT the one that it writes to.
+    :param condition: what its rows fulfil; None for all of them.
     :param changes: the table that it changes; None for a SELECT.
     :param assigned: the columns that it assigns, by name.
     :param inserted: the rows that an INSERT writes, as far as their key is concerned; empty for other statements.
     """
 
-    select: sa.Select[Any]
+    source: Any
+    condition: ColumnElement[bool] | None = None
     changes: str | None = None
     assigned: tuple[str, ...] = ()
     inserted: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def select(self) -> sa.Select[Any]:
+        """Reads the rows that it reads or changes."""
+        select = sa.select(sa.literal(1)).select_from(self.source)
+        return select if self.condition is None else select.where(self.condition)
 
 
 class _NotPlain(Exception):
@@ -69,7 +83,7 @@ class _NotPlain(Exception):
 def read_raw(
     text: str, binds: Mapping[str, sa.BindParameter[Any]], shard_map: ShardMap, tables: Tables, dialect: Dialect
 ) -> RawStatement | None:
-    """Read raw SQL; None where it is not plain: several statements, subqueries, CTEs, UNION, INSERT, ...
+    """Read raw SQL; None where it is not plain: several statements, subqueries, CTEs, UNION, upserts, ...
 
     :param binds: the text's parameters, by name.
     """
@@ -106,9 +120,7 @@ class _Reading:
             raise _NotPlain
         if isinstance(root, exp.Select):
             _only(root, _SELECT_PARTS)
-            where = root.args.get("where")
-            source = self._from(root)
-            return RawStatement(self._select(source, where))
+            return RawStatement(self._from(root), self._where(root))
         _only(root, _CHANGE_PARTS)
         source = self._table(root.this)
         assigned = []
@@ -116,14 +128,14 @@ class _Reading:
             if not isinstance(each, exp.EQ) or not isinstance(each.this, exp.Column):
                 raise _NotPlain
             assigned.append(each.this.name)
-        return RawStatement(self._select(source, root.args.get("where")), root.this.name, tuple(assigned))
+        return RawStatement(source, self._where(root), root.this.name, tuple(assigned))
 
     def _insert(self, root: exp.Insert) -> RawStatement:
         _only(root, frozenset({"this", "expression"}))  # no IGNORE, no ON DUPLICATE KEY UPDATE
         schema, values = root.this, root.expression
         if not isinstance(schema, exp.Schema) or not isinstance(values, exp.Values) or root.find(exp.Query):
             raise _NotPlain
-        source: Any = self._table(schema.this)
+        source = self._table(schema.this)
         if not all(isinstance(each, exp.Identifier) for each in schema.expressions):
             raise _NotPlain
         columns = [each.name.lower() for each in schema.expressions]
@@ -135,7 +147,7 @@ class _Reading:
                 raise _NotPlain
             given = zip(columns, row.expressions, strict=True)
             rows.append({keys[name]: self._key_value(value) for name, value in given if name in keys})
-        return RawStatement(sa.select(sa.literal(1)).select_from(source), schema.this.name, inserted=tuple(rows))
+        return RawStatement(source, changes=schema.this.name, inserted=tuple(rows))
 
     def _key_value(self, node: Any) -> Any:
         if isinstance(node, exp.Null):
@@ -145,9 +157,10 @@ class _Reading:
             raise _NotPlain
         return value
 
-    def _select(self, source: FromClause, where: Any) -> sa.Select[Any]:
-        select = sa.select(sa.literal(1)).select_from(source)
-        return select if where is None else select.where(self._condition(where.this))
+    def _where(self, root: exp.Expression) -> ColumnElement[bool] | None:
+        """The condition of a statement whose tables have been read."""
+        where = root.args.get("where")
+        return None if where is None else self._condition(where.this)
 
     # --- FROM
 

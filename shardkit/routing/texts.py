@@ -17,6 +17,7 @@ from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.base import Executable
 
 from shardkit.errors import KeyChange, MissingKey, RoutingError
+from shardkit.partition import Bucket
 from shardkit.routing.conditions import Binds
 from shardkit.routing.hints import hint_of
 from shardkit.routing.inserts import parameter_sets
@@ -65,15 +66,8 @@ class Texts:
                 hint="name the shard with shardkit_shard or the key with shardkit_key, or write it as a select()",
                 shards=len(self._map.shards),
             )
-        moving = [move.job for move in self._map.moves if hint.shard in (move.source, move.target)]
-        if moving and hint.bucket is None:
-            raise RoutingError(
-                f"rebalance job {moving[0]} is moving rows to or from {hint.shard!r}, and raw SQL cannot be told to "
-                "take each row once",
-                hint="name the key with shardkit_key, or wait for the end of the job (shardkit rebalance status)",
-                shards=1,
-            )
         buckets = None if hint.bucket is None else frozenset({hint.bucket})
+        self._check_moves(hint.shard, buckets)
         return replace(route, shards=(hint.shard,), buckets=buckets, reasons=(hint.reason,))
 
     def _where_it_reads(self, route: Route, raw: RawStatement, options: RouteOptions) -> Route:
@@ -107,14 +101,7 @@ class Texts:
                 shards=len(found.shards),
             )
         shards = found.shards or self._map.table(table).shards[:1]  # no row can match; its columns are wanted
-        jobs = [move.job for move in self._map.moves if shards[0] in (move.source, move.target)]
-        if jobs and not found.buckets:
-            raise RoutingError(
-                f"rebalance job {jobs[0]} is moving rows to or from {shards[0]!r}, and raw SQL cannot be told to take "
-                "each row once",
-                hint="name the key with shardkit_key, or wait for the end of the job (shardkit rebalance status)",
-                shards=1,
-            )
+        self._check_moves(shards[0], found.buckets)
         return replace(
             route,
             shards=shards,
@@ -159,6 +146,17 @@ class Texts:
             reasons=(f"{info.name} stands on {len(info.shards)} shards",),
         )
 
+    def _check_moves(self, shard: str, buckets: frozenset[Bucket] | None) -> None:
+        """:raises RoutingError: while rows come to this shard or leave it, for what is not pinned to a bucket."""
+        moving = [move.job for move in self._map.moves if shard in (move.source, move.target)]
+        if moving and not buckets:
+            raise RoutingError(
+                f"rebalance job {moving[0]} is moving rows to or from {shard!r}, and raw SQL cannot be told to "
+                "take each row once",
+                hint="name the key with shardkit_key, or wait for the end of the job (shardkit rebalance status)",
+                shards=1,
+            )
+
     def _of_select(self, route: Route, raw: RawStatement, options: RouteOptions) -> Route:
         if isinstance(route.parameters, Sequence) and len(route.parameters) > 1:
             raise RoutingError(
@@ -170,10 +168,9 @@ class Texts:
     def _of_rows(self, route: Route, raw: RawStatement) -> Route:
         """Where an INSERT's rows belong, for every set of parameters."""
         info = self._map.table(raw.changes or "")
-        table: Any = raw.select.get_final_froms()[0]
         self._check_counted(raw, info, route)
         places = [
-            self._rows.place(table, row, Binds(given, ()))
+            self._rows.place(raw.source, row, Binds(given, ()))
             for given in parameter_sets(route.parameters) or ({},)
             for row in raw.inserted
         ]

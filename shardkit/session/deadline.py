@@ -9,9 +9,9 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from sqlalchemy import Connection
 
@@ -20,18 +20,15 @@ from shardkit.errors import DeadlineExceeded, RoutingError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 #: Seconds that a killed statement has to end; then its connection is cut.
 _GRACE = 1.0
 
 
-def seconds_of(options: Mapping[str, Any]) -> float | None:
-    """``shardkit_deadline`` among the execution options of a statement.
+def checked_seconds(seconds: Any) -> float | None:
+    """What the execution option ``shardkit_deadline`` says.
 
     :raises RoutingError: for what is no number of seconds.
     """
-    seconds = options.get("shardkit_deadline")
     if seconds is None:
         return None
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:

@@ -19,7 +19,7 @@ from sqlalchemy.util import immutabledict
 from shardkit.engines import write_patiently
 from shardkit.errors import DeadlineExceeded, RoutingError, ShardUnreachable
 from shardkit.routing.route import Route
-from shardkit.session.deadline import Deadline, seconds_of
+from shardkit.session.deadline import Deadline, checked_seconds
 from shardkit.session.parallel import runner_for
 from shardkit.session.results import merged
 
@@ -63,7 +63,7 @@ def select_from_several(
     :raises: the first error of any shard, once all have answered. With ``shardkit_partial_ok``, only when none answers.
     :raises DeadlineExceeded: when a shard does not answer within ``shardkit_deadline`` seconds.
     """
-    seconds, partial_ok = seconds_of(said), _partial_ok(said)
+    seconds, partial_ok = checked_seconds(said.get("shardkit_deadline")), _partial_ok(said)
     orm = _orm_class(route.statement_for(route.shards[0]))
     prepared = []
     for shard in route.shards:  # the first one flushes: before any connection is chosen

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Executable, Insert, Result, Select, Table
@@ -23,7 +24,7 @@ from shardkit.errors import RoutingError
 from shardkit.routing.feeds import Feeding
 from shardkit.routing.merge import merge_rows
 from shardkit.routing.route import Route, RouteOptions, StatementKind
-from shardkit.session.deadline import Deadline, seconds_of
+from shardkit.session.deadline import Deadline, checked_seconds
 from shardkit.session.homes import Home, home_of
 from shardkit.session.identity import IdentitySession
 from shardkit.session.inserts import filled
@@ -131,7 +132,7 @@ class RoutedSession(IdentitySession):
         transaction = self._outermost()
         transaction.begin_statement()
         view = transaction.view
-        route_options, from_replica, seconds = self._route_options, self._from_replica, None
+        route_options, from_replica, run = self._route_options, self._from_replica, self._run
         if options or statement._execution_options or self.execution_options:
             token = identity_of(options)
             if token is not None:  # get() and refresh of an object whose shard is known
@@ -140,19 +141,16 @@ class RoutedSession(IdentitySession):
                     shard = self.find_shard(refreshed) if refreshed in self._unplaced else refreshed.key[2]
                     if shard != token:  # its row has moved since the statement was made
                         token, options = shard, as_immutable(options).union({"identity_token": shard})
-                for given in (options, statement._execution_options, self.execution_options):
-                    if "shardkit_read_from" in given:
-                        from_replica = _replica(given["shardkit_read_from"])
-                        break
+                said = (options, statement._execution_options, self.execution_options)
+                if (given := _first_said("shardkit_read_from", said)) is not None:
+                    from_replica = _replica(given)
+                run = self._runner(_first_said("shardkit_deadline", said))
                 target = Target(existing(view, token), statement._for_update_arg is not None, from_replica)
-                seconds = seconds_of({**self.execution_options, **statement._execution_options, **options})
-                if seconds is not None:
-                    return self._run_by(seconds, statement, params, options, bind_arguments, target, parent, scalar)
-                return self._run(statement, params, options, bind_arguments, target, parent, scalar)
+                return run(statement, params, options, bind_arguments, target, parent, scalar)
             combined = self._merged_options(statement, options)
             if "shardkit_read_from" in combined:
                 from_replica = _replica(combined["shardkit_read_from"])
-            seconds = seconds_of(combined)
+            run = self._runner(combined.get("shardkit_deadline"))
             route_options = RouteOptions.from_execution_options(combined, policy=route_options.policy)
             if "identity_token" in options and PARENT_LOAD in options:
                 # of the statement that this loader belongs to: related rows may live elsewhere
@@ -180,17 +178,17 @@ class RoutedSession(IdentitySession):
         if route.shard_statements:
             statement, params = route.statement_for(shard), route.parameters_for(shard)
         if not route.writes:
-            if seconds is not None:
-                return self._run_by(seconds, statement, params, options, bind_arguments, target, parent, scalar)
-            return self._run(statement, params, options, bind_arguments, target, parent, scalar)
+            return run(statement, params, options, bind_arguments, target, parent, scalar)
         self.admit_writes(route.shards)
         with self._carrying(target):
-            if seconds is not None:
-                return self._run_by(seconds, statement, params, options, bind_arguments, target, parent, scalar)
-            return self._run(statement, params, options, bind_arguments, target, parent, scalar)
+            return run(statement, params, options, bind_arguments, target, parent, scalar)
+
+    def _runner(self, deadline: Any) -> Callable[..., Any]:
+        """`_run`, within the time that ``shardkit_deadline`` says, where it says one."""
+        seconds = checked_seconds(deadline)
+        return self._run if seconds is None else partial(self._run_by, seconds)
 
     def _run_by(self, seconds: float, statement: Any, *arguments: Any) -> Any:
-        """`_run`, within a time."""
         target: Target = arguments[3]
         connection = self._reading_connection(target)
         with Deadline(seconds, self.cluster) as deadline, deadline.over(target.shard, connection):
@@ -311,7 +309,7 @@ class RoutedSession(IdentitySession):
             return {**(bind_arguments or {}), TARGET: target_for(shard)}
 
         said = self._merged_options(route.statement, options)
-        seconds = seconds_of(said)
+        run = self._runner(said.get("shardkit_deadline"))
         if route.kind is StatementKind.SELECT and not route.writes:
             self.cluster.metrics.scattered.labels(route.tables[0] if route.tables else "").inc()
             session_options = immutabledict(
@@ -333,8 +331,7 @@ class RoutedSession(IdentitySession):
                 own = own.union({"synchronize_session": False})  # objects follow the first shard's rows
             with self._carrying(target):
                 statement, params = route.statement_for(shard), route.parameters_for(shard)
-                arguments = (statement, params, own, bind_arguments, target, parent, False)
-                results.append(self._run(*arguments) if seconds is None else self._run_by(seconds, *arguments))
+                results.append(run(statement, params, own, bind_arguments, target, parent, False))
         return _combined_write(route, results)
 
     # --- binds
@@ -425,6 +422,11 @@ def _secondaries_on(view: View, mapper: Mapper[Any], home: Home) -> bool:
     return all(
         not isinstance(each, Table) or view.map.table(each.fullname).shards == home.info.shards for each in tables
     )
+
+
+def _first_said(name: str, given: Iterable[Mapping[str, Any]]) -> Any:
+    """An execution option, of those who say it the first; None where nobody does."""
+    return next((options[name] for options in given if name in options), None)
 
 
 def _replica(read_from: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import pymysql
 import pytest
@@ -27,20 +27,26 @@ from shardkit.testing.database import LocalDatabaseServer
 SHARDS = ("left", "right")
 
 
-@pytest.fixture(scope="module")
-def databases(database_server: LocalDatabaseServer) -> Iterator[dict[str, str]]:
+@contextmanager
+def two_shards(server: LocalDatabaseServer, prefix: str) -> Iterator[dict[str, str]]:
     """Two shards as two databases of one server, with shardkit's own tables and a table of accounts."""
-    names = {shard: f"decisions_{shard}" for shard in SHARDS}
+    names = {shard: f"{prefix}_{shard}" for shard in SHARDS}
     for name in names.values():
-        database_server.execute(f"DROP DATABASE IF EXISTS {name}")
-        database_server.execute(f"CREATE DATABASE {name}")
-        database_server.execute(f"CREATE TABLE {name}.accounts (id INT PRIMARY KEY, amount INT NOT NULL)")
-    with cluster_of(database_server, names) as cluster:
+        server.execute(f"DROP DATABASE IF EXISTS {name}")
+        server.execute(f"CREATE DATABASE {name}")
+        server.execute(f"CREATE TABLE {name}.accounts (id INT PRIMARY KEY, amount INT NOT NULL)")
+    with cluster_of(server, names) as cluster:
         for shard in SHARDS:
             own_tables.upgrade(cluster.engine(shard))
     yield names
     for name in names.values():
-        database_server.execute(f"DROP DATABASE {name}")
+        server.execute(f"DROP DATABASE {name}")
+
+
+@pytest.fixture(scope="module")
+def databases(database_server: LocalDatabaseServer) -> Iterator[dict[str, str]]:
+    with two_shards(database_server, "decisions") as names:
+        yield names
 
 
 def cluster_of(server: LocalDatabaseServer, names: dict[str, str]) -> Cluster:

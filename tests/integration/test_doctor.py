@@ -12,28 +12,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shardkit import own_tables
 from shardkit.decisions import BranchId, new_transaction
 from shardkit.testing.database import LocalDatabaseServer
-from tests.integration.test_decisions import Bench, cluster_of
-
-SHARDS = ("left", "right")
+from tests.integration.test_decisions import Bench, cluster_of, two_shards
 
 
 @pytest.fixture
 def bench(database_server: LocalDatabaseServer, tmp_path: Path) -> Iterator[Bench]:
-    names = {shard: f"doctor_{shard}" for shard in SHARDS}
-    for name in names.values():
-        database_server.execute(f"DROP DATABASE IF EXISTS {name}")
-        database_server.execute(f"CREATE DATABASE {name}")
-        database_server.execute(f"CREATE TABLE {name}.accounts (id INT PRIMARY KEY, amount INT NOT NULL)")
-    with cluster_of(database_server, names) as cluster:
-        for shard in SHARDS:
-            own_tables.upgrade(cluster.engine(shard))
-        (tmp_path / "map.yaml").write_text(cluster.map.dump(), encoding="utf-8")
-    yield Bench(database_server, names)
-    for name in names.values():
-        database_server.execute(f"DROP DATABASE {name}")
+    with two_shards(database_server, "doctor") as names:
+        with cluster_of(database_server, names) as cluster:
+            (tmp_path / "map.yaml").write_text(cluster.map.dump(), encoding="utf-8")
+        yield Bench(database_server, names)
 
 
 def doctor(directory: Path, *options: str) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 import shardkit
 from shardkit.errors import KeyChange, RoutingError, SecondShardWritten
 from tests.integration.conftest import Shop
-from tests.integration.shop import SHARDS, Country, Note, Order, User, Visit
+from tests.integration.shop import SHARDS, Base, Country, Note, Order, User, Visit
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_with_asyncio(shop: Shop, old: int) -> None:
 class Own(DeclarativeBase):
     """Another view of two of the shop's tables."""
 
-    type_annotation_map = {int: sa.BigInteger().with_variant(sa.Integer, "sqlite"), str: sa.String(100)}  # noqa: RUF012
+    type_annotation_map = Base.type_annotation_map
 
 
 class Person(Own):
