@@ -6,30 +6,36 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from random import Random
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from sqlalchemy import Engine, Executable, MetaData, Table
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from shardkit import own_tables
 from shardkit.credentials import CredentialSource, from_environment
+from shardkit.directory import Directory, Entries, FiledKey, by_home, file, read, with_lookups
 from shardkit.engines import ASYNC_DRIVERS, Engines, EngineSettings, GivenEngines
-from shardkit.errors import CrossShardJoin, PreconditionFailed, ShardMapError, StaleShardMap, UnknownTable
+from shardkit.errors import CrossShardJoin, MissingKey, PreconditionFailed, ShardMapError, StaleShardMap, UnknownTable
 from shardkit.ids import IdGenerator, lease_for
 from shardkit.mapstore import MapStore, open_store
+from shardkit.partition import key_text
 from shardkit.replicas.balance import choose
 from shardkit.replicas.health import Replica, ReplicaHealth
 from shardkit.routing.rawsql import no_tables
 from shardkit.routing.route import Route, RouteOptions
+from shardkit.routing.texts import writes_rows
 from shardkit.shardmap import Placement, ShardMap
 from shardkit.snapshots import Pin, Snapshots, View
 from shardkit.telemetry import RouterMetrics
 from shardkit.topology import Endpoint, Role
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def create_cluster(
@@ -93,7 +99,8 @@ class Cluster:
     ) -> None:
         self.metrics = metrics or RouterMetrics()
         self._store = store
-        initial = store.load()
+        self._directory = Directory(on_unknown_bucket=self.refresh_soon)
+        initial = self._directory.bound(store.load())
         tables = no_tables if metadata is None else metadata.tables.get
         self._snapshots = Snapshots(initial, _dialect_name(initial, settings, given or {}), store.announce, tables)
         self._check_given(given or {})
@@ -191,7 +198,7 @@ class Cluster:
         before = self.map
         if new.version > before.version and (new.moves != before.moves or before.diff(new).moved):
             self._engines.renew()  # before the store is told that this process runs on the new map
-        if self._snapshots.accept(new):
+        if self._snapshots.accept(self._directory.bound(new)):
             self._engines.keep(new.shards.values())
             self._cores = {}
             logger.info("the shard map of %s is at version %d", new.cluster, new.version)
@@ -213,15 +220,77 @@ class Cluster:
         :raises UnknownTable: for a table that the map does not name.
         :raises MissingKey: when a key column is missing, or no bucket takes the value.
         """
-        return self.map.locate(table, key)
+        return self.looked_up(lambda: self.map.locate(table, key))
+
+    def assign(self, table: str, key: Any, bucket: str) -> Placement:
+        """Decide where the rows of a new key of a keyspace by directory are to be, in a transaction of its own.
+
+        Keys that are not assigned are given a bucket when their first row is written. Under asyncio:
+        ``await asyncio.to_thread(cluster.assign, "orders", "acme", "large")``.
+
+        :param key: the key's value, of its column's Python type.
+        :param bucket: one of the buckets that the map names for the keyspace.
+        :raises PreconditionFailed: when the keyspace is not by directory or has no such bucket, or when the key is in
+            another bucket already.
+        """
+        keyspace = self.map.table(table).keyspace
+        directory = keyspace.directory
+        if directory is None or bucket not in directory.names:
+            buckets = "is not partitioned by a directory" if directory is None else f"has no bucket {bucket!r}"
+            raise PreconditionFailed(
+                f"keyspace {keyspace.name!r} {buckets}",
+                hint="see 'shardkit map show'"
+                if directory is None
+                else f"its buckets are {', '.join(directory.names)}",
+            )
+        text = key_text((key,))
+        if text is None:
+            raise MissingKey("NULL cannot be assigned to a bucket", table=table, hint="give a value")
+        engine = self.engine(directory.home)
+        self.ensure_own_tables(directory.home)
+        with engine.begin() as connection:
+            found = file(connection, {(directory, text): bucket})
+        self._directory.remember(found)
+        if (holder := found[keyspace.name, text]) != bucket:
+            raise PreconditionFailed(
+                f"{key!r} is in bucket {holder!r} already", hint="its rows would have to move: leave it there"
+            )
+        return Placement(keyspace.name, bucket, keyspace.placement[bucket])
+
+    def look_up(self, home: str, keys: Collection[FiledKey]) -> Entries:
+        """Read entries of a directory as they are committed now, on a connection of its own, and remember them."""
+        self.ensure_own_tables(home)
+        with self.engine(home).connect() as connection:
+            found = read(connection, keys)
+        self._directory.remember(found)
+        return found
+
+    def looked_up(self, work: Callable[[], T], *, new: bool = False) -> T:
+        """Run ``work``, which only looks at the map, with the directory's entries that it asks for.
+
+        :param new: whether keys without an entry count as in the bucket that they would be given.
+        """
+
+        def entries(keys: Collection[FiledKey]) -> Entries:
+            found: dict[tuple[str, str], str | None] = {}
+            for home, some in by_home(keys).items():
+                found.update(self.look_up(home, some))
+            first = {(one.keyspace, text): one.first_bucket_of(text) for one, text in keys} if new else {}
+            return {key: bucket or first.get(key) for key, bucket in found.items()}
+
+        return with_lookups(work, entries)
+
+    def ensure_own_tables(self, shard: str) -> None:
+        """Make sure, once for each of this process's engines, that shardkit's own tables are on the master."""
+        own_tables.ensure(self.engine(shard))
 
     def explain(self, statement: Executable, params: Mapping[str, Any] | None = None) -> Route:
-        """What the router would do with a statement. Touches no database.
+        """What the router would do with a statement. Touches no database, but for the lookup table of a directory.
 
         :raises RoutingError: where the session would refuse it.
         """
         options = RouteOptions.from_execution_options(statement.get_execution_options())
-        return self.view.planner.plan(statement, params, options)
+        return self.looked_up(lambda: self.view.planner.plan(statement, params, options), new=writes_rows(statement))
 
     # --- engines
 
@@ -360,6 +429,7 @@ class Cluster:
     def after_fork(self) -> None:
         """In a child process: holds and threads of its own."""
         self._refreshing = threading.Event()
+        self._directory.after_fork()
         self._snapshots.after_fork()
         self._health.after_fork()
 

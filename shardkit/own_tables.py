@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakSet
 
 import sqlalchemy as sa
 from alembic import command
@@ -168,6 +169,15 @@ journal = sa.Table(
     sa.Column("noted_at", sa.BigInteger, nullable=False, comment="microseconds since the epoch, UTC"),
 )
 
+#: Which bucket each key of a keyspace by directory is in; on the keyspace's home shard. Rows are never changed.
+directory = sa.Table(
+    "shardkit_directory",
+    metadata,
+    sa.Column("keyspace", ascii_name(63), primary_key=True),
+    sa.Column("key_text", sa.VARBINARY(512), primary_key=True, comment="canonical text of the key, UTF-8"),
+    sa.Column("bucket", ascii_name(63), nullable=False),
+)
+
 
 def applied_position(shard: str) -> sa.Select[tuple[str | None, int | None, int]]:
     """How far a replica or a staging database is, in one query.
@@ -210,6 +220,16 @@ def upgrade(engine: sa.Engine) -> None:
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
                 connection.commit()
+
+
+_up_to_date: WeakSet[sa.Engine] = WeakSet()
+
+
+def ensure(engine: sa.Engine) -> None:
+    """`upgrade`, once for each engine."""
+    if engine not in _up_to_date:
+        upgrade(engine)
+        _up_to_date.add(engine)
 
 
 def _is_current(connection: sa.Connection, script: ScriptDirectory) -> bool:

@@ -505,20 +505,21 @@ def _utf8(text: str) -> bytes:
         raise TypeError(f"{text!r} is not valid text: no column can hold it") from None
 
 
-#: Finds a key's bucket in a directory's lookup table: (keyspace, key text) -> bucket or None.
-DirectoryLookup: TypeAlias = Callable[[str, str | None], str | None]
+#: Finds the bucket of a key's text in a directory's lookup table; None where it is not there.
+DirectoryLookup: TypeAlias = Callable[["DirectoryPartition", str], str | None]
 
 
 @dataclass(frozen=True)
 class DirectoryPartition:
     """Named buckets, and a table that says for each key which one it is in.
 
-    The table ``shardkit_directory`` lives on the shard ``home``; reading it is the cluster's work, so `bucket_of`
-    answers only for keys that ``entries`` holds.
+    The table ``shardkit_directory`` lives on the shard ``home``; a cluster's map knows how to look into it
+    (`shardkit.directory`), a map by itself does not.
 
     :param names: the buckets.
     :param home: the shard whose database holds the lookup table.
     :param keyspace: the keyspace's name, under which the lookup table files its keys.
+    :param lookup: looks into the table.
     """
 
     names: Sequence[str]
@@ -532,9 +533,16 @@ class DirectoryPartition:
         return tuple(self.names)
 
     def bucket_of(self, key: Key) -> Bucket | None:
+        text = key_text(key)
+        if text is None:
+            return None  # NULL is no key that could be filed
         if self.lookup is None:
             raise TypeError(f"the keys of {self.keyspace} stand in a lookup table: ask a cluster, not the map alone")
-        return self.lookup(self.keyspace, key_text(key))
+        return self.lookup(self, text)
+
+    def first_bucket_of(self, text: str) -> str:
+        """The bucket that a key is given where nobody has chosen one: evenly spread, and the same for everybody."""
+        return self.names[zlib.crc32(_utf8(text)) % len(self.names)]
 
     def predicate(
         self,

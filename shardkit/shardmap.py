@@ -20,7 +20,7 @@ from shardkit.errors import InvalidShardMap, MissingKey, UnknownTable
 from shardkit.mapcheck import MapDocument, build_document
 from shardkit.mapdiff import MapDiff, diff_of
 from shardkit.mapschema import document_of, from_json, to_json
-from shardkit.partition import WHOLE, Bucket, Key, Partition
+from shardkit.partition import WHOLE, Bucket, DirectoryLookup, DirectoryPartition, Key, Partition
 from shardkit.topology import Shard
 
 TableKind = Literal["sharded", "reference", "vertical"]
@@ -49,6 +49,11 @@ class Keyspace:
     def shards(self) -> tuple[str, ...]:
         """The shards that hold buckets of this keyspace, in order of their first bucket."""
         return tuple(dict.fromkeys(self.placement.values()))
+
+    @property
+    def directory(self) -> DirectoryPartition | None:
+        """The partition, where it is a lookup table, in which every key that a row has must stand."""
+        return self.partition if isinstance(self.partition, DirectoryPartition) else None
 
     def buckets_on(self, shard: str) -> tuple[Bucket, ...]:
         """The buckets that the map places on this shard."""
@@ -209,6 +214,16 @@ class ShardMap:
             return next(iter(self.shards))
         return next(iter(hosts)) if len(hosts) == 1 and not self.moves else None
 
+    @cached_property
+    def only(self) -> str | None:
+        """The one shard of a cluster that is nothing but that database; None where there is more to know.
+
+        A keyspace by directory wants its keys filed from the first row on, so that a second shard may come.
+        """
+        if len(self.shards) > 1 or any(keyspace.directory for keyspace in self.keyspaces.values()):
+            return None
+        return next(iter(self.shards))
+
     @property
     def tables(self) -> Mapping[str, TableInfo]:
         """Every table that the map names."""
@@ -309,7 +324,9 @@ class ShardMap:
             shown = ", ".join(repr(value) for value in key)
             raise MissingKey(
                 f"no bucket of keyspace {keyspace.name!r} takes the key {shown}",
-                hint=f"add it to a bucket of the {keyspace.partition.by} partition",
+                hint="file it first: cluster.assign(table, key, bucket)"
+                if keyspace.directory
+                else f"add it to a bucket of the {keyspace.partition.by} partition",
             )
         return Placement(keyspace.name, bucket, keyspace.placement[bucket])
 
@@ -333,6 +350,15 @@ class ShardMap:
         :raises InvalidShardMap: when a placement names a shard that is gone.
         """
         return _checked(replace(self, shards=MappingProxyType(dict(shards))))
+
+    def with_lookup(self, lookup: DirectoryLookup) -> ShardMap:
+        """The same map, whose keyspaces by directory look up their keys with ``lookup``."""
+        keyspaces = {
+            name: replace(keyspace, partition=replace(keyspace.directory, lookup=lookup))
+            for name, keyspace in self.keyspaces.items()
+            if keyspace.directory
+        }
+        return replace(self, keyspaces=MappingProxyType({**self.keyspaces, **keyspaces})) if keyspaces else self
 
     def with_placement(self, keyspace: str, changes: Mapping[Bucket, str]) -> ShardMap:
         """The same map with some buckets of one keyspace placed elsewhere.

@@ -21,7 +21,7 @@ class View:
     """One version of the map, with what was worked out from it.
 
     :ivar planner: plans statements on this map.
-    :ivar only: the one shard of a cluster that has no other; None where there are several.
+    :ivar only: the one shard of a cluster that has no other; see `ShardMap.only`.
     :ivar homes: kept by sessions: where the objects of each mapped class live.
     :ivar tokens: kept by sessions: whether objects of these tables carry their shard in their identity.
     """
@@ -31,7 +31,7 @@ class View:
     def __init__(self, shard_map: ShardMap, dialect_name: str, tables: Tables = no_tables) -> None:
         self.map = shard_map
         self.planner = Planner(shard_map, dialect_name=dialect_name, tables=tables)
-        self.only = next(iter(shard_map.shards)) if len(shard_map.shards) == 1 else None
+        self.only = shard_map.only
         self.homes: dict[Any, Any] = {}
         self.tokens: dict[tuple[str, ...], bool] = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardkit.adoption import hazards
+from shardkit.adoption.filing import misfiled
 from shardkit.adoption.tables import ColumnFacts, TableFacts, read_database
 from shardkit.credentials import CredentialSource
 from shardkit.partition import HashPartition, ListPartition, Partition, RangePartition, typed_value
@@ -16,11 +17,12 @@ def misfits(shard_map: ShardMap, credentials: CredentialSource) -> list[str]:
 
     :raises ShardUnreachable: when a master does not answer.
     """
-    return [
+    found = [
         f"{shard.name}: {finding}"
         for shard in shard_map.shards.values()
         for finding in _on_shard(shard_map, shard.name, read_database(shard.name, shard.master, credentials))
     ]
+    return found or list(misfiled(shard_map, credentials))
 
 
 def _on_shard(shard_map: ShardMap, shard: str, found: dict[str, TableFacts]) -> Iterator[str]:

@@ -12,6 +12,7 @@ _ENTRIES = {
     "status": Entry("shardkit.cli.status", "status", "The cluster at a glance: shards, endpoints, lag."),
     "map": Entry("shardkit.cli.map", "map_", "Show, check, publish and compare shard maps."),
     "where": Entry("shardkit.cli.where", "where", "Which shard a key lives on."),
+    "directory": Entry("shardkit.cli.directory", "directory", "Which bucket keys are in, where a table says so."),
     "explain": Entry("shardkit.cli.explain", "explain", "Where a statement would run, and why."),
     "relay": Entry("shardkit.cli.relay", "relay", "Copy every master's changes to its replicas."),
     "rebalance": Entry("shardkit.cli.rebalance", "rebalance", "Move buckets between shards."),

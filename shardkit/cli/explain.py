@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 def explain(sql: str, parameters: tuple[str, ...], models: str | None, map_source: str, out: Output) -> None:
     """Where SQL would run: on which shard, on its master or on any of its databases, and what says so.
 
-    Parameters of the statement (:id) are given as NAME=VALUE. No database is asked. What a session would refuse is
-    refused here, with the same words. Without --models keys are taken for what their values look like.
+    Parameters of the statement (:id) are given as NAME=VALUE. No database is asked, but for the lookup table of a
+    keyspace by directory. What a session would refuse is refused here, with the same words. Without --models keys are
+    taken for what their values look like.
     """
     from shardkit.routing.explain import explain_json, explain_text
 
@@ -58,11 +59,17 @@ def _plan(
 ) -> tuple[Route, dict[str, str]]:
     from sqlalchemy import text
 
+    from shardkit.cluster import create_cluster
     from shardkit.errors import RoutingError
     from shardkit.routing.planner import Planner
+    from shardkit.routing.texts import writes_rows
 
     def plan(tables: Tables) -> Route:
-        return Planner(shard_map, dialect_name=dialect, tables=tables).plan(text(sql), values)
+        if not any(keyspace.directory for keyspace in shard_map.keyspaces.values()):
+            return Planner(shard_map, dialect_name=dialect, tables=tables).plan(text(sql), values)
+        with create_cluster(shard_map) as cluster:
+            planner = Planner(cluster.map, dialect_name=dialect, tables=tables)
+            return cluster.looked_up(lambda: planner.plan(text(sql), values), new=writes_rows(text(sql)))
 
     if metadata is not None:
         return plan(metadata.tables.get), {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
@@ -17,7 +17,7 @@ from shardkit.cli.output import Output
 
 if TYPE_CHECKING:
     from shardkit.partition import Partition
-    from shardkit.shardmap import ShardMap, TableInfo
+    from shardkit.shardmap import Placement, ShardMap, TableInfo
 
 _TYPES: Mapping[str, Any] = {
     "int": int,
@@ -63,7 +63,7 @@ def where(table: str, keys: tuple[str, ...], map_source: str, out: Output) -> No
     """Which bucket and shard a key of TABLE lives on.
 
     A value is taken for what it looks like; 'KEY:str=5' says otherwise (int, str, uuid, bytes, date, datetime, decimal;
-    'KEY:null=' is NULL). No database is asked.
+    'KEY:null=' is NULL). No database is asked, but for the lookup table of a keyspace by directory.
     """
     with map_store(map_source) as store:
         shard_map = store.load()
@@ -71,9 +71,28 @@ def where(table: str, keys: tuple[str, ...], map_source: str, out: Output) -> No
     if info.kind == "reference":
         _everywhere(info, out)
         return
-    given = [_read(word, info) for word in keys]
+    given = key_of(info, keys)
+    _answer(shard_map, info, given, _place(shard_map, info, given), out)
+
+
+def key_of(info: TableInfo, words: Sequence[str]) -> list[GivenKey]:
+    """A table's key as ``COLUMN[:TYPE]=VALUE``, of each column one.
+
+    :raises click.UsageError: for what is no such key of the table.
+    """
+    given = [_read(word, info) for word in words]
     _check_columns(info, given)
-    _answer(shard_map, info, given, out)
+    return given
+
+
+def _place(shard_map: ShardMap, info: TableInfo, given: Sequence[GivenKey]) -> Placement:
+    key = {one.column: one.value for one in given}
+    if info.keyspace.directory is None:
+        return shard_map.locate(info.name, key)
+    from shardkit.cluster import create_cluster
+
+    with create_cluster(shard_map) as cluster:
+        return cluster.locate(info.name, **key)
 
 
 def _everywhere(info: TableInfo, out: Output) -> None:
@@ -137,8 +156,7 @@ def _check_columns(info: TableInfo, given: list[GivenKey]) -> None:
         raise click.UsageError(f"{info.name} is sharded by {', '.join(info.key)}, {said}: give {wanted}")
 
 
-def _answer(shard_map: ShardMap, info: TableInfo, given: list[GivenKey], out: Output) -> None:
-    placement = shard_map.locate(info.name, {key.column: key.value for key in given})
+def _answer(shard_map: ShardMap, info: TableInfo, given: Sequence[GivenKey], placement: Placement, out: Output) -> None:
     shard = shard_map.shard(placement.shard)
     moves = [move for move in shard_map.moves_of(placement.keyspace) if placement.bucket in move.buckets]
     out.result(

@@ -82,7 +82,8 @@ class Changes:
             info = occurrence.info
             for column in occurrence.clause.c:
                 names = {column.name, column.key, attribute_of(mapper, column)}
-                if column.name in info.key and names & changed and len(info.shards) > 1:
+                movable = len(info.shards) > 1 or info.keyspace.directory is not None
+                if column.name in info.key and names & changed and movable:
                     raise KeyChange(
                         f"the UPDATE would set {info.name}.{column.name}, the key: the row would have to move",
                         hint="use session.move(obj, new_key), or delete the row and insert it anew",

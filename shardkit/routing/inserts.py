@@ -55,7 +55,7 @@ class Inserts:
             StatementKind.INSERT, statement, parameters, hosts, info.keyspace.name, names, writes=True, locking=True
         )
         hint = hint_of(options, self._map, infos)
-        if len(hosts) == 1:
+        if len(hosts) == 1 and not info.keyspace.directory:
             self._check_reads(statement, sets, info, hosts[0])
             return replace(route, reasons=(f"{info.name} stands on one shard",))
         if len({each.kind for each in infos}) > 1 or len({each.keyspace.name for each in infos}) > 1:

@@ -57,7 +57,8 @@ class Planner:
         self._inserts = Inserts(shard_map, self._rows, self._shapes)
         self._changes = Changes(shard_map, self._rows, self._shapes)
         self._texts = Texts(shard_map, self._rows, self._reads, tables, dialect)
-        self._only = next(iter(shard_map.shards)) if len(shard_map.shards) == 1 else None
+        self._only = shard_map.only
+        self._files_keys = any(keyspace.directory for keyspace in shard_map.keyspaces.values())
 
     def plan(
         self, statement: Executable, parameters: Parameters = None, options: RouteOptions = _DEFAULT_OPTIONS
@@ -80,6 +81,8 @@ class Planner:
             # a row whose key says nothing, or no bucket, would not be found again by its key
             if sole is None or hinted or isinstance(error, MissingKey | KeyChange):
                 raise
+            if self._files_keys and kind_of(statement) in {StatementKind.INSERT, StatementKind.TEXT}:
+                raise  # its keys would not be filed
             reason = f"{sole} is the only shard that holds anything ({error.message})"
             return replace(self._on_the_only(statement, parameters, options, sole), reasons=(reason,))
 
@@ -217,7 +220,7 @@ class Planner:
         if self._only is not None:
             return Placement("", WHOLE, self._only)
         info = self.shard_map.table(table.fullname)
-        if len(info.shards) == 1 and info.kind == "sharded":
+        if len(info.shards) == 1 and info.kind == "sharded" and not info.keyspace.directory:
             return self._rows.on_one_shard(table, row, info)
         return self._rows.place(table, row)
 

@@ -207,6 +207,14 @@ def reads_only(text: str) -> bool:
     return bool(_READS.match(text)) and not _LOCKS.search(text)
 
 
+def writes_rows(statement: Any) -> bool:
+    """Whether a statement says itself which rows it inserts."""
+    if isinstance(statement, sa.Insert):
+        return statement.select is None
+    text = text_of(statement)
+    return text is not None and text.lstrip()[:6].upper() == "INSERT"
+
+
 def text_of(statement: Any) -> str | None:
     """The text of raw SQL, also inside ``select(...).from_statement(text(...))``; None where there is none."""
     element = _raw(statement)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.engine import CursorResult
@@ -19,6 +20,8 @@ from shardkit.snapshots import View
 
 if TYPE_CHECKING:
     from shardkit.session.session import ClusterSession
+
+T = TypeVar("T")
 
 
 class Flush:
@@ -38,6 +41,7 @@ class Flush:
         self._given: Sequence[InstanceState[Any]] = ()
         self._owners: Mapping[InstanceState[Any], Sequence[tuple[InstanceState[Any], Any]]] | None = None
         self.placed: dict[InstanceState[Any], tuple[tuple[Any, ...] | None, str | None]] = {}
+        self._entries: dict[tuple[str, str], str | None] = {}  # of directories, in the transaction
 
     # --- before anything is sent
 
@@ -56,9 +60,11 @@ class Flush:
         order: list[tuple[str, int, InstanceState[Any]]] = []
         new, dirty = list(new), list(dirty)
         self._given = [*new, *dirty]
-        for state in sorted(new, key=_insert_order):
-            home = home_of(self._view, state.mapper)
+        in_order = [(home_of(self._view, state.mapper), state) for state in sorted(new, key=_insert_order)]
+        for home, state in in_order:
             self._fill(home, state)
+        self._look_up(in_order)
+        for home, state in in_order:
             shard = self._early_shard(home, state)
             self._touch(home, shard)
             order.append((shard or "\uffff", _insert_order(state), state))
@@ -90,6 +96,21 @@ class Flush:
         if home.replicated:
             _assign(state, missing_values(state.mapper, home.info, state.dict))
 
+    def _look_up(self, new: Sequence[tuple[Home, InstanceState[Any]]]) -> None:
+        """Ask for the keys of all new objects of keyspaces by directory at once."""
+        filed = [(home, state) for home, state in new if home.info.keyspace.directory]
+
+        def place_all() -> None:
+            for home, state in filed:
+                with suppress(MissingKey):  # said, or mended by a related object, when its turn comes
+                    home.place_new(state)
+
+        if filed:
+            self._session.looked_up(place_all, new=True, known=self._entries)
+
+    def _looked_up(self, work: Callable[[], T]) -> T:
+        return self._session.looked_up(work, new=True, known=self._entries)
+
     def _early_shard(self, home: Home, state: InstanceState[Any]) -> str | None:
         """The shard of a new object, where its key is known before the flush; None where the flush will give it."""
         try:
@@ -100,7 +121,8 @@ class Flush:
                 raise
         if parent[0] is None:
             return None
-        placement = self._view.planner.place(home.table, {home.key[0].column: parent[0]})
+        row = {home.key[0].column: parent[0]}
+        placement = self._looked_up(lambda: self._view.planner.place(home.table, row))
         return None if placement is None else placement.shard
 
     def _key_of_owner(self, home: Home, state: InstanceState[Any]) -> tuple[Any] | None:
@@ -122,7 +144,7 @@ class Flush:
         known = self.placed.get(state)
         if known is not None and key is not None and known[0] == key:
             return known[1]
-        shard = home.place_new(state)
+        shard = self._looked_up(lambda: home.place_new(state))
         self.placed[state] = (key, shard)
         return shard
 
@@ -187,11 +209,18 @@ class Flush:
             _require_identity(home, mapper, values)
         return item
 
-    def shards_of_item(self, home: Home, item: Any, *, is_state: bool) -> Sequence[str]:
-        """The shards that one item of a bulk operation is written on: a state, or a mapping by attribute name."""
+    def shards_of_items(self, home: Home, items: Sequence[Any], *, is_state: bool) -> Sequence[Sequence[str]]:
+        """The shards that each item of a bulk operation is written on: a state, or a mapping by attribute name."""
+        if home.info.keyspace.directory and is_state:
+            self._look_up([(home, state) for state in items if state.key is None])
+        if is_state:
+            return [self._shards_of_item(home, item, is_state=True) for item in items]
+        return self._looked_up(lambda: [self._shards_of_item(home, item, is_state=False) for item in items])
+
+    def _shards_of_item(self, home: Home, item: Any, *, is_state: bool) -> Sequence[str]:
         if home.replicated:
             return home.info.shards
-        if not home.key or len(home.info.shards) == 1:
+        if not home.key or (len(home.info.shards) == 1 and not home.info.keyspace.directory):
             return home.info.shards[:1]
         if is_state:
             if item.key is not None:

@@ -10,6 +10,7 @@ from sqlalchemy import BigInteger, Column, Integer, SmallInteger, Table
 from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.orm.exc import UnmappedColumnError
 
+from shardkit.directory import KeyNotLookedUp
 from shardkit.errors import KeyChange, MissingKey, RoutingError, UnknownTable
 from shardkit.partition import WHOLE
 from shardkit.shardmap import Keyspace, TableInfo
@@ -80,21 +81,19 @@ class Home:
         row = {part.column: identity[part.position] for part in self.key if part.position is not None}
         if len(row) < len(self.key):
             return None
-        try:
-            placement = self.view.planner.place(self.table, row)
-        except MissingKey:
-            return None
-        return None if placement is None else placement.shard
+        return self._known_shard(row)
 
     def shard_of_key(self, key: tuple[Any, ...] | None) -> str | None:
         """The shard of an object with this key, as the object has it (before bind processing); None where it does not
         tell."""
         if not self.key or key is None:
             return None
-        row = {part.column: value for part, value in zip(self.key, key, strict=True)}
+        return self._known_shard({part.column: value for part, value in zip(self.key, key, strict=True)})
+
+    def _known_shard(self, row: Mapping[str, Any]) -> str | None:
         try:
             placement = self.view.planner.place(self.table, row)
-        except MissingKey:
+        except (MissingKey, KeyNotLookedUp):
             return None
         return None if placement is None else placement.shard
 

@@ -18,14 +18,14 @@ from sqlalchemy.orm.base import PassiveFlag
 from sqlalchemy.util import EMPTY_DICT
 
 from shardkit.errors import StaleShardMap
+from shardkit.session.filing import FilingSession
 from shardkit.session.homes import home_of
 from shardkit.session.tokens import load_with_token
-from shardkit.session.transacting import TransactingSession
 from shardkit.session.transaction import ReplanNeeded
 from shardkit.snapshots import View
 
 
-class IdentitySession(TransactingSession):
+class IdentitySession(FilingSession):
     """A session whose objects carry the shard that they live on in their identity."""
 
     def _get_impl(self, entity: Any, primary_key_identity: Any, db_load_fn: Any, **options: Any) -> Any:

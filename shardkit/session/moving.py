@@ -57,7 +57,7 @@ def move(session: ClusterSession, instance: object, key: Any) -> None:
     home = home_of(view, state.mapper)
     new_key = _new_key(home, key)
     source = session._shards_of(state, view)[0]
-    wanted = view.planner.place(home.table, new_key)
+    wanted = session.looked_up(lambda: view.planner.place(home.table, new_key), new=True)
     target = source if wanted is None else wanted.shard
     everything = list(_gather(session, state, home, source, new_key))
     session.admit_writes(dict.fromkeys((source, target)))

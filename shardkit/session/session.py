@@ -84,6 +84,7 @@ class ClusterSession(RoutedSession):
         home = home_of(self._outermost().view, mapped)
         groups: dict[str, list[Any]] = {}
         flush = Flush(self, self._outermost().view)
+        items = []
         for given in mappings:
             item = flush.completed(
                 home,
@@ -97,9 +98,12 @@ class ClusterSession(RoutedSession):
             if item is not given and options["return_defaults"]:
                 given.update(item)
                 item = given
-            for shard in flush.shards_of_item(home, item, is_state=options["isstates"]):
+            items.append(item)
+        placed = flush.shards_of_items(home, items, is_state=options["isstates"])
+        for item, shards in zip(items, placed, strict=True):
+            for shard in shards:
                 groups.setdefault(shard, []).append(item)
         self.admit_writes(groups)
-        for shard, items in groups.items():
+        for shard, group in groups.items():
             with self._carrying(Target(shard, master=True, replica=False)):
-                super()._bulk_save_mappings(mapper, items, **options)
+                super()._bulk_save_mappings(mapper, group, **options)

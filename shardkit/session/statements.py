@@ -20,10 +20,12 @@ from sqlalchemy.sql import coercions, roles
 from sqlalchemy.sql.base import CompileState
 from sqlalchemy.util import EMPTY_DICT, immutabledict
 
+from shardkit.directory import KeyNotLookedUp
 from shardkit.errors import RoutingError
 from shardkit.routing.feeds import Feeding
 from shardkit.routing.merge import merge_rows
 from shardkit.routing.route import Route, RouteOptions, StatementKind
+from shardkit.routing.texts import writes_rows
 from shardkit.session.deadline import Deadline, checked_seconds
 from shardkit.session.homes import Home, home_of
 from shardkit.session.identity import IdentitySession
@@ -162,7 +164,11 @@ class RoutedSession(IdentitySession):
         if isinstance(statement, Insert):
             nulls = bool({**statement._execution_options, **options}.get("render_nulls"))
             statement, params = filled(statement, params, view, self.cluster.next_id, nulls=nulls)
-        route = view.planner.plan(statement, params, route_options)
+        try:
+            route = view.planner.plan(statement, params, route_options)
+        except KeyNotLookedUp:
+            plan = partial(view.planner.plan, statement, params, route_options)
+            route = self.looked_up(plan, new=writes_rows(statement))
         if route.first is not None:
             statement = self._fed(route.first, params, self._merged_options(statement, options))
             return self._route(statement, params, options, bind_arguments, parent, scalar)
@@ -369,14 +375,15 @@ class RoutedSession(IdentitySession):
             return Target(next(iter(view.map.shards)), master=True, replica=False)
         if clause is not None:
             options = replace(self._route_options, key=key)
-            route = view.planner.plan(clause, None, options)
+            route = self.looked_up(lambda: view.planner.plan(clause, None, options))
             if len(route.shards) == 1 and route.first is None:
                 return Target(route.shards[0], master=route.writes or route.locking, replica=False)
         elif mapper is not None:
             mapper = sa_inspect(mapper).mapper
             home = home_of(view, mapper)
             if key is not None:
-                return Target(view.map.locate(home.info.name, key).shard, master=True, replica=False)
+                placement = self.looked_up(lambda: view.map.locate(home.info.name, key))
+                return Target(placement.shard, master=True, replica=False)
             if len(home.info.shards) == 1 and (self._flush_at_work is None or _secondaries_on(view, mapper, home)):
                 return Target(home.info.shards[0], master=True, replica=False)
         if view.map.sole_host is not None:
@@ -401,11 +408,6 @@ class RoutedSession(IdentitySession):
     def connection_to_read(self, bind_arguments: Mapping[str, Any]) -> Connection:
         """The connection of this transaction that these bind arguments lead to."""
         return self._connection_for_bind(self.get_bind(**bind_arguments))
-
-    def connection_to_write(self, shard: str) -> Connection:
-        """The connection of this transaction to a shard's master; the shard counts as written."""
-        self.admit_writes((shard,))
-        return self._connection_for_bind(self.get_bind(shardkit_target=Target(shard, master=True, replica=False)))
 
 
 def _secondaries_on(view: View, mapper: Mapper[Any], home: Home) -> bool:

@@ -101,6 +101,11 @@ class TransactingSession(Session):
             raise
         self._turn_to_masters(shards)
 
+    def connection_to_write(self, shard: str) -> Connection:
+        """The connection of this transaction to a shard's master; the shard counts as written."""
+        self.admit_writes((shard,))
+        return self._connection_for_bind(self.get_bind(shardkit_target=Target(shard, master=True, replica=False)))
+
     def _turn_to_masters(self, shards: Iterable[str]) -> None:
         """Objects that were read from a replica may be older than the master's rows: read them again there."""
         transaction = self._outermost()

@@ -195,6 +195,11 @@ class ClusterTransaction(SessionTransaction):
     def _session(self) -> TransactingSession:
         return cast("TransactingSession", self.session)
 
+    def master_connection(self, shard: str) -> Connection | None:
+        """This transaction's connection to a shard's master, if it has one already."""
+        entry = self._connections.get(self._masters[shard]) if shard in self._masters else None
+        return None if entry is None else entry[0]
+
     # --- ending
 
     @_StateChange.declare_states(

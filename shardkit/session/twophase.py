@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, exc
 from sqlalchemy.engine.base import Transaction
 
-from shardkit import own_tables
 from shardkit.decisions import TABLE, BranchId, Verdict, abort_undecided, new_transaction
 from shardkit.decisions import Connection as PlainConnection
 from shardkit.engines import wait_briefly
@@ -284,20 +282,10 @@ def two_phase_for(session: TransactingSession) -> TwoPhaseTransaction:
         return None
 
     return TwoPhaseTransaction(
-        ready=lambda shard: session.run_blocking(lambda: _hold_decisions(cluster.engine(shard))),
+        ready=lambda shard: session.run_blocking(lambda: cluster.ensure_own_tables(shard)),
         settle=lambda shard, transaction: session.run_blocking(lambda: settle(shard, transaction)),
         together=lambda connections: runner_for(connections, asynchronous=session.asynchronous),
     )
-
-
-_with_decisions: WeakSet[Engine] = WeakSet()
-
-
-def _hold_decisions(engine: Engine) -> None:
-    """Make sure, once for each engine, that shardkit's own tables are there."""
-    if engine not in _with_decisions:
-        own_tables.upgrade(engine)
-        _with_decisions.add(engine)
 
 
 def _plain_connection(engine: Engine) -> PlainConnection:

@@ -15,7 +15,10 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import registry
 
 import shardkit
+from shardkit import own_tables
 from shardkit.cluster import Cluster, create_cluster
+from shardkit.directory import file
+from shardkit.partition import key_text
 from shardkit.shardmap import ShardMap
 from shardkit.testing.database import LocalDatabaseServer
 from tests.integration.shop import KEY_COLLATION
@@ -84,6 +87,11 @@ PARTITIONS: Sequence[tuple[tuple[str, ...], Mapping[str, Any], Mapping[str, Any]
         ("decimal",),
         {"by": "hash", "buckets": 9},
         {"s0": "0-2", "s1": "3-5", "s2": "6-8"},
+    ),
+    (
+        ("integer",),
+        {"by": "directory", "buckets": ["one", "two", "three", "four"], "home": "s1"},
+        {"s0": ["one", "four"], "s1": ["two"], "s2": ["three"]},
     ),
 )  # fmt: skip
 
@@ -154,9 +162,13 @@ class World:
                 "shards": {shard: {"master": urls[shard]} for shard in SHARDS},
             }
         )
+        #: Key text -> bucket, of a keyspace by directory; keys without one are given it by the router.
+        self.entries: dict[str, str] = {}
+        self.map = self.map.with_lookup(lambda by, text: self.entries.get(text) or by.first_bucket_of(text))
         for engine in engines.values():
             self.metadata.create_all(engine)
         self.rows = {part.table.name: self._rows(part) for part in self.parts}
+        self._file()
         for part in self.parts:
             self._fill(part)
         self.spellings = self._spellings()
@@ -246,6 +258,21 @@ class World:
         if part.key:
             return (self.map.locate(part.table.name, [row[column] for column in part.key]).shard,)
         return SHARDS if part is self.codes else ("s1",)
+
+    def _file(self) -> None:
+        """Give each key that has rows a bucket, other than the router would, and enter it in the directory."""
+        directory = self.map.keyspaces["main"].directory
+        if directory is None:
+            return
+        keys = {
+            key_text([row[k] for k in self.key])
+            for part in (self.parents, self.children)
+            for row in self.rows[part.table.name]
+        }
+        self.entries = {str(text): self.random.choice(directory.names) for text in sorted(map(str, keys))}
+        own_tables.upgrade(self.engines[directory.home])
+        with self.engines[directory.home].begin() as connection:
+            file(connection, {(directory, text): bucket for text, bucket in self.entries.items()})
 
     def _fill(self, part: Part) -> None:
         """Put a table's rows where they belong."""

@@ -205,13 +205,14 @@ def test_strings_order_by_their_bytes() -> None:
 def test_a_directory_asks_its_lookup() -> None:
     seen = []
 
-    def lookup(keyspace: str, text: str | None) -> str | None:
-        seen.append((keyspace, text))
-        return {"42": "x"}.get(text or "")
+    def lookup(asked: DirectoryPartition, text: str) -> str | None:
+        seen.append((asked.keyspace, text))
+        return {"42": "x"}.get(text)
 
     directory = DirectoryPartition(("x", "y"), "home", "k", lookup)
     assert directory.bucket_of((42,)) == "x"
     assert directory.bucket_of((43,)) is None
+    assert directory.bucket_of((None,)) is None
     assert seen == [("k", "42"), ("k", "43")]
     with pytest.raises(TypeError, match="ask a cluster"):
         DirectoryPartition(("x",), "home", "k").bucket_of((42,))
