@@ -5,6 +5,7 @@ The connection of a killed statement is discarded, so that a KILL which arrives 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -135,6 +136,11 @@ class Deadline:
 def _cut(connection: Connection) -> None:
     """Close the socket under a driver that waits for an answer which does not come."""
     driver: Any = connection.connection.driver_connection
+    transport = getattr(driver, "_transport", None)  # asyncmy's, which belongs to the event loop's thread
+    if isinstance(transport, asyncio.Transport):
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            driver._loop.call_soon_threadsafe(transport.abort)  # noqa: SLF001 - has no public name
+        return
     own = getattr(driver, "_sock", None)
     if isinstance(own, socket.socket):
         with contextlib.suppress(OSError):

@@ -6,7 +6,8 @@ The methods that replace SQLAlchemy's own are pinned by tests/unit/test_session_
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, cast
 
@@ -209,8 +210,8 @@ class ClusterTransaction(SessionTransaction):
         """As SQLAlchemy's, but what was written is committed first and in order, and a failure says what is durable.
 
         :raises PartialCommit: under ``best_effort``, when some shards committed and others did not.
-        :raises CommitUnknown: when the first shard's answer was lost, with others still to be committed; under
-            ``atomic``, when the deciding answer was lost and cannot be looked up.
+        :raises CommitUnknown: when the answer of the one shard written to was lost, or the first one's with others
+            still to be committed; under ``atomic``, when the deciding answer was lost and cannot be looked up.
         :raises CommitPending: under ``atomic``, when it is decided, but a shard could not be told.
         """
         if self._state is not SessionTransactionState.PREPARED:
@@ -231,7 +232,8 @@ class ClusterTransaction(SessionTransaction):
             return None
         if len(held) == 1:
             ((_, transaction, *_),) = held
-            transaction.commit()
+            with self._told_whether_committed():
+                transaction.commit()
             return None
         if self._two_phase is not None and self._two_phase.spans:
             return self._commit_two_phase(self._two_phase, held)
@@ -249,7 +251,8 @@ class ClusterTransaction(SessionTransaction):
     def _commit_two_phase(self, two_phase: TwoPhaseTransaction, held: set[Any]) -> CommitPending | None:
         outcome = "failed"
         try:
-            pending = two_phase.commit(self._written)
+            with self._told_whether_committed():
+                pending = two_phase.commit(self._written)
             outcome = "pending" if pending else "done"
         except CommitUnknown:
             outcome = "unknown"
@@ -269,7 +272,9 @@ class ClusterTransaction(SessionTransaction):
                 transaction.commit()
             except exc.DBAPIError as error:
                 if not committed and not failed:
-                    self._first_commit_failed(shard, error, alone=len(writers) == 1)
+                    if error.connection_invalidated:
+                        raise _unknown(shard, error, others=len(writers) > 1) from error
+                    raise  # nothing is durable
                 failed[shard] = error
             else:
                 committed.append(shard)
@@ -284,15 +289,16 @@ class ClusterTransaction(SessionTransaction):
         entry = (connection, cast("Transaction", _Ended()), should_commit, autoclose)
         self._connections[connection] = self._connections[connection.engine] = entry
 
-    def _first_commit_failed(self, shard: str, error: exc.DBAPIError, *, alone: bool) -> None:
-        """Nothing is durable yet, unless the answer to this very COMMIT was lost."""
-        if alone or not error.connection_invalidated:
-            raise error
-        raise CommitUnknown(
-            f"the answer to COMMIT on shard {shard} was lost: its part may or may not be durable; "
-            "the other shards are rolled back",
-            hint="look for the rows on that shard before running the transaction again",
-        ) from error
+    @contextmanager
+    def _told_whether_committed(self) -> Iterator[None]:
+        """The one shard that was written to is told to commit."""
+        try:
+            yield
+        except exc.DBAPIError as error:
+            if len(self._written) == 1 and error.connection_invalidated:
+                (shard,) = self._written
+                raise _unknown(shard, error, others=False) from error
+            raise
 
     def close(self, invalidate: bool = False) -> None:
         """End the transaction and let go of its map."""
@@ -301,6 +307,14 @@ class ClusterTransaction(SessionTransaction):
         finally:
             if self._pin is not None:
                 self._pin.release()
+
+
+def _unknown(shard: str, error: exc.DBAPIError, *, others: bool) -> CommitUnknown:
+    rest = ": its part may or may not be durable; the other shards are rolled back" if others else ""
+    return CommitUnknown(
+        f"the answer to COMMIT on shard {shard} was lost{rest or ': it may or may not be durable'} ({error.orig})",
+        hint="look for the rows on that shard before running the transaction again",
+    )
 
 
 class _Ended:

@@ -258,6 +258,31 @@ def test_a_lost_answer_to_the_decision_is_looked_up(cluster: Cluster, factory: o
     assert left_prepared(cluster) == []
 
 
+@pytest.mark.parametrize("first", [None, "south"])
+def test_a_lost_answer_to_the_commit_of_one_shard(
+    cluster: Cluster, factory: orm.sessionmaker[Session], first: str | None
+) -> None:
+    """Whether or not another master was read before, so that the one that was written to is a branch."""
+    with factory() as session:
+        if first is not None:
+            session.execute(select(Account.amount).where(Account.region == SHARDS.index(first))).all()
+        session.get_one(Account, 0).amount = 7
+        session.flush()
+        held = session.connection(bind_arguments={"bind": cluster.engine("north")})
+        kill_connection(cluster, "north", held.connection.driver_connection.thread_id())  # type: ignore[union-attr]
+        with pytest.raises(CommitUnknown, match="COMMIT on shard north was lost: it may or may not be durable"):
+            session.commit()
+        session.rollback()
+    assert amounts(cluster) == [100, 100, 100]
+    assert left_prepared(cluster) == []
+    with factory() as session:  # nothing can be lost of what only read
+        session.execute(select(Account.amount).where(Account.region == 0)).all()
+        held = session.connection(bind_arguments={"bind": cluster.engine("north")})
+        kill_connection(cluster, "north", held.connection.driver_connection.thread_id())  # type: ignore[union-attr]
+        with pytest.raises(DBAPIError):
+            session.commit()
+
+
 def test_bulk_update_over_all_shards(cluster: Cluster, factory: orm.sessionmaker[Session]) -> None:
     with factory.begin() as session:
         session.execute(update(Account).values(amount=Account.amount * 2), execution_options={"shardkit_scatter": True})

@@ -114,6 +114,23 @@ def test_a_server_that_nothing_comes_back_from(distant_shop: DistantShop) -> Non
         assert session.scalars(sa.select(User), execution_options=SOON).all() == []
 
 
+def test_in_asyncio_a_server_that_nothing_comes_back_from(distant_shop: DistantShop) -> None:
+    async def whole() -> None:
+        async with (
+            distant_shop.open(distant_shop.map()) as cluster,
+            shardkit.async_sessionmaker(cluster)() as session,
+        ):
+            await session.scalars(sa.select(User))
+            distant_shop.proxies[1].blackhole()
+            with at_most(8), pytest.raises(DeadlineExceeded):
+                await session.scalars(sa.select(User), execution_options=SOON)
+            distant_shop.proxies[1].restore()
+            await session.rollback()
+            assert (await session.scalars(sa.select(User), execution_options=SOON)).all() == []
+
+    asyncio.run(whole())
+
+
 def test_sqlite_is_interrupted(shop: Shop) -> None:
     if shop.kind != "sqlite":
         pytest.skip("about SQLite")
