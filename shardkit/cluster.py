@@ -261,6 +261,8 @@ class Cluster:
         """Read entries of a directory as they are committed now, on a connection of its own, and remember them."""
         self.ensure_own_tables(home)
         with self.engine(home).connect() as connection:
+            if connection.dialect.name != "sqlite":  # else an engine's READ UNCOMMITTED would have us remember too much
+                connection.execution_options(isolation_level="READ COMMITTED")
             found = read(connection, keys)
         self._directory.remember(found)
         return found

@@ -355,6 +355,27 @@ def test_moving_to_a_new_key(tenancy: Tenancy, filled: dict[str, str]) -> None:
     assert tenancy.shop.where("projects")["shop-0"] == [1, 3]
 
 
+def test_what_is_not_committed_is_not_remembered(tenancy: Tenancy) -> None:
+    if tenancy.shop.kind == "sqlite":
+        pytest.skip("SQLite shows nobody what is not committed")
+    (code,) = codes_in("large", 1)
+    reader = tenancy.shop.open(
+        map_of(tenancy.shop),
+        engine_options={**tenancy.shop.options["engine_options"], "isolation_level": "READ UNCOMMITTED"},
+    )
+    with tenancy.session() as writer, shardkit.sessionmaker(reader)() as session:
+        writer.add(Tenant(code=code))
+        writer.flush()
+        assert session.get(Tenant, code) is None
+        session.rollback()
+        writer.rollback()
+        tenancy.cluster.assign("tenants", code, "small")
+        writer.add(Tenant(code=code))
+        writer.commit()
+        assert session.get_one(Tenant, code).code == code
+    tenancy.check()
+
+
 # --- choosing, and what is refused -------------------------------------------------------------------------------
 
 
