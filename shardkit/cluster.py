@@ -13,13 +13,22 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from sqlalchemy import Engine, Executable, MetaData, Table
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from shardkit import own_tables
 from shardkit.credentials import CredentialSource, from_environment
-from shardkit.directory import Directory, Entries, FiledKey, by_home, file, read, with_lookups
+from shardkit.directory import Directory, Entries, FiledKey, by_home, file, read, read_beside, with_lookups
 from shardkit.engines import ASYNC_DRIVERS, Engines, EngineSettings, GivenEngines
-from shardkit.errors import CrossShardJoin, MissingKey, PreconditionFailed, ShardMapError, StaleShardMap, UnknownTable
+from shardkit.errors import (
+    CrossShardJoin,
+    MissingKey,
+    PreconditionFailed,
+    ShardMapError,
+    ShardUnreachable,
+    StaleShardMap,
+    UnknownTable,
+)
 from shardkit.ids import IdGenerator, lease_for
 from shardkit.mapstore import MapStore, open_store
 from shardkit.partition import key_text
@@ -258,12 +267,20 @@ class Cluster:
         return Placement(keyspace.name, bucket, keyspace.placement[bucket])
 
     def look_up(self, home: str, keys: Collection[FiledKey]) -> Entries:
-        """Read entries of a directory as they are committed now, on a connection of its own, and remember them."""
-        self.ensure_own_tables(home)
-        with self.engine(home).connect() as connection:
-            if connection.dialect.name != "sqlite":  # else an engine's READ UNCOMMITTED would have us remember too much
-                connection.execution_options(isolation_level="READ COMMITTED")
-            found = read(connection, keys)
+        """Read entries of a directory as they are committed now, apart from all sessions, and remember them."""
+        if self.engine(home).dialect.name == "sqlite":
+            return read_beside(self.engine(home), keys)  # what a session in memory has not committed shows, too
+        try:
+            # an isolation of its own: a server may be set to show what is not committed
+            with self._beside(home).connect().execution_options(isolation_level="READ COMMITTED") as connection:
+                found = read(connection, keys)
+        except DBAPIError as error:
+            raise ShardUnreachable(
+                f"shard {home}: the directory cannot be read: {error.orig}",
+                shard=home,
+                orig=error.orig or error,
+                hint="check that the server runs; keys that this process knows already do without it",
+            ) from error
         self._directory.remember(found)
         return found
 
@@ -284,7 +301,11 @@ class Cluster:
 
     def ensure_own_tables(self, shard: str) -> None:
         """Make sure, once for each of this process's engines, that shardkit's own tables are on the master."""
-        own_tables.ensure(self.engine(shard))
+        own_tables.ensure(self.engine(shard), self._beside(shard))
+
+    def _beside(self, shard: str) -> Engine:
+        """For a word with a master aside: on a connection that no session waits for while it holds another one."""
+        return self._engines.probe(shard, Role.MASTER, self._endpoint(shard, Role.MASTER, 0))
 
     def explain(self, statement: Executable, params: Mapping[str, Any] | None = None) -> Route:
         """What the router would do with a statement. Touches no database, but for the lookup table of a directory.

@@ -15,11 +15,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.mysql import insert as mysql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.exc import ProgrammingError
 
 from shardkit.errors import MissingKey, PreconditionFailed, ShardkitError, StaleShardMap
 from shardkit.own_tables import directory as table
@@ -34,6 +35,7 @@ CACHED_KEYS: Final = 100_000
 LONGEST_KEY: Final = 512
 _KEYS_A_QUERY: Final = 1000
 _ROUNDS: Final = 100
+_NO_SUCH_TABLE: Final = 1146
 
 #: A key of a keyspace by directory: its keyspace's partition, and its canonical text.
 FiledKey: TypeAlias = tuple[DirectoryPartition, str]
@@ -168,6 +170,16 @@ def read(connection: sa.Connection, keys: Collection[FiledKey], *, locked: bool 
     found: dict[tuple[str, str], str | None] = {(partition.keyspace, text): None for partition, text in keys}
     if connection.dialect.name == "sqlite" and not sa.inspect(connection).has_table(table.name):
         return found
+    try:
+        found.update(_entries(connection, keys, locked=locked))
+    except ProgrammingError as error:
+        if error.orig is None or not error.orig.args or error.orig.args[0] != _NO_SUCH_TABLE:
+            raise
+    return found
+
+
+def _entries(connection: sa.Connection, keys: Collection[FiledKey], *, locked: bool) -> dict[tuple[str, str], str]:
+    found: dict[tuple[str, str], str] = {}
     names: dict[str, list[bytes]] = {}
     for partition, text in keys:
         names.setdefault(partition.keyspace, []).append(text.encode())
@@ -179,6 +191,25 @@ def read(connection: sa.Connection, keys: Collection[FiledKey], *, locked: bool 
             )
             for text, bucket in connection.execute(query.with_for_update() if locked else query):
                 found[keyspace, bytes(text).decode()] = bucket
+    return found
+
+
+def read_beside(engine: sa.Engine, keys: Collection[FiledKey]) -> Entries:
+    """`read` for SQLite, where a connection may be one that a session is using: its transaction is left alone."""
+    found: dict[tuple[str, str], str | None] = {(partition.keyspace, text): None for partition, text in keys}
+    pooled: Any = engine.raw_connection()
+    try:
+        cursor = pooled.cursor()
+        cursor.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table.name,))
+        for keyspace, text in found if cursor.fetchone() else ():
+            cursor.execute(
+                f"SELECT bucket FROM {table.name} WHERE keyspace = ? AND key_text = ?", (keyspace, text.encode())
+            )
+            row = cursor.fetchone()
+            found[keyspace, text] = None if row is None else str(row[0])
+        cursor.close()
+    finally:
+        pooled._close_special(transaction_reset=True)  # noqa: SLF001 - the only way back to the pool without a ROLLBACK
     return found
 
 

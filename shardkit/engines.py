@@ -43,6 +43,11 @@ LOCK_WAIT_SECONDS = 5
 #: Seconds that a server waits for the reader of a stream over several shards.
 STREAM_SECONDS = 24 * 3600
 
+#: Where a connection keeps that its server may have rolled back all of its transaction.
+ROLLED_BACK = "shardkit_rolled_back"
+_DEADLOCK = 1213
+_LOCK_WAIT_TIMEOUT = 1205
+
 _PROBE = " probe"
 _CHANGED = "shardkit_changed_variables"
 _SIGNAL = 1644  # ER_SIGNAL_EXCEPTION: what a trigger's SIGNAL arrives as
@@ -318,6 +323,18 @@ def wait_briefly(connection: Connection) -> None:
     _set_for_now(connection, "innodb_lock_wait_timeout", f"LEAST(@@innodb_lock_wait_timeout, {LOCK_WAIT_SECONDS})")
 
 
+def has_rolled_back(connection: Connection) -> bool:
+    """Whether the server has undone the transaction that this connection is still taken to be in.
+
+    A deadlock undoes a whole transaction, a lock that is waited for in vain only where the server is set so (MySQL
+    Reference Manual, "InnoDB Error Handling"). What is sent afterwards begins another one.
+    """
+    code = connection.info.get(ROLLED_BACK)
+    if code == _LOCK_WAIT_TIMEOUT:
+        return bool(connection.exec_driver_sql("SELECT @@innodb_rollback_on_timeout").scalar())
+    return code is not None
+
+
 def write_patiently(connection: Connection) -> None:
     """Have the server wait for a client that takes its rows slowly, until the connection goes back to its pool.
 
@@ -384,6 +401,8 @@ class _Translator:
         if context.connection is None and not context.is_pre_ping and context.sqlalchemy_exception is not None:
             return self._unreachable(error, place)
         message = _text(error)
+        if _code(error) in {_DEADLOCK, _LOCK_WAIT_TIMEOUT} and context.connection is not None:
+            context.connection.info[ROLLED_BACK] = _code(error)
         if _code(error) == _SIGNAL and message.startswith(_REFUSAL):
             self._on_refusal()
             return bucket_closed(message, place)

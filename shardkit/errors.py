@@ -144,6 +144,13 @@ class TransactionError(ShardkitError):
     """A transaction over shards did not end as asked."""
 
 
+class PartRolledBack(TransactionError):
+    """A server had rolled back its part of a transaction over shards; nothing has been committed anywhere.
+
+    Retryable.
+    """
+
+
 class SecondShardWritten(TransactionError, sa_exc.InvalidRequestError):
     """With ``transactions="single"`` a transaction wrote to a second shard. Nothing was committed."""
 

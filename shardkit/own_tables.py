@@ -208,8 +208,7 @@ def upgrade(engine: sa.Engine) -> None:
 
     :raises PreconditionFailed: when a newer shardkit has been here, or another process holds the lock for a minute.
     """
-    config = Config()
-    config.set_main_option("script_location", str(migrations_directory()).replace("%", "%%"))
+    config = _config()
     script = ScriptDirectory.from_config(config)
     with engine.connect() as connection:
         if _is_current(connection, script):
@@ -222,13 +221,29 @@ def upgrade(engine: sa.Engine) -> None:
                 connection.commit()
 
 
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(migrations_directory()).replace("%", "%%"))
+    return config
+
+
+def _script() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config())
+
+
 _up_to_date: WeakSet[sa.Engine] = WeakSet()
 
 
-def ensure(engine: sa.Engine) -> None:
-    """`upgrade`, once for each engine."""
+def ensure(engine: sa.Engine, beside: sa.Engine) -> None:
+    """`upgrade`, once for each engine.
+
+    :param beside: the same database, for a look at whether there is anything to do.
+    """
     if engine not in _up_to_date:
-        upgrade(engine)
+        with beside.connect() as connection:
+            current = _is_current(connection, _script())
+        if not current:
+            upgrade(engine)
         _up_to_date.add(engine)
 
 

@@ -82,10 +82,11 @@ class Filer:
     def fill(self, found: Filing) -> int:
         """Enter the keys that have no entry, each in a bucket of the shard where its rows are.
 
-        :returns: how many were entered; a key that somebody else entered meanwhile is not counted.
+        :returns: how many were entered; a key that somebody else entered meanwhile is not counted, and is added to
+            ``found.astray`` where it was given to another shard.
         """
         home = self._engine(self._partition.home)
-        own_tables.ensure(home)
+        own_tables.ensure(home, home)
         entered = 0
         for shard, texts in found.unfiled.items():
             buckets = [str(bucket) for bucket in self._keyspace.buckets_on(shard)]
@@ -96,7 +97,14 @@ class Filer:
                 }
                 with home.begin() as connection:
                     now = directory.file(connection, wanted)
-                entered += sum(now[self._keyspace.name, text] == bucket for (_, text), bucket in wanted.items())
+                for (_, text), bucket in wanted.items():
+                    holder = now[self._keyspace.name, text]
+                    if holder == bucket:
+                        entered += 1
+                    elif (place := self._keyspace.placement.get(str(holder), "no shard")) != shard:
+                        found.astray.append(
+                            f"the key {text!r} has rows on {shard}; its entry, made meanwhile, leads to {place}"
+                        )
         return entered
 
     def _engine(self, shard: str) -> sa.Engine:
@@ -114,10 +122,16 @@ class Filer:
                 )
             expression = sa.column(key, column.type)
             text = key_text_expression([KeyColumn(expression, column.kind)])
-            query = sa.select(text).distinct().select_from(sa.table(name)).where(expression.is_not(None))
+            # as bytes: the collation of a text may take different keys as equal
+            query = (
+                sa.select(sa.cast(text, sa.LargeBinary))
+                .distinct()
+                .select_from(sa.table(name))
+                .where(expression.is_not(None))
+            )
             with engine.connect().execution_options(stream_results=True, yield_per=_BATCH) as connection:
                 for (found,) in connection.execute(query):
-                    yield found.decode() if isinstance(found, bytes) else str(found)
+                    yield bytes(found).decode()
 
     def _entries(self, texts: list[str]) -> dict[tuple[str, str], str | None]:
         home = self._engine(self._partition.home)

@@ -21,7 +21,7 @@ from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStateme
 from shardkit.routing.rows import Rows, attribute_of
 from shardkit.routing.shapes import Shape, Shapes
 from shardkit.routing.spread import Everywhere, Parted, Refused, check_readable
-from shardkit.shardmap import ShardMap
+from shardkit.shardmap import ShardMap, TableInfo
 
 
 class Changes:
@@ -262,6 +262,8 @@ class Changes:
         )
         hint = hint_of(options, self._map, infos)
         if len(hosts) == 1:
+            for table, own in zip(tables, infos, strict=True):
+                _check_keys_stay(table, own, sets, mapper)
             return replace(route, reasons=(f"{info.name} stands on one shard",))
         keyed = all(
             each.kind == "sharded" and set(each.key) <= {column.name for column in table.primary_key}
@@ -291,6 +293,22 @@ class Changes:
             by_shard.setdefault(place.shard, []).append(each)
             buckets.add(place.bucket)
         return _over_sets(route, self._map, by_shard, buckets)
+
+
+def _check_keys_stay(table: sa.Table, info: TableInfo, sets: Sequence[Mapping[str, Any]], mapper: Any) -> None:
+    """:raises KeyChange: for sets of parameters that assign a key which a directory would have to know."""
+    if info.keyspace.directory is None:
+        return
+    for column in table.c:
+        names = {column.name, column.key, attribute_of(mapper, column)}
+        if column.name in info.key and not column.primary_key and any(names & set(each) for each in sets):
+            raise KeyChange(
+                f"the UPDATE would set {info.name}.{column.name}, the key, which the directory files",
+                hint="use session.move(obj, new_key), or delete the row and insert it anew",
+                table=info.name,
+                key=info.key,
+                shards=len(info.shards),
+            )
 
 
 def _over_sets(

@@ -39,21 +39,21 @@ class FilingSession(TransactingSession):
         return known
 
     def _read(self, home: str, keys: Collection[FiledKey]) -> Entries:
-        own = self._own_connection(home)
-        if own is not None:
-            return directory.read(own, keys)  # may be of this very transaction: not to be remembered
-        return self.run_blocking(lambda: self.cluster.look_up(home, keys))
-
-    def _own_connection(self, home: str) -> Connection | None:
-        """The transaction's connection to the home, which sees what it has filed; None where it has none."""
+        """What is committed, and what this transaction has filed. The transaction's own view of the home may be older
+        than rows that it will meet on other shards, or that it changes."""
         transaction = self._outermost()
-        sqlite = transaction.view.planner.dialect_name == "sqlite"
-        if not sqlite:
-            self.run_blocking(lambda: self.cluster.ensure_own_tables(home))
-        if sqlite or self.connections is not None:
-            bind = self.get_bind(shardkit_target=Target(home, master=False, replica=False))
-            return self._connection_for_bind(bind)
-        return transaction.master_connection(home)
+        if self.connections is not None or transaction.view.planner.dialect_name == "sqlite":
+            return directory.read(self._connection_to(home), keys)
+        found = dict(self.run_blocking(lambda: self.cluster.look_up(home, keys)))
+        missing = [(partition, text) for partition, text in keys if found[partition.keyspace, text] is None]
+        if missing and home in transaction.filed:
+            found.update(directory.read(self._connection_to(home), missing))  # not to be remembered
+        return found
+
+    def _connection_to(self, home: str) -> Connection:
+        if home in self._outermost().filed:
+            return self.connection_to_write(home)
+        return self._connection_for_bind(self.get_bind(shardkit_target=Target(home, master=False, replica=False)))
 
     def _file(self, keys: Collection[FiledKey]) -> Entries:
         wanted = {(partition, text): partition.first_bucket_of(text) for partition, text in keys}
@@ -64,5 +64,8 @@ class FilingSession(TransactingSession):
             rows = (keyspaces[partition.keyspace].placement[bucket] for (partition, _), bucket in wanted.items())
             self.admit_writes(dict.fromkeys([*homes, *rows]))
         for home, some in homes.items():
+            if self.connections is None and self._outermost().view.planner.dialect_name != "sqlite":
+                self.run_blocking(partial(self.cluster.ensure_own_tables, home))
+            self._outermost().filed.add(home)
             entries.update(directory.file(self.connection_to_write(home), {key: wanted[key] for key in some}))
         return entries

@@ -156,7 +156,8 @@ class Flush:
             return token
         if len(home.info.shards) == 1:
             return home.info.shards[0]
-        if (shard := home.shard_of_key(home.key_of(state))) is not None:
+        key = home.key_of(state) if home.key else None
+        if key is not None and (shard := self._session.looked_up(lambda: home.placed_by(key))) is not None:
             return shard
         raise StaleShardMap(
             f"the {state.class_.__name__} {state.key and state.key[1]} was loaded before the shard map changed, "

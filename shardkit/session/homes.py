@@ -81,19 +81,32 @@ class Home:
         row = {part.column: identity[part.position] for part in self.key if part.position is not None}
         if len(row) < len(self.key):
             return None
-        return self._known_shard(row)
+        try:
+            return self._placed(row)
+        except KeyNotLookedUp:
+            return None
 
     def shard_of_key(self, key: tuple[Any, ...] | None) -> str | None:
         """The shard of an object with this key, as the object has it (before bind processing); None where it does not
-        tell."""
+        tell, or would have to be looked up."""
         if not self.key or key is None:
             return None
-        return self._known_shard({part.column: value for part, value in zip(self.key, key, strict=True)})
+        try:
+            return self.placed_by(key)
+        except KeyNotLookedUp:
+            return None
 
-    def _known_shard(self, row: Mapping[str, Any]) -> str | None:
+    def placed_by(self, key: tuple[Any, ...]) -> str | None:
+        """`shard_of_key`, for those who can look a key up.
+
+        :raises KeyNotLookedUp: when it has to be.
+        """
+        return self._placed({part.column: value for part, value in zip(self.key, key, strict=True)})
+
+    def _placed(self, row: Mapping[str, Any]) -> str | None:
         try:
             placement = self.view.planner.place(self.table, row)
-        except (MissingKey, KeyNotLookedUp):
+        except MissingKey:
             return None
         return None if placement is None else placement.shard
 

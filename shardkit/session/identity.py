@@ -141,6 +141,12 @@ class IdentitySession(FilingSession):
         """
         mapper, identity = state.mapper, state.identity
         assert identity is not None  # noqa: S101 - it has been loaded before
+        home = home_of(self._outermost().view, mapper)
+        key = home.key_of(state)
+        shard = None if key is None else self.looked_up(lambda: home.placed_by(key))
+        if shard is not None:
+            self._move_identity(state, shard)
+            return shard
         known = set(self.identity_map.all_states())
         statement = select(mapper).where(
             *(column == value for column, value in zip(mapper.primary_key, identity, strict=True))
@@ -148,6 +154,9 @@ class IdentitySession(FilingSession):
         with self.no_autoflush:
             rows = self.execute(statement).unique().scalars().all()
         found = [instance_state(row) for row in rows]
+        if found == [state] and state.key is not None:  # its row has not moved
+            self._unplaced.discard(state)
+            return str(state.key[2])
         if len(found) != 1 or found[0] in known or found[0].key is None:
             raise StaleShardMap(
                 f"the row of {mapper.class_.__name__} {tuple(identity)} is not where it was before its buckets moved",

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from shardkit.errors import StaleShardMap
+from shardkit.errors import PartRolledBack, StaleShardMap
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -107,7 +107,7 @@ def is_retryable(error: BaseException) -> bool:
 
 def _is_rolled_back(error: BaseException) -> bool:
     """Whether the error itself says that nothing has been committed."""
-    if isinstance(error, StaleShardMap):
+    if isinstance(error, StaleShardMap | PartRolledBack):
         return True
     if not isinstance(error, DBAPIError) or error.orig is None:
         return False

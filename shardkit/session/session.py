@@ -16,7 +16,6 @@ from typing import Any
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import InstanceState
 
-from shardkit.errors import RoutingError, TransactionError
 from shardkit.session.flush import Flush
 from shardkit.session.homes import home_of
 from shardkit.session.moving import move
@@ -66,7 +65,7 @@ class ClusterSession(RoutedSession):
         try:
             flush.prepare(self._new, set(self._dirty_states).difference(self._deleted), self._deleted)
             self.admit_writes(flush.touched)
-        except (RoutingError, TransactionError):
+        except BaseException:
             self._deactivate()
             raise
         if self.commit_mode is CommitMode.SINGLE:

@@ -167,6 +167,8 @@ class RoutedSession(IdentitySession):
         try:
             route = view.planner.plan(statement, params, route_options)
         except KeyNotLookedUp:
+            if statement._propagate_attrs and self._merged_options(statement, options).get("autoflush", True):
+                self._autoflush()  # what is pending may be the first row of its key
             plan = partial(view.planner.plan, statement, params, route_options)
             route = self.looked_up(plan, new=writes_rows(statement))
         if route.first is not None:

@@ -18,8 +18,16 @@ from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.orm.state_changes import _StateChange
 
 from shardkit.cluster import Cluster
-from shardkit.engines import MAP_VERSION_STAMP
-from shardkit.errors import CommitPending, CommitUnknown, PartialCommit, RoutingError, SecondShardWritten, StaleShardMap
+from shardkit.engines import MAP_VERSION_STAMP, ROLLED_BACK, has_rolled_back
+from shardkit.errors import (
+    CommitPending,
+    CommitUnknown,
+    PartialCommit,
+    PartRolledBack,
+    RoutingError,
+    SecondShardWritten,
+    StaleShardMap,
+)
 from shardkit.session.twophase import TwoPhaseTransaction, two_phase_for
 from shardkit.snapshots import Pin, View
 from shardkit.topology import Role
@@ -56,6 +64,8 @@ class ClusterTransaction(SessionTransaction):
         self._shard_of: dict[Engine | Connection, str] = {}
         self._masters: dict[str, Engine | Connection] = {}
         self._began_empty = True
+        #: shards on which this transaction has entered keys into a directory
+        self.filed: set[str] = set()
         #: (shard, whether from a replica) -> the connection that such reads go on
         self.reading: dict[tuple[str, bool], Connection] = {}
         self._given = session.connections
@@ -160,6 +170,7 @@ class ClusterTransaction(SessionTransaction):
         if bind in self._connections:
             return super()._connection_for_bind(bind, execution_options)
         connection = super()._connection_for_bind(bind, execution_options)
+        connection.info.pop(ROLLED_BACK, None)
         required = connection.info.get(MAP_VERSION_STAMP, 0)
         if required > self.view.map.version:
             self._renew_map(required)
@@ -196,11 +207,6 @@ class ClusterTransaction(SessionTransaction):
     def _session(self) -> TransactingSession:
         return cast("TransactingSession", self.session)
 
-    def master_connection(self, shard: str) -> Connection | None:
-        """This transaction's connection to a shard's master, if it has one already."""
-        entry = self._connections.get(self._masters[shard]) if shard in self._masters else None
-        return None if entry is None else entry[0]
-
     # --- ending
 
     @_StateChange.declare_states(
@@ -209,6 +215,7 @@ class ClusterTransaction(SessionTransaction):
     def commit(self, _to_root: bool = False) -> None:
         """As SQLAlchemy's, but what was written is committed first and in order, and a failure says what is durable.
 
+        :raises PartRolledBack: when one of several shards has undone what was written there.
         :raises PartialCommit: under ``best_effort``, when some shards committed and others did not.
         :raises CommitUnknown: when the answer of the one shard written to was lost, or the first one's with others
             still to be committed; under ``atomic``, when the deciding answer was lost and cannot be looked up.
@@ -230,6 +237,8 @@ class ClusterTransaction(SessionTransaction):
         held = {entry for entry in self._connections.values() if entry[2]}  # the others are their owner's to commit
         if not held:
             return None
+        if len(self._written) > 1:
+            self._check_no_part_is_gone()
         if len(held) == 1:
             ((_, transaction, *_),) = held
             with self._told_whether_committed():
@@ -238,7 +247,8 @@ class ClusterTransaction(SessionTransaction):
         if self._two_phase is not None and self._two_phase.spans:
             return self._commit_two_phase(self._two_phase, held)
         writers: list[tuple[str, Transaction]] = []
-        for shard in self._written:
+        # a key's entry before its rows: without it nobody finds them by their key
+        for shard in sorted(self._written, key=lambda shard: shard not in self.filed):
             entry = self._connections.get(self._masters[shard])
             if entry in held:
                 writers.append((shard, entry[1]))
@@ -247,6 +257,18 @@ class ClusterTransaction(SessionTransaction):
         for connection, transaction, *_ in held:
             _end_reading(connection, transaction, by_commit=not connection.invalidated)
         return None
+
+    def _check_no_part_is_gone(self) -> None:
+        """An application may have gone on after a deadlock, which has undone what it had written there before."""
+        for shard in self._written:
+            engine = self._masters.get(shard)
+            entry = None if engine is None else self._connections.get(engine)
+            if entry is not None and has_rolled_back(entry[0]):
+                raise PartRolledBack(
+                    f"shard {shard} has rolled back its part of the transaction, because of a deadlock or a lock that "
+                    "was waited for in vain: nothing has been committed",
+                    hint="roll back and run the transaction again, from its beginning",
+                )
 
     def _commit_two_phase(self, two_phase: TwoPhaseTransaction, held: set[Any]) -> CommitPending | None:
         outcome = "failed"

@@ -10,14 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
-from sqlalchemy import String, event, orm, select, update
+from sqlalchemy import String, event, orm, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from shardkit import Cluster, create_cluster, fixed, retry, sessionmaker
 from shardkit.decisions import Janitor, Outcome, prepared_branches
 from shardkit.engines import LOCK_WAIT_SECONDS
-from shardkit.errors import CommitPending, CommitUnknown
+from shardkit.errors import CommitPending, CommitUnknown, PartRolledBack
+from shardkit.session.retrying import is_retryable
 from shardkit.shardmap import ShardMap
 from shardkit.testing.database import LocalDatabaseServer
 
@@ -281,6 +282,50 @@ def test_a_lost_answer_to_the_commit_of_one_shard(
         kill_connection(cluster, "north", held.connection.driver_connection.thread_id())  # type: ignore[union-attr]
         with pytest.raises(DBAPIError):
             session.commit()
+
+
+@pytest.mark.parametrize("first", ["north", "south"])
+def test_going_on_after_a_deadlock_commits_nothing(
+    cluster: Cluster, factory: orm.sessionmaker[Session], first: str
+) -> None:
+    """The server has undone its part: what is on the other shards must not stay. Whether the part was the decider's or
+    a branch."""
+    with factory() as session, cluster.engine("north").connect() as other:
+        numbers = [SHARDS.index(first), 0, 1]
+        for number in dict.fromkeys(numbers):
+            session.execute(update(Account).where(Account.region == number).values(amount=1))
+        other.exec_driver_sql("CREATE TABLE IF NOT EXISTS locked (id INT PRIMARY KEY) ENGINE InnoDB")
+        other.exec_driver_sql("INSERT IGNORE INTO locked VALUES (1), (2), (3)")
+        other.commit()
+        other.exec_driver_sql("UPDATE locked SET id = id + 10")  # heavier: the other one is the victim
+        with ThreadPoolExecutor() as pool:
+            waits = pool.submit(other.exec_driver_sql, "UPDATE accounts SET amount = 5 WHERE region = 0")
+            eventually_waiting(cluster, "north")
+            options = {"shardkit_shard": "north"}
+            with pytest.raises(DBAPIError, match="1213"):
+                session.execute(text("UPDATE locked SET id = 20 WHERE id = 11"), execution_options=options)
+            waits.result(20)
+        other.rollback()
+        other.exec_driver_sql("DROP TABLE locked")
+        session.execute(update(Account).where(Account.region == 1).values(amount=2))
+        with pytest.raises((PartRolledBack, DBAPIError)) as raised:
+            session.commit()
+        assert is_retryable(raised.value)
+        session.rollback()
+    assert amounts(cluster) == [100, 100, 100]
+    assert left_prepared(cluster) == []
+
+
+def eventually_waiting(cluster: Cluster, shard: str) -> None:
+    for _ in range(200):
+        with cluster.engine(shard).connect() as connection:
+            found = connection.exec_driver_sql(
+                "SELECT COUNT(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
+            )
+            if found.scalar():
+                return
+        time.sleep(0.05)
+    raise AssertionError("nobody waits for a lock")
 
 
 def test_bulk_update_over_all_shards(cluster: Cluster, factory: orm.sessionmaker[Session]) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from shardkit.adoption.filing import filer
 from shardkit.cli import cli
+from shardkit.credentials import fixed
 from tests.integration.conftest import Shop
 from tests.integration.test_session_directory import BUCKETS, HOME, Base, Tenancy, Tenant, map_of
 
@@ -90,6 +92,25 @@ def test_fill_tells_of_rows_that_no_entry_can_lead_to(tenancy: Tenancy, map_file
     assert "'strayed' has rows on shop-1; its entry leads to shop-0 (small)" in done.stderr
     assert "'double' has rows on shop-1, shop-2" in done.stderr
     assert tenancy.entries() == {"strayed": "small", "fine": "large"}
+
+
+def test_fill_tells_keys_apart_that_a_collation_does_not(tenancy: Tenancy, map_file: Path) -> None:
+    codes = ["Acme", "acme", "b", "b ", "e", "é"]
+    add_past_shardkit(tenancy, "shop-2", *codes)
+    done = run(map_file, "directory", "fill", "tenants", "--json")
+    assert json.loads(done.stdout) == {"keys": 6, "missing": 6, "entered": 6, "astray": []}
+    assert set(tenancy.entries()) == set(codes)
+
+
+def test_fill_tells_of_a_key_that_went_elsewhere_meanwhile(tenancy: Tenancy) -> None:
+    add_past_shardkit(tenancy, "shop-2", "raced")
+    shard_map = map_of(tenancy.shop)
+    credentials = tenancy.shop.options.get("credentials", fixed("nobody"))
+    with filer(shard_map, shard_map.keyspace("tenants"), credentials) as made:
+        found = made.look()
+        tenancy.cluster.assign("tenants", "raced", "small")
+        assert made.fill(found) == 0
+    assert found.astray == ["the key 'raced' has rows on shop-2; its entry, made meanwhile, leads to shop-0"]
 
 
 def test_what_is_no_directory_is_refused(tenancy: Tenancy, map_file: Path, shop: Shop) -> None:

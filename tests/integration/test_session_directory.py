@@ -13,16 +13,25 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import event, insert, select, text, update
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    make_transient_to_detached,
+    mapped_column,
+    relationship,
+)
 
 import shardkit
 from shardkit import directory
 from shardkit.cluster import Cluster
 from shardkit.errors import KeyChange, MissingKey, PreconditionFailed, RoutingError, SecondShardWritten, StaleShardMap
 from shardkit.shardmap import ShardMap
+from shardkit.topology import Role
 from tests.integration.conftest import Shop
 from tests.integration.shop import SHARDS, key_text
+from tests.routing_shop import memory_engine
 
 HOME = "shop-1"
 BUCKETS = {"small": "shop-0", "medium": "shop-1", "large": "shop-2"}
@@ -123,6 +132,8 @@ def statements(cluster: Cluster) -> tuple[list[str], Any]:
         sent.append(statement)
 
     engines: list[Engine] = [cluster.engine(shard) for shard in SHARDS]
+    beside = cluster.helper_of(cluster.core_engine(HOME, Role.MASTER))
+    engines += [beside] if beside is not None else []
     for engine in engines:
         event.listen(engine, "before_cursor_execute", note)
     return sent, note
@@ -480,4 +491,158 @@ def test_keys_that_differ_in_trailing_blanks_or_case(tenancy: Tenancy) -> None:
         session.commit()
     with tenancy.session() as session:
         assert [session.get_one(Tenant, code).seats for code in codes] == [0, 1, 2, 3, 4]
+    tenancy.check()
+
+
+# --- found by a hostile reader ------------------------------------------------------------------------------------
+
+
+def test_pending_rows_are_flushed_before_their_key_is_looked_up(tenancy: Tenancy) -> None:
+    small, medium, large = (codes_in(bucket, 1)[0] for bucket in BUCKETS)
+    tenancy.cluster.assign("tenants", small, "small")
+    with tenancy.session() as session:
+        session.add(Tenant(code=large))
+        assert [tenant.code for tenant in session.scalars(select(Tenant).where(Tenant.code == large))] == [large]
+        session.add(Tenant(code=medium))
+        assert session.execute(update(Tenant).where(Tenant.code == medium).values(seats=4)).rowcount == 1
+        session.add(Tenant(code=small))
+        found = session.scalars(select(Tenant.code).where(Tenant.code.in_([small, large])))
+        assert sorted(found) == sorted([small, large])
+        with session.no_autoflush:
+            session.add(Tenant(code="later"))
+            assert session.get(Tenant, "later") is None
+        assert session.get(Tenant, "later") is not None
+
+
+def test_an_older_view_of_the_home_hides_no_entry(tenancy: Tenancy) -> None:
+    if tenancy.shop.kind == "sqlite":
+        pytest.skip("SQLite lets nobody write beside a reader")
+    (here,), (away,) = codes_in("medium", 1), codes_in("large", 1)
+    with tenancy.session() as writer:
+        writer.add(Tenant(code=here))
+        writer.commit()
+    other = shardkit.sessionmaker(tenancy.open(map_of(tenancy.shop)))
+    with other() as session:
+        session.scalars(select(Tenant).where(Tenant.code == here)).one()  # the view of the home begins
+        with tenancy.session() as writer:
+            writer.add(Tenant(code=away))
+            writer.commit()
+        assert session.execute(update(Tenant).where(Tenant.code == away).values(seats=2)).rowcount == 1
+        session.add(Project(id=1, tenant_code=away))
+        session.flush()
+        assert session.execute(select(Project.id).where(Project.tenant_code == away)).all() == [(1,)]
+        session.commit()
+    tenancy.check()
+
+
+def test_an_error_while_filing_ends_the_transaction(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
+    (first, second) = codes_in("large", 2)
+
+    def fails(connection: sa.Connection, wanted: Any) -> Any:
+        connection.exec_driver_sql("SELECT nothing FROM nowhere")
+
+    with tenancy.session() as session:
+        session.add(Tenant(code=first))
+        session.flush()
+        monkeypatch.setattr(directory, "file", fails)
+        session.add(Tenant(code=second))
+        with pytest.raises(DBAPIError):
+            session.flush()
+        monkeypatch.undo()
+        with pytest.raises(PendingRollbackError):
+            session.commit()
+    assert tenancy.entries() == {}
+    assert tenancy.shop.where("tenants", "code") == {shard: [] for shard in SHARDS}
+
+
+def test_under_best_effort_entries_are_committed_before_rows(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, new = codes_in("large", 2)
+    tenancy.cluster.assign("tenants", known, "large")
+    committed: list[str] = []
+    for shard in SHARDS:
+        event.listen(tenancy.cluster.engine(shard), "commit", lambda _connection, shard=shard: committed.append(shard))
+    with tenancy.session(transactions="best_effort") as session:
+        session.add(Tenant(code=known))
+        session.flush()
+        session.add(Tenant(code=new))
+        session.commit()
+    assert committed == [HOME, "shop-2"]
+
+
+def test_on_one_shard_a_bulk_update_changes_no_key(tenancy: Tenancy) -> None:
+    alone = tenancy.open(map_of(tenancy.shop, {"medium": HOME}, (HOME,)))
+    with shardkit.sessionmaker(alone)() as session:
+        session.add(Tenant(code="a", projects=[Project(id=1)]))
+        session.flush()
+        with pytest.raises(KeyChange):
+            session.execute(update(Project), [{"id": 1, "tenant_code": "b"}])
+        session.execute(update(Tenant), [{"code": "a", "seats": 5}])
+        assert session.scalar(select(Tenant.seats)) == 5
+
+
+def test_a_new_version_of_the_map_leaves_objects_where_they_are(tenancy: Tenancy) -> None:
+    (code,) = codes_in("large", 1)
+    source = shardkit.mapstore.MemoryMapStore(map_of(tenancy.shop))
+    with shardkit.create_cluster(source, **tenancy.shop.options) as cluster:
+        atomic = "atomic" if tenancy.shop.kind == "server" else "best_effort"
+        with shardkit.sessionmaker(cluster, transactions=atomic)() as session:
+            tenant, project = Tenant(code=code), Project(id=1, tenant_code=code)
+            session.add_all([tenant, project])
+            session.commit()
+            source.publish(cluster.map, expected_version=cluster.map.version)
+            cluster.refresh()
+            assert cluster.map.version > 1
+            assert project.tenant_code == code
+            project.tenant = tenant
+            tenant.seats = 8
+            session.commit()
+            assert session.get_one(Tenant, code).seats == 8
+    tenancy.check()
+
+
+def test_an_object_made_by_hand_is_written_where_its_key_is(tenancy: Tenancy) -> None:
+    (code,) = codes_in("large", 1)
+    with tenancy.session() as session:
+        session.add(Tenant(code=code))
+        session.commit()
+    tenant = Tenant(code=code)
+    make_transient_to_detached(tenant)
+    with tenancy.session() as session:
+        session.add(tenant)
+        tenant.seats = 6
+        session.commit()
+    assert tenancy.shop.rows("shop-2", "tenants", "seats") == [(6,)]
+
+
+def test_a_look_beside_a_session_in_memory_leaves_its_transaction_alone(sqlite_shop: Shop) -> None:
+    engines = {(shard, "master"): memory_engine() for shard in SHARDS}
+    (code,) = codes_in("large", 1)
+    cluster = sqlite_shop.open(map_of(sqlite_shop), engines)
+    cluster.create_all(Base.metadata)
+    with shardkit.sessionmaker(cluster, transactions="best_effort")() as session:
+        session.add(Tenant(code=code))
+        session.flush()
+        assert cluster.locate("tenants", code=code).shard == "shop-2"
+        cluster.explain(select(Tenant).where(Tenant.code == "nobody"))
+        session.rollback()
+        session.add(Tenant(code=code))
+        session.flush()
+        cluster.explain(select(Tenant).where(Tenant.code == code))
+        session.commit()
+        assert session.get_one(Tenant, code).code == code
+    with engines[HOME, "master"].connect() as connection:
+        assert connection.exec_driver_sql("SELECT bucket FROM shardkit_directory").scalars().all() == ["large"]
+
+
+def test_a_pool_of_one_connection_is_enough_to_look_up(tenancy: Tenancy, filled: dict[str, str]) -> None:
+    if tenancy.shop.kind == "sqlite":
+        pytest.skip("about the connections to servers")
+    options = {**tenancy.shop.options["engine_options"], "pool_size": 1, "max_overflow": 0, "pool_timeout": 3}
+    narrow = tenancy.shop.open(map_of(tenancy.shop), engine_options=options)
+    with shardkit.sessionmaker(narrow)() as session:
+        assert len(session.scalars(select(Tenant)).all()) == 3
+        for code in filled.values():
+            assert session.scalars(select(Tenant.code).where(Tenant.code == code)).one() == code
+        session.add(Tenant(code="new"))
+        session.commit()
     tenancy.check()
