@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from sqlalchemy import Column, Insert, Table, inspect
+from sqlalchemy.sql.elements import BindParameter, Null
 
 from shardkit.session.homes import check_generated
 from shardkit.session.shared import computed
@@ -74,23 +75,27 @@ def _with_missing_values(
     many: Any = statement._multi_values  # noqa: SLF001 - what values([...]) keeps; pinned by a test
     if many:
         wider = statement._clone()  # noqa: SLF001
-        wider._multi_values = tuple(  # noqa: SLF001
-            [
-                {**row, **{column.key: make() for column, make in makers.items() if column.key not in _keys(row)}}
-                for row in rows
-            ]
-            for rows in many
-        )
+        wider._multi_values = tuple([_completed(row, makers, for_none) for row in rows] for rows in many)  # noqa: SLF001
         return wider
-    given = _keys(statement._values or ())  # noqa: SLF001
+    values: Mapping[Any, Any] = statement._values or {}  # noqa: SLF001
     missing = {
         column: make()
         for column, make in makers.items()
-        if column.key not in given and _lacks(parameters, _name(statement, column), for_none=for_none in (None, make))
+        if _absent(values, column, make, for_none)
+        and _lacks(parameters, _name(statement, column), for_none=for_none in (None, make))
     }
     return statement.values(missing) if missing else statement
 
 
-def _keys(values: Iterable[Any]) -> set[str]:
-    """Column keys, whether given as names, columns or attributes."""
-    return {getattr(name, "key", name) for name in values}
+def _completed(row: Mapping[Any, Any], makers: Mapping[Column[Any], Maker], for_none: Maker | None) -> dict[Any, Any]:
+    missing = {column.key: make() for column, make in makers.items() if _absent(row, column, make, for_none)}
+    return {**{name: value for name, value in row.items() if getattr(name, "key", name) not in missing}, **missing}
+
+
+def _absent(values: Mapping[Any, Any], column: Column[Any], make: Maker, for_none: Maker | None) -> bool:
+    """Whether a column, by its name, itself or its attribute, has no value here; None may count as none."""
+    for name, value in values.items():
+        if getattr(name, "key", name) == column.key:
+            given = value.value if isinstance(value, BindParameter) else value
+            return (given is None or isinstance(given, Null)) and for_none in (None, make)
+    return True

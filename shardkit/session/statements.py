@@ -337,9 +337,14 @@ class RoutedSession(IdentitySession):
             own = options_for(shard)
             if route.replicated and results:
                 own = own.union({"synchronize_session": False})  # objects follow the first shard's rows
-            with self._carrying(target):
-                statement, params = route.statement_for(shard), route.parameters_for(shard)
-                results.append(run(statement, params, own, bind_arguments, target, parent, False))
+            try:
+                with self._carrying(target):
+                    statement, params = route.statement_for(shard), route.parameters_for(shard)
+                    results.append(run(statement, params, own, bind_arguments, target, parent, False))
+            except BaseException:
+                if results:  # one database would have undone the whole statement: this part of it cannot be
+                    self._deactivate()
+                raise
         return _combined_write(route, results)
 
     # --- binds
@@ -386,7 +391,8 @@ class RoutedSession(IdentitySession):
             if key is not None:
                 placement = self.looked_up(lambda: view.map.locate(home.info.name, key))
                 return Target(placement.shard, master=True, replica=False)
-            if len(home.info.shards) == 1 and (self._flush_at_work is None or _secondaries_on(view, mapper, home)):
+            whole = len(home.info.shards) == 1 and home.info.keyspace.directory is None
+            if whole and (self._flush_at_work is None or _secondaries_on(view, mapper, home)):
                 return Target(home.info.shards[0], master=True, replica=False)
         if view.map.sole_host is not None:
             return Target(view.map.sole_host, master=True, replica=False)

@@ -225,6 +225,7 @@ class ClusterTransaction(SessionTransaction):
             with self._expect_state(SessionTransactionState.PREPARED):
                 self._prepare_impl()
         pending = self._commit_connections()
+        self._session.committed = True
         self._state = SessionTransactionState.COMMITTED
         self.session.dispatch.after_commit(self.session)
         self._remove_snapshot()
@@ -249,7 +250,7 @@ class ClusterTransaction(SessionTransaction):
         writers: list[tuple[str, Transaction]] = []
         # a key's entry before its rows: without it nobody finds them by their key
         for shard in sorted(self._written, key=lambda shard: shard not in self.filed):
-            entry = self._connections.get(self._masters[shard])
+            entry = self._connections.get(self._masters[shard]) if shard in self._masters else None
             if entry in held:
                 writers.append((shard, entry[1]))
                 held.discard(entry)

@@ -9,7 +9,7 @@ committed in one phase, and only several writers are prepared and decided over (
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -147,27 +147,32 @@ class TwoPhaseTransaction:
         :raises CommitUnknown: when the decider's answer was lost and it cannot be asked.
         """
         writers = [branch for shard, branch in self._branches.items() if shard in written]
-        self._drop(branch for shard, branch in self._branches.items() if shard not in written)
+        readers = [branch for shard, branch in self._branches.items() if shard not in written]
         if self._decider is None:
             return ()  # no master took part
         shard, connection, decider = self._decider
+        pending: tuple[str, ...] = ()
         if not writers:
             decider.commit()
-            return ()
-        if len(writers) == 1 and shard not in written:
+        elif len(writers) == 1 and shard not in written:
             writers[0].commit_in_one_phase()
-            decider.rollback()
-            return ()
-        self._prepare(shard, writers)
-        self._decide(shard, connection, decider)
-        return self._tell(writers)
-
-    def _drop(self, readers: Iterable[_Branch]) -> None:
+            self._end_reading(shard, connection, decider.commit)
+        else:
+            self._prepare(shard, writers)
+            self._decide(shard, connection, decider)
+            pending = self._tell(writers)
         for branch in readers:
-            try:
-                branch.rollback()
-            except exc.DBAPIError as error:
-                branch.abandon(error)
+            self._end_reading(branch.id.shard, branch.connection, branch.commit_in_one_phase)
+        return pending
+
+    def _end_reading(self, shard: str, connection: Connection, commit: Callable[[], None]) -> None:
+        """End what only read, by COMMIT: a function that a SELECT called may have written after all."""
+        try:
+            commit()
+        except exc.DBAPIError as error:
+            logger.info("the part of %s, which only read, was lost at the end of its transaction: %s", shard, error)
+            if not connection.invalidated:
+                connection.invalidate(error)
 
     def _prepare(self, decider: str, writers: Sequence[_Branch]) -> None:
         self._ready(decider)
