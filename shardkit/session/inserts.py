@@ -31,7 +31,7 @@ def filled(statement: Any, parameters: Any, view: View, next_id: Maker, *, nulls
     info = view.map.tables.get(table.fullname) if isinstance(table, Table) else None
     if info is None or not isinstance(statement, Insert) or statement.select is not None:
         return statement, parameters
-    makers = dict(_makers(table, info, view, next_id))
+    makers = dict(_makers(_tables(statement, parameters), info, view, next_id))
     if not makers:
         return statement, parameters
     skipped = not nulls and statement.entity_description.get("entity") is not None
@@ -41,15 +41,26 @@ def filled(statement: Any, parameters: Any, view: View, next_id: Maker, *, nulls
     return _with_missing_values(statement, parameters or {}, makers, None if skipped else next_id), parameters
 
 
-def _makers(table: Table, info: TableInfo, view: View, next_id: Maker) -> Iterable[tuple[Column[Any], Maker]]:
-    column = table.autoincrement_column
-    if info.keyspace.generated_ids and column is not None:
-        check_generated(table, view.planner.dialect_name)
-        yield column, next_id
-    if info.kind == "reference":
-        for column in table.columns:
-            if column.default is not None and column.default.is_callable:
-                yield column, partial(computed, column, column.default)
+def _tables(statement: Insert, parameters: Any) -> Sequence[Table]:
+    """The tables that are inserted into: the ORM gives rows of a joined subclass to all of its class's."""
+    entity = statement.entity_description.get("entity")
+    several = entity is not None and isinstance(parameters, Sequence) and not isinstance(parameters, str)
+    tables: Sequence[Any] = inspect(entity).mapper.tables if several else (statement.table,)
+    return [table for table in tables if isinstance(table, Table)]
+
+
+def _makers(
+    tables: Iterable[Table], info: TableInfo, view: View, next_id: Maker
+) -> Iterable[tuple[Column[Any], Maker]]:
+    for table in tables:
+        column = table.autoincrement_column
+        if info.keyspace.generated_ids and column is not None:
+            check_generated(table, view.planner.dialect_name)
+            yield column, next_id
+        if info.kind == "reference":
+            for column in table.columns:
+                if column.default is not None and column.default.is_callable:
+                    yield column, partial(computed, column, column.default)
 
 
 def _name(statement: Insert, column: Column[Any]) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sqlalchemy import event
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import InstanceState
 
@@ -43,6 +44,12 @@ class ClusterSession(RoutedSession):
         :raises RoutingError: for an object that cannot be moved, before anything is written.
         """
         move(self, instance, key)
+
+    def _follow_keys(self) -> None:
+        """After a rollback has given moved objects their old keys back."""
+        for state in self.identity_map.all_states():
+            if state.key is not None and state.identity_token != state.key[2]:
+                state.identity_token = state.key[2]
 
     def _flush(self, objects: Sequence[Any] | None = None) -> None:
         if not self._dirty_states and not self._deleted and not self._new:
@@ -106,3 +113,8 @@ class ClusterSession(RoutedSession):
         for shard, group in groups.items():
             with self._carrying(Target(shard, master=True, replica=False)):
                 super()._bulk_save_mappings(mapper, group, **options)
+
+
+@event.listens_for(ClusterSession, "after_soft_rollback")
+def _after_rollback(session: ClusterSession, _transaction: Any) -> None:
+    session._follow_keys()

@@ -21,11 +21,11 @@ from sqlalchemy.sql.base import CompileState
 from sqlalchemy.util import EMPTY_DICT, immutabledict
 
 from shardkit.directory import KeyNotLookedUp
-from shardkit.errors import RoutingError
+from shardkit.errors import RoutingError, TransactionError
 from shardkit.routing.feeds import Feeding
 from shardkit.routing.merge import merge_rows
 from shardkit.routing.route import Route, RouteOptions, StatementKind
-from shardkit.routing.texts import writes_rows
+from shardkit.routing.texts import commits_implicitly, writes_rows
 from shardkit.session.deadline import Deadline, checked_seconds
 from shardkit.session.homes import Home, home_of
 from shardkit.session.identity import IdentitySession
@@ -187,6 +187,8 @@ class RoutedSession(IdentitySession):
             statement, params = route.statement_for(shard), route.parameters_for(shard)
         if not route.writes:
             return run(statement, params, options, bind_arguments, target, parent, scalar)
+        if route.kind in {StatementKind.TEXT, StatementKind.DDL} and transaction.written:
+            refuse_implicit_commit(statement, view)
         self.admit_writes(route.shards)
         with self._carrying(target):
             return run(statement, params, options, bind_arguments, target, parent, scalar)
@@ -330,6 +332,8 @@ class RoutedSession(IdentitySession):
             return select_from_several(
                 self, route, lambda shard: session_options.union(options_for(shard)), arguments_for, said
             )
+        if route.kind in {StatementKind.TEXT, StatementKind.DDL} and self._outermost().written:
+            refuse_implicit_commit(route.statement, view)
         self.admit_writes(route.shards)
         results: list[Result[Any]] = []
         for shard in route.shards:
@@ -416,6 +420,16 @@ class RoutedSession(IdentitySession):
     def connection_to_read(self, bind_arguments: Mapping[str, Any]) -> Connection:
         """The connection of this transaction that these bind arguments lead to."""
         return self._connection_for_bind(self.get_bind(**bind_arguments))
+
+
+def refuse_implicit_commit(statement: Any, view: View) -> None:
+    """:raises TransactionError: for what a server commits around, in a transaction that has written already."""
+    if view.planner.dialect_name != "sqlite" and view.only is None and commits_implicitly(statement):
+        raise TransactionError(
+            "the server commits before and after this statement, and the transaction has written already: "
+            "a part of it could not be undone any more",
+            hint="commit first, and run it in a transaction of its own",
+        )
 
 
 def _secondaries_on(view: View, mapper: Mapper[Any], home: Home) -> bool:

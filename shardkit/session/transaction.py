@@ -115,8 +115,23 @@ class ClusterTransaction(SessionTransaction):
                 hint="use a transaction for each shard, or sessionmaker(transactions='best_effort'); "
                 "nothing has been committed",
             )
+        if self._two_phase is not None and len(self._written) + len(wanted) > 1:
+            self._check_can_be_undone(wanted)
         for shard in wanted:
             self._written[shard] = None
+
+    def _check_can_be_undone(self, wanted: Iterable[str]) -> None:
+        engines = [self._cluster.core_engine(shard, Role.MASTER, asynchronous=self._asynchronous) for shard in wanted]
+        dialects: list[Any] = [engine.dialect for engine in engines]
+        if any(dialect._on_connect_isolation_level == "AUTOCOMMIT" for dialect in dialects) or (  # noqa: SLF001 - see twophase
+            self._two_phase is not None and self._two_phase.impossible
+        ):
+            raise SecondShardWritten(
+                "the transaction would write to several shards, whose engines commit each statement by itself "
+                "(AUTOCOMMIT): it could not be undone",
+                hint="use engines without AUTOCOMMIT, or sessionmaker(transactions='best_effort'); nothing has been "
+                "committed",
+            )
 
     def bind_for(self, shard: str, *, master: bool, read_from_replica: bool) -> Engine | Connection:
         """The endpoint of a shard for one statement.

@@ -106,6 +106,8 @@ class TwoPhaseTransaction:
         self._decider: tuple[str, Connection, Transaction] | None = None
         self._branches: dict[str, _Branch] = {}
         self._decided = False
+        #: Whether a connection commits each statement by itself, so that nothing can be undone.
+        self.impossible = False
 
     def join(self, shard: str, connection: Connection, transaction: Transaction) -> Transaction | BranchTransaction:
         """Take in a master's connection on which nothing has run yet.
@@ -114,6 +116,9 @@ class TwoPhaseTransaction:
         """
         if self._decider is None:
             self._decider = (shard, connection, transaction)
+            return transaction
+        if commits_by_itself(connection) or commits_by_itself(self._decider[1]):
+            self.impossible = True
             return transaction
         decider, deciding, _ = self._decider
         for each in (deciding, connection):
@@ -228,6 +233,13 @@ class TwoPhaseTransaction:
 
         self._together([branch.connection for branch in writers])([telling(branch) for branch in writers])
         return tuple(pending)
+
+
+def commits_by_itself(connection: Connection) -> bool:
+    """Whether each statement on this connection is a transaction of its own."""
+    dialect: Any = connection.dialect
+    level = connection._execution_options.get("isolation_level") or dialect._on_connect_isolation_level  # noqa: SLF001 - what its public reader would ask the server for
+    return bool(level == "AUTOCOMMIT")
 
 
 class BranchTransaction:
