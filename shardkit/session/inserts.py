@@ -89,8 +89,9 @@ def _with_missing_values(
         wider._multi_values = tuple([_completed(row, makers, for_none) for row in rows] for rows in many)  # noqa: SLF001
         return wider
     values: Mapping[Any, Any] = statement._values or {}  # noqa: SLF001
+    called = {getattr(name, "key", name): name for name in values}  # how the statement calls what it gives
     missing = {
-        column: make()
+        called.get(column.key, column): make()
         for column, make in makers.items()
         if _absent(values, column, make, for_none)
         and _lacks(parameters, _name(statement, column), for_none=for_none in (None, make))
