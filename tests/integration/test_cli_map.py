@@ -297,7 +297,7 @@ def test_where_says_the_same_as_the_map(shell: Shell, published: ShardMap) -> No
         assert (answer["keyspace"], answer["bucket"], answer["shard"]) == ("orders", placement.bucket, placement.shard)
     result = shell("where", "orders", "user_id=42")
     assert result.stdout.startswith(f"orders user_id=42: shard {placement.shard}\n")
-    assert result.stderr == "user_id was taken for an int; user_id:TYPE= says otherwise\n"
+    assert result.stderr == "user_id was taken for an integer; user_id:TYPE= says otherwise\n"
 
 
 def test_where_other_tables_are(shell: Shell, published: ShardMap) -> None:
@@ -314,7 +314,7 @@ def test_where_other_tables_are(shell: Shell, published: ShardMap) -> None:
         (["users", "id=1", "id=2"], 2, "not by id, id"),
         (["users", "id"], 2, "'id' is not a key: write COLUMN=VALUE"),
         (["users", "id:float=1"], 2, "'float' is not a type of key: write int, str, uuid"),
-        (["users", "id:int=x"], 2, "'x' is not an int"),
+        (["users", "id:int=x"], 2, "'x' is not an integer"),
         (["visits", "day=yesterday"], 2, "'yesterday' is not a date"),
         (["stores", "region=부산"], 1, "no bucket of keyspace 'stores' takes the key '부산'"),
         (["invoices", "id=1"], 2, "invoices has no shard key"),
@@ -356,7 +356,9 @@ def test_an_unreachable_zookeeper(shell: Shell, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_no_map_is_named(shell: Shell) -> None:
-    assert "Missing option '--map' (env var: 'SHARDKIT_MAP')" in shell.fails("map", "show", code=2, SHARDKIT_MAP="")
+    said = shell.fails("map", "show", code=2, SHARDKIT_MAP="")
+    assert "Missing option '--map' (env var: 'SHARDKIT_MAP')" in said
+    assert "fix: give --map file:shardmap.yaml or --map zookeeper://zk1:2181/shop, or export SHARDKIT_MAP" in said
     assert "is not a map source" in shell.fails("map", "show", "--map", "shop", code=4)
 
 
