@@ -291,7 +291,7 @@ class Hop:
         preflight.refuse_faults(source, target_facts)
         row = self._position_row(target)
         if row is not None:
-            self._refuse_other_source(row, source)
+            preflight.refuse_other_log(row.source, source, target_facts, hop=spec.name)
         stream = self._open(source.flavour, row.gtid if row else "")
         try:
             form = stream.begin()
@@ -319,15 +319,6 @@ class Hop:
             stream.close()
             raise
         return stream, claim
-
-    def _refuse_other_source(self, row: HopRow, source: ServerFacts) -> None:
-        if row.source != source.identity:
-            raise PositionLost(
-                f"the position in {self.spec.target} is one of {row.source}, "
-                f"but {self.spec.source.address} is {source.identity}",
-                hop=self.spec.name,
-                hint="put the old source back into the map, or fill the target anew from this one (relay reseed)",
-            )
 
     def _position_row(self, target: Connection) -> HopRow | None:
         if not own_schema.exists(target):

@@ -13,6 +13,7 @@ import rich_click as click
 
 from shardkit.cli.options import map_option, map_store, output_option
 from shardkit.cli.output import Column, Output
+from shardkit.cli.relay_control import pause, resume, skip
 
 if TYPE_CHECKING:
     from shardkit_cdc.relay import Hop
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 @click.group()
 def relay() -> None:
     """Copy every master's changes to its replicas (query off-loading)."""
+
+
+for _command in (pause, resume, skip):
+    relay.add_command(_command)
 
 
 @relay.command()
@@ -114,7 +119,7 @@ def status(map_source: str, shards: tuple[str, ...], out: Output) -> int:
     hops = hop_status(wanted, from_environment())
     out.result({"hops": hops})
     out.table(
-        ["hop", "from", "state", Column("lag s", right=True), Column("behind", right=True), "position"],
+        ["hop", "from", "state", Column("lag s", right=True), Column("behind", right=True), "log kept", "position"],
         [
             [
                 hop.hop,
@@ -122,6 +127,7 @@ def status(map_source: str, shards: tuple[str, ...], out: Output) -> int:
                 hop.state,
                 None if hop.lag_seconds is None else f"{hop.lag_seconds:.2f}",
                 hop.behind,
+                _span(hop.retention_left),
                 hop.position if len(hop.position) <= 60 else f"{hop.position[:57]}...",
             ]
             for hop in hops
@@ -130,9 +136,21 @@ def status(map_source: str, shards: tuple[str, ...], out: Output) -> int:
     if not hops:
         out.note("no shard has a staging database or replicas that the relay fills")
     for hop in hops:
+        if hop.paused_at is not None:
+            out.note(f"{hop.hop}: paused by {hop.paused_by} since {hop.paused_at.isoformat(timespec='seconds')}")
         if hop.error:
             out.warning(f"{hop.hop}: {hop.error}")
-    return 1 if any(hop.state in {"failed", "unreachable"} for hop in hops) else 0
+    return 1 if any(hop.state in {"failed", "needs reseed", "unreachable"} for hop in hops) else 0
+
+
+def _span(seconds: float | None) -> str | None:
+    """``29 d 4 h``, ``3 h 12 min``, ``4 min``: cut, not rounded up."""
+    if seconds is None:
+        return None
+    minutes = int(seconds // 60)
+    if minutes >= 24 * 60:
+        return f"{minutes // (24 * 60)} d {minutes // 60 % 24} h"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 class _JsonLines(logging.Formatter):
