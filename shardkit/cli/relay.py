@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import threading
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import rich_click as click
@@ -28,6 +29,15 @@ for _command in (pause, resume, skip):
     relay.add_command(_command)
 
 
+def _address(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    from shardkit_cdc.health import parse_address
+
+    try:
+        return None if value is None else parse_address(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 @relay.command()
 @map_option
 @click.option("--shard", "shards", multiple=True, metavar="SHARD", help="Serve this shard only; may be repeated.")
@@ -44,8 +54,15 @@ for _command in (pause, resume, skip):
     show_default=True,
     help="How log lines look, on standard error.",
 )
-@click.option("--metrics-port", type=int, metavar="PORT", help="Serve Prometheus metrics on this port of 127.0.0.1.")
-def run(map_source: str, shards: tuple[str, ...], from_start: bool, log_format: str, metrics_port: int | None) -> None:
+@click.option(
+    "--listen",
+    metavar="[HOST:]PORT",
+    callback=_address,
+    help="Serve /livez, /readyz and /metrics there, on 127.0.0.1 where no host is given.",
+)
+def run(
+    map_source: str, shards: tuple[str, ...], from_start: bool, log_format: str, listen: tuple[str, int] | None
+) -> None:
     """Relay until told to stop (Ctrl-C or SIGTERM).
 
     Every hop goes on from the position in its target, so it may be killed and started again at any time. Several
@@ -55,37 +72,40 @@ def run(map_source: str, shards: tuple[str, ...], from_start: bool, log_format: 
     from shardkit.credentials import from_environment
     from shardkit.errors import PreconditionFailed, RelayError
     from shardkit_cdc.daemon import Relay, tune_process
+    from shardkit_cdc.health import HealthServer
     from shardkit_cdc.relay import HopOptions
+    from shardkit_cdc.sd_notify import Supervisor
 
     _log_to_stderr(log_format)
     tune_process()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with map_store(map_source) as store:
+    supervisor = Supervisor()
+    with map_store(map_source) as store, ExitStack() as closing:
         daemon = Relay(
             store,
             from_environment(),
             shards=shards,
             options=HopOptions(from_start=from_start),
         )
+        if listen is not None:
+            health = HealthServer(listen, unready=daemon.unready, registry=daemon.metrics.registry)
+            closing.callback(health.close)
+            logging.getLogger(__name__).info("health and metrics on http://%s:%d", listen[0], health.port)
         daemon.start()
-        try:
-            if metrics_port is not None:
-                from prometheus_client import start_http_server
-
-                start_http_server(metrics_port, addr="127.0.0.1", registry=daemon.metrics.registry)
-            refused = daemon.refused()
-            if refused:
-                first, *others = refused
-                failure = explain(first)
-                more = "".join(f"; {explain(error).message}" for error in others)
-                raise PreconditionFailed(failure.message + more, hint=failure.hint)
-            while not stop.is_set() and not daemon.wait(0.2):
-                pass
-            ended = [hop for hop in daemon.hops if hop.report.error is not None] if not stop.is_set() else []
-        finally:
-            daemon.stop()
+        closing.callback(daemon.stop)
+        closing.callback(supervisor.stopping)
+        refused = daemon.refused(stop=stop)
+        if refused:
+            first, *others = refused
+            failure = explain(first)
+            more = "".join(f"; {explain(error).message}" for error in others)
+            raise PreconditionFailed(failure.message + more, hint=failure.hint)
+        supervisor.ready()
+        while not stop.is_set() and not daemon.wait(0.2):
+            supervisor.alive()
+        ended = [hop for hop in daemon.hops if hop.report.error is not None] if not stop.is_set() else []
     if ended:
         raise RelayError(_summed_up(ended), hint=ended[0].report.error.hint if ended[0].report.error else None)
 
