@@ -227,7 +227,9 @@ class Hop:
         report = self.report
         if isinstance(error, RelayError):
             error = error.of_hop(self.spec.name)
-        report.state, report.error, report.pause = state, error, pause
+        report.state, report.pause = state, pause
+        if state is not State.STARTING:  # until the new attempt has come to something, the old one's error stands
+            report.error = error
         level = logging.INFO if error is None else logging.WARNING if state is State.RETRYING else logging.ERROR
         line = f"{state.value}: {error}" if error else str(pause) if pause else state.value
         if state is State.STARTING or line == self._said:
