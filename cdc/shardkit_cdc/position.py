@@ -85,6 +85,18 @@ def lock_name(database: str, key: str) -> str:
     return "shardkit:hop:" + hashlib.sha1(f"{database}\0{key}".encode(), usedforsecurity=False).hexdigest()
 
 
+def is_held(connection: Connection, lock: str) -> bool:
+    """Whether a runner's connection holds the hop's lock now."""
+    return _holder(connection, lock) is not None
+
+
+def _holder(connection: Connection, lock: str) -> int | None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT IS_USED_LOCK(%s)", (lock,))
+        found: Sequence[int | None] = cursor.fetchone() or (None,)
+    return found[0]
+
+
 class Claim:
     """One runner's hold on a hop: its epoch, and the position up to which it has applied the source's log."""
 
@@ -213,13 +225,12 @@ def note_error(connection: Connection, key: str, epoch: int, text: str) -> None:
 
 
 def _end_old_runner(connection: Connection, lock: str) -> None:
+    held = _holder(connection, lock)
+    if held is None:
+        return
     with connection.cursor() as cursor:
-        cursor.execute("SELECT IS_USED_LOCK(%s)", (lock,))
-        held: Sequence[int | None] = cursor.fetchone() or (None,)
-        if held[0] is None:
-            return
         try:
-            cursor.execute(f"KILL {int(held[0])}")
+            cursor.execute(f"KILL {int(held)}")
         except pymysql.MySQLError as error:
             if code_of(error) != _NO_SUCH_THREAD:  # it may have ended by itself
                 raise
