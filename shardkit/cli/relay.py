@@ -15,11 +15,8 @@ import rich_click as click
 
 from shardkit.cli.options import map_option, map_store, output_option
 from shardkit.cli.output import Column, Output
-<<<<<<< HEAD
-from shardkit.cli.status import relay_note
-=======
 from shardkit.cli.relay_control import pause, resume, skip
->>>>>>> relay-ops
+from shardkit.cli.status import relay_note
 
 if TYPE_CHECKING:
     from shardkit_cdc.relay import Hop
@@ -147,18 +144,15 @@ def status(map_source: str, shards: tuple[str, ...], out: Output) -> int:
     hops = hop_status(wanted, from_environment())
     out.result({"hops": hops})
     out.table(
-<<<<<<< HEAD
         [
             Column("hop", whole=True),
             Column("from", whole=True),
             "state",
             Column("lag s", right=True),
             Column("behind", right=True),
+            "log kept",
             Column("position", whole=True),
         ],
-=======
-        ["hop", "from", "state", Column("lag s", right=True), Column("behind", right=True), "log kept", "position"],
->>>>>>> relay-ops
         [
             [
                 hop.hop,
@@ -166,12 +160,8 @@ def status(map_source: str, shards: tuple[str, ...], out: Output) -> int:
                 "not started" if hop.state == "new" else hop.state,
                 None if hop.lag_seconds is None else f"{hop.lag_seconds:.2f}",
                 hop.behind,
-<<<<<<< HEAD
-                short_position(hop.position),
-=======
                 _span(hop.retention_left),
-                hop.position if len(hop.position) <= 60 else f"{hop.position[:57]}...",
->>>>>>> relay-ops
+                short_position(hop.position),
             ]
             for hop in hops
         ],
