@@ -128,7 +128,7 @@ class Claim:
                 raise Fenced("its position row is gone")
             if expected_epoch is not None and row.epoch != expected_epoch:
                 raise _taken_over(row)
-            _end_old_runner(connection, lock)
+            end_old_runner(connection, lock)
             cursor.execute("SELECT GET_LOCK(%s, %s)", (lock, lock_timeout))
             if cursor.fetchone() != (1,):
                 raise Interrupted(
@@ -212,7 +212,8 @@ def note_error(connection: Connection, key: str, epoch: int, text: str) -> None:
     connection.commit()
 
 
-def _end_old_runner(connection: Connection, lock: str) -> None:
+def end_old_runner(connection: Connection, lock: str) -> None:
+    """Kill the connection that holds a hop's lock; nothing where there is none."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT IS_USED_LOCK(%s)", (lock,))
         held: Sequence[int | None] = cursor.fetchone() or (None,)

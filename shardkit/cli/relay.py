@@ -13,6 +13,7 @@ import rich_click as click
 
 from shardkit.cli.options import map_option, map_store, output_option
 from shardkit.cli.output import Column, Output
+from shardkit.cli.relay_data import seed
 
 if TYPE_CHECKING:
     from shardkit_cdc.relay import Hop
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 @click.group()
 def relay() -> None:
     """Copy every master's changes to its replicas (query off-loading)."""
+
+
+relay.add_command(seed)
 
 
 @relay.command()
