@@ -41,6 +41,8 @@ class Form(Enum):
     """By number: ENUM and SET (their empty values have no text of their own), BIT."""
     REAL = auto()
     """Through DOUBLE: a FLOAT's own text is rounded to six digits."""
+    TEXT = auto()
+    """ASCII text that says so: MariaDB's UUID and INET types take a binary string for the stored bytes."""
     JSON = auto()
     """MySQL's JSON takes text, but no binary string."""
 
@@ -50,7 +52,8 @@ _FORMS = {
     **dict.fromkeys(("enum", "set", "bit"), Form.NUMBER),
     **dict.fromkeys(("float", "double"), Form.REAL),
     **dict.fromkeys(_NUMBERS, Form.QUOTED),
-    **dict.fromkeys(("date", "time", "datetime", "timestamp", "uuid", "inet4", "inet6"), Form.QUOTED),
+    **dict.fromkeys(("date", "time", "datetime", "timestamp"), Form.QUOTED),
+    **dict.fromkeys(("uuid", "inet4", "inet6"), Form.TEXT),
     "json": Form.JSON,
 }
 
@@ -105,6 +108,8 @@ class Column:
                 return f"IFNULL(CAST({name} AS UNSIGNED),'NULL')"
             case Form.REAL:
                 return f"QUOTE(CAST({name} AS DOUBLE))"
+            case Form.TEXT:
+                return f"IF({name} IS NULL,'NULL',CONCAT('_ascii ''',{name},''''))"
             case Form.JSON:
                 return f"IF({name} IS NULL,'NULL',CONCAT('_utf8mb4 X''',HEX(CAST({name} AS CHAR)),''''))"
             case Form.BYTES:

@@ -19,6 +19,7 @@ class Table(RowTexts):
     :param kind: ``BASE TABLE``, or MariaDB's ``SYSTEM VERSIONED`` or ``SEQUENCE``.
     :param primary: columns of the primary key; empty without one.
     :param shape: what has to be equal on both ends of a hop, column by column.
+    :param born: when the table of this name was made.
     :param estimate: rows, roughly.
     """
 
@@ -27,6 +28,7 @@ class Table(RowTexts):
     columns: tuple[Column, ...]
     primary: tuple[str, ...]
     shape: tuple[tuple[object, ...], ...]
+    born: object
     estimate: int
 
     @property
@@ -88,11 +90,12 @@ def read_tables(database: Database) -> dict[str, Table]:
         keys.setdefault(table, []).append(name)
     return {
         name: Table(
-            name, kind, tuple(columns[name]), tuple(keys.get(name, ())), tuple(shapes[name]), int(estimate or 0)
+            name, kind, tuple(columns[name]), tuple(keys.get(name, ())), tuple(shapes[name]), born, int(estimate or 0)
         )
-        for name, kind, estimate in database.rows(
-            "SELECT table_name, table_type, table_rows FROM information_schema.tables WHERE table_schema = DATABASE() "
-            "AND table_type IN ('BASE TABLE', 'SYSTEM VERSIONED', 'SEQUENCE') ORDER BY table_name"
+        for name, kind, born, estimate in database.rows(
+            "SELECT table_name, table_type, create_time, table_rows FROM information_schema.tables "
+            "WHERE table_schema = DATABASE() AND table_type IN ('BASE TABLE', 'SYSTEM VERSIONED', 'SEQUENCE') "
+            "ORDER BY table_name"
         )
         if name in columns
     }

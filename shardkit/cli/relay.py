@@ -13,7 +13,7 @@ import rich_click as click
 
 from shardkit.cli.options import map_option, map_store, output_option
 from shardkit.cli.output import Column, Output
-from shardkit.cli.relay_data import seed
+from shardkit.cli.relay_data import seed, verify
 
 if TYPE_CHECKING:
     from shardkit_cdc.relay import Hop
@@ -25,6 +25,7 @@ def relay() -> None:
 
 
 relay.add_command(seed)
+relay.add_command(verify)
 
 
 @relay.command()

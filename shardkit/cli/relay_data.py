@@ -154,3 +154,75 @@ class _Bars:
         task = self._tasks.pop(table)
         task.expect(task.pace.done)
         task.finish()
+
+
+@click.command()
+@map_option
+@click.option("--shard", "shards", multiple=True, metavar="SHARD", help="This shard only; may be repeated.")
+@click.option("--repair", is_flag=True, help="Write the source's rows over those that differ, after asking.")
+@yes_option
+@output_option
+def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, yes: bool) -> int:
+    """Compare every staging database and replica with the server that its relay reads, while both work.
+
+    Names the rows that are missing, extra or different. Exit code 3 when there are any, and they were not repaired; 1
+    when rows changed too fast to be compared.
+    """
+    from shardkit.credentials import from_environment
+    from shardkit.errors import UnknownTable
+    from shardkit_cdc.daemon import hops_of
+    from shardkit_cdc.repair import repair as mend
+    from shardkit_cdc.verify import verify as compare
+
+    with map_store(map_source) as store:
+        current = store.load()
+    unknown = set(shards) - set(current.shards)
+    if unknown:
+        raise UnknownTable(
+            f"the shard map has no shard {', '.join(sorted(unknown))}",
+            hint=f"its shards are {', '.join(sorted(current.shards))}",
+        )
+    specs = [spec for name, shard in current.shards.items() if not shards or name in shards for spec in hops_of(shard)]
+    verdicts: list[Verdict] = []
+    repaired = 0
+    for spec in specs:
+        with out.progress() as progress:
+            task = progress.task(f"compare {spec.name}")
+            done: dict[str, int] = {}
+
+            def report(table: str, rows: int, task: Task = task, done: dict[str, int] = done) -> None:
+                done[table] = rows
+                task.at(sum(done.values()))
+
+            verdict = compare(spec, from_environment(), report=report)
+            task.finish()
+        verdicts.append(verdict)
+        if repair and verdict.differences:
+            out.confirm(
+                f"Make {len(verdict.differences)} rows of {spec.target} like those of {spec.source}?",
+                yes=yes,
+                plan=[str(each) for each in verdict.differences],
+            )
+            # At once: what follows this target gets the rows through its log, and is compared after that.
+            repaired += mend(spec, from_environment(), verdict.differences)
+    differing = sum(len(verdict.differences) for verdict in verdicts)
+    out.result({"hops": verdicts, "differences": differing, "repaired": repaired})
+    out.table(
+        ["hop", *(Column(name, right=True) for name in ("tables", "rows", "seconds", "differences"))],
+        [
+            (each.hop, count(each.tables), count(each.rows), f"{each.seconds:.1f}", count(len(each.differences)))
+            for each in verdicts
+        ],
+    )
+    for each in verdicts:
+        for difference in each.differences:
+            out.line(f"{each.hop}: {difference}", style="red")
+        for name in each.undecided:
+            out.warning(f"{each.hop}: {name} changed too fast to be compared")
+    if not specs:
+        out.note("no shard has a staging database or replicas that the relay fills")
+    if repaired:
+        out.done(f"repaired {count(repaired)} rows")
+    if differing > repaired:
+        return 3
+    return 1 if any(each.undecided for each in verdicts) else 0
