@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from shardkit.cli.options import map_option, map_store, output_option, yes_option
-from shardkit.cli.output import Output, count
+from shardkit.cli.output import Column, Output, count
 from shardkit.cli.progress import Progress, Task
 
 if TYPE_CHECKING:
     from shardkit.shardmap import ShardMap
     from shardkit_cdc.relay import HopSpec
     from shardkit_cdc.seed import Found
+    from shardkit_cdc.verify import Verdict
 
 _BYTES = 1 << 20
 
