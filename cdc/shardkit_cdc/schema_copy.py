@@ -80,7 +80,7 @@ def _read(database: Database, kind: str, name: str) -> Definition:
     if statement is None:
         raise PreconditionFailed(
             f"{database}: this account may not see the definition of the {kind.lower()} {name}",
-            hint="grant SHOW CREATE ROUTINE (MariaDB 11.3 on) or SHOW_ROUTINE (MySQL), or SELECT on mysql.proc",
+            hint="grant SELECT ON mysql.proc (MariaDB) or SHOW_ROUTINE (MySQL)",
         )
     # The text was given in utf8mb4. Where it is ASCII its own client's character set is noted with it as it was.
     settings = [("collation_connection", str(collation))]

@@ -16,7 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Protocol
@@ -128,7 +128,7 @@ def seed(
     except pymysql.MySQLError as error:
         raise PartlyApplied(
             f"the seed of {spec.target} failed: {text_of(error)} ({code_of(error)})", hint=_AGAIN
-        ) from (error)
+        ) from error
 
 
 _AGAIN = "run the same command again: it empties the target and begins anew"
@@ -242,6 +242,8 @@ class _Seed:
                 hint="stop the relay, or wait until its big transaction is rolled back, then run this again",
             )
         with target.transaction():
+            # Apart from the histories, which travel on: the relay takes or leaves a whole row event.
+            target.run("DELETE FROM shardkit_position WHERE hop NOT LIKE %s", own_tables.HISTORY_PREFIX + "%")
             for table in read_tables(target).values():
                 if table.own and table.name not in own_tables.LOCAL_TABLES - {own_tables.prepared.name}:
                     target.run(f"DELETE FROM {quoted(table.name)}")
@@ -315,6 +317,11 @@ class _Seed:
         with ThreadPoolExecutor(len(snapshot.sessions), thread_name_prefix="shardkit-seed") as pool:
             futures = [pool.submit(work, source) for source in snapshot.sessions]
             try:
+                done, running = wait(futures, return_when=FIRST_EXCEPTION)
+                if running:
+                    self._stop.set()
+                    for future in done:
+                        future.result()  # what went wrong, before what is only stopped because of it
                 return [each for future in futures for each in future.result()]
             finally:
                 self._stop.set()

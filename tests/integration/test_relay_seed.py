@@ -126,6 +126,20 @@ def test_a_staging_database_that_was_filled_may_be_read_from_the_start(chain: Ch
     chain.assert_equal()
 
 
+def test_replicas_follow_a_staging_database_that_is_filled_anew(chain: Chain) -> None:
+    bank(chain, 5000)
+    chain.start()
+    chain.settle()
+    replica = chain.hops.pop(1)
+    with load(chain, xa=False):
+        fill(chain, 0, jobs=2)
+    chain.stop()
+    assert replica.report.error is None
+    chain.start()
+    chain.settle()
+    chain.assert_equal()
+
+
 def test_every_type_arrives_as_it_was_written(pair: Chain) -> None:
     names = ", ".join(definition.split()[0] for definition, _, _ in COLUMNS)
     insert = f"INSERT INTO types ({names}) VALUES"
