@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from shardkit.errors import PreconditionFailed
-from shardkit_cdc import verify as verify_module
 from shardkit_cdc.repair import repair
-from shardkit_cdc.verify import Kind, Verdict, verify
+from shardkit_cdc.verify import Difference, Kind, Verdict, verify
 from tests.integration.test_relay_replay import COLUMNS, GENERATED
 from tests.integration.test_relay_seed import bank, fill, load, map_file, shardkit
 from tests.relay_chain import Chain, wait_for
@@ -68,18 +71,51 @@ def test_planted_differences_are_named_under_load_and_nothing_else(pair: Chain) 
     assert verdict.tables == 3
 
 
-def test_a_row_that_changes_all_the_time_is_decided_under_a_lock(pair: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the waiting every comparison of a busy row would be a false alarm: the lock alone has to do."""
-    monkeypatch.setattr(verify_module, "_ROUNDS", 1)
-    bank(pair, 5000)
+@contextmanager
+def busy(pair: Chain, *statements: str) -> Iterator[None]:
+    """Clients that run these statements on ten rows of the table ``busy``, as fast as they can."""
+    stop = threading.Event()
+    errors: list[Exception] = []
+
+    def work(first: int) -> None:
+        try:
+            connection = pair.master.connect(pair.database, autocommit=True)
+            with connection, connection.cursor() as cursor:
+                for number in itertools.count():
+                    if stop.is_set():
+                        return
+                    for statement in statements:
+                        cursor.execute(statement, (first + number % 5,))
+        except Exception as error:  # noqa: BLE001 - asserted below
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in (0, 5)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert errors == []
+
+
+def busy_table(pair: Chain) -> None:
+    rows = ", ".join(f"({number}, 0)" for number in range(10))
+    pair.sql("CREATE TABLE busy (id INT PRIMARY KEY, n INT)", f"INSERT INTO busy VALUES {rows}, (50, 0)")
     pair.run(pair.hop(0))
     pair.settle()
-    unlogged(pair, "UPDATE accounts SET note = 'drift' WHERE id < 30")
-    with load(pair, xa=False):
-        verdict = compare(pair, chunk=5000)
-    keys = {each.key for each in verdict.differences}
-    assert keys <= {f"id={number}" for number in range(30)}
-    assert verdict.undecided == []
+
+
+def test_rows_that_change_all_the_time_are_decided_under_a_lock(pair: Chain) -> None:
+    busy_table(pair)
+    unlogged(pair, "UPDATE busy SET n = 9 WHERE id = 50")
+    with busy(pair, "UPDATE busy SET n = n + 1 WHERE id = %s"):
+        for _ in range(4):
+            verdict = compare(pair)
+            assert found(verdict) == [("busy", "different", "id=50")]
+            assert verdict.undecided == []
 
 
 def test_repaired_rows_are_the_sources_and_the_hop_goes_on(pair: Chain) -> None:
@@ -96,22 +132,13 @@ def test_repaired_rows_are_the_sources_and_the_hop_goes_on(pair: Chain) -> None:
     pair.assert_equal()
 
 
-def test_rows_that_work_goes_on_with_are_repaired_without_a_clash(pair: Chain) -> None:
-    """The load deletes, inserts and changes the very rows that are repaired."""
-    bank(pair, 5000)
-    pair.sql(
-        "CREATE TABLE busy (id INT PRIMARY KEY, n INT)",
-        "INSERT INTO busy VALUES " + ", ".join(f"({n}, 0)" for n in range(20)),
-    )
-    pair.run(pair.hop(0))
-    pair.settle()
-    for _ in range(3):
-        unlogged(pair, "UPDATE busy SET n = -1 WHERE id < 10")
-        with load(pair, xa=False):
-            verdict = compare(pair)
-            assert len(verdict.differences) == 10
-            repair(pair.specs[0], pair.master.credentials, verdict.differences)
-            pair.sql("UPDATE busy SET n = n + 1", "DELETE FROM busy WHERE id = 3", "INSERT INTO busy VALUES (3, 7)")
+def test_rows_that_are_at_work_are_repaired_without_a_clash(pair: Chain) -> None:
+    """A row written too early or too late is there already, or missing, when its change arrives: the hop would stop."""
+    busy_table(pair)
+    faults = [Difference("busy", Kind.DIFFERENT, f"id={number}", (str(number),)) for number in range(10)]
+    with busy(pair, "DELETE FROM busy WHERE id = %s", "INSERT INTO busy VALUES (%s, 1)"):
+        for _ in range(5):
+            repair(pair.specs[0], pair.master.credentials, faults)
     pair.settle()
     pair.assert_equal()
 
