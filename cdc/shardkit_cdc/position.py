@@ -57,11 +57,14 @@ def read_row(connection: Connection, key: str) -> HopRow | None:
     return None if found is None else HopRow(*found)
 
 
-def insert_row(connection: Connection, key: str, *, gtid: str, source: str, ddl_origin: str) -> None:
-    """Begin a hop at a position. The caller has made sure that the target holds exactly the data of that position."""
+def insert_row(connection: Connection, key: str, *, gtid: str, source: str, ddl_origin: str, epoch: int = 0) -> None:
+    """Begin a hop at a position. The caller has made sure that the target holds exactly the data of that position.
+
+    :param epoch: above that of every runner before, where there may have been some.
+    """
     values: Mapping[str, str | int] = {
         "hop": key,
-        "epoch": 0,
+        "epoch": epoch,
         "counter": 0,
         "gtid": gtid,
         "source": source,

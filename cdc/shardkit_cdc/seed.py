@@ -146,6 +146,7 @@ class _Seed:
         self._mark = own_tables.SEED_PREFIX + spec.shard
         self._token = secrets.token_hex(16)
         self._stop = threading.Event()
+        self._epoch = 0  # above that of every runner that has served the target before
 
     def run(self, stack: ExitStack, confirm: Callable[[Found], None] | None) -> Seeded:
         began = time.monotonic()
@@ -241,13 +242,15 @@ class _Seed:
                 f"the hop's runner has not let go of {spec.target} within {LOCK_TIMEOUT} s",
                 hint="stop the relay, or wait until its big transaction is rolled back, then run this again",
             )
+        rows = (read_row(target.connection, key) for key in (spec.key, self._mark))
+        self._epoch = max((row.epoch + 1 for row in rows if row is not None), default=0)
         with target.transaction():
             # Apart from the histories, which travel on: the relay takes or leaves a whole row event.
             target.run("DELETE FROM shardkit_position WHERE hop NOT LIKE %s", own_tables.HISTORY_PREFIX + "%")
             for table in read_tables(target).values():
                 if table.own and table.name not in own_tables.LOCAL_TABLES - {own_tables.prepared.name}:
                     target.run(f"DELETE FROM {quoted(table.name)}")
-            insert_row(target.connection, self._mark, gtid="", source=self._token, ddl_origin="")
+            insert_row(target.connection, self._mark, gtid="", source=self._token, ddl_origin="", epoch=self._epoch)
 
     # --- the snapshot
 
@@ -402,6 +405,7 @@ class _Seed:
                 gtid=str(position),
                 source=facts.identity,
                 ddl_origin=new_origin(target.connection, facts.flavour),
+                epoch=self._epoch,
             )
             insert_row(
                 target.connection, own_tables.HISTORY_PREFIX + spec.shard, gtid=gtid, source=source, ddl_origin=""
