@@ -33,6 +33,8 @@ LOCAL_TABLES = frozenset({VERSION_TABLE, "shardkit_prepared", "shardkit_migratio
 #: Position rows under this prefix are a master's history and travel; rows of hops do not.
 HISTORY_PREFIX = "history:"
 HOP_PREFIX = "hop:"
+#: A target that is being filled from a snapshot has a row under this prefix and none of its hop.
+SEED_PREFIX = "seed:"
 
 LOCK_TIMEOUT = 60  # seconds
 

@@ -57,11 +57,14 @@ def read_row(connection: Connection, key: str) -> HopRow | None:
     return None if found is None else HopRow(*found)
 
 
-def insert_row(connection: Connection, key: str, *, gtid: str, source: str, ddl_origin: str) -> None:
-    """Begin a hop at a position. The caller has made sure that the target holds exactly the data of that position."""
+def insert_row(connection: Connection, key: str, *, gtid: str, source: str, ddl_origin: str, epoch: int = 0) -> None:
+    """Begin a hop at a position. The caller has made sure that the target holds exactly the data of that position.
+
+    :param epoch: above that of every runner before, where there may have been some.
+    """
     values: Mapping[str, str | int] = {
         "hop": key,
-        "epoch": 0,
+        "epoch": epoch,
         "counter": 0,
         "gtid": gtid,
         "source": source,
@@ -140,7 +143,7 @@ class Claim:
                 raise Fenced("its position row is gone")
             if expected_epoch is not None and row.epoch != expected_epoch:
                 raise _taken_over(row)
-            _end_old_runner(connection, lock)
+            end_old_runner(connection, lock)
             cursor.execute("SELECT GET_LOCK(%s, %s)", (lock, lock_timeout))
             if cursor.fetchone() != (1,):
                 raise Interrupted(
@@ -224,7 +227,8 @@ def note_error(connection: Connection, key: str, epoch: int, text: str) -> None:
     connection.commit()
 
 
-def _end_old_runner(connection: Connection, lock: str) -> None:
+def end_old_runner(connection: Connection, lock: str) -> None:
+    """Kill the connection that holds a hop's lock; nothing where there is none."""
     held = _holder(connection, lock)
     if held is None:
         return

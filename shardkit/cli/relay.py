@@ -16,6 +16,7 @@ import rich_click as click
 from shardkit.cli.options import map_option, map_store, output_option
 from shardkit.cli.output import Column, Output
 from shardkit.cli.relay_control import pause, resume, skip
+from shardkit.cli.relay_data import seed, verify
 from shardkit.cli.status import relay_note
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def relay() -> None:
     """Copy every master's changes to its replicas (query off-loading)."""
 
 
-for _command in (pause, resume, skip):
+for _command in (pause, resume, seed, skip, verify):
     relay.add_command(_command)
 
 
