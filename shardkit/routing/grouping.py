@@ -21,7 +21,9 @@ from sqlalchemy.sql.elements import (
     BindParameter,
     BooleanClauseList,
     Case,
+    Cast,
     ClauseElement,
+    ColumnClause,
     ColumnElement,
     ExpressionClauseList,
     Null,
@@ -46,6 +48,7 @@ from shardkit.routing.combining import (
 from shardkit.routing.conditions import Binds
 from shardkit.routing.expressions import contents_of, is_distinct
 from shardkit.routing.formulas import Call, Constant, Formula, Place
+from shardkit.routing.keyvalues import stored_type
 from shardkit.routing.sorting import Comparison, SortKey, bare, extreme_column, raw, sort_column
 from shardkit.routing.spread import Refused
 
@@ -69,6 +72,7 @@ class Grouping:
     :ivar finer: what the shards group by beside the statement's own groups.
     :ivar counts_keys: whether different keys are counted by adding up the shards' counts: right only as long as the
         shards do not group more finely.
+    :ivar asks_shards: what only a shard's row can say, not the merge: it is missing where no shard sends a row.
     :ivar unsorted: places of hidden columns that find an extreme, and do not sort as it does.
     """
 
@@ -84,6 +88,7 @@ class Grouping:
     computed: list[Computed] = field(default_factory=list)
     finer: list[ColumnElement[Any]] = field(default_factory=list)
     counts_keys: bool = False
+    asks_shards: str | None = None
     unsorted: set[int] = field(default_factory=set)
     _made: list[tuple[Any, SortKey | None, int]] = field(default_factory=list)  # expression, how it sorts, its place
 
@@ -195,6 +200,11 @@ class Grouping:
         name = _name(expression)
         own = self.hide(raw(expression))
         arguments = [bare(each) for each in expression.clauses]
+        if name in {"sum", "avg"} and self.dialect.name != "sqlite" and _holds_quotient(arguments[0]):
+            raise refused(
+                f"{name.upper()} of a quotient of exact numbers, over several shards",
+                "divide the sum (SUM(x) / 7), divide floating point, or do it in the application",
+            )  # each shard's sum is rounded already
         if arguments and is_distinct(arguments[0]):
             argument = bare(arguments[0].element)
             if name == "count" and self.is_key(argument):
@@ -242,7 +252,9 @@ class Grouping:
     def _different(self, name: str, argument: Any, place: int | None, own: int) -> Combine:
         column, comparison = sort_column(argument, self.dialect)
         self.finer.append(argument)
-        value = self.hide(least(raw(argument)))
+        # FLOAT is sent rounded: its key is not
+        sent = column if isinstance(stored_type(argument.type, self.dialect), sa.Float) else raw(argument)
+        value = self.hide(least(sent))
         return Different(name, place, own, value, SortKey(self.hide(least(column)), comparison))
 
     def _texts(self, expression: Any, place: int | None) -> Texts:
@@ -318,6 +330,11 @@ class Grouping:
                 if self.dialect.name == "sqlite":
                     return Call(formulas.divide_floats, arguments)
                 self._check_digits(expression.left, expression.right)
+                if self._digits_vary(expression.left):
+                    raise refused(
+                        "a quotient of a CASE or COALESCE of numbers with different digits, over several shards",
+                        "give its values the same number of digits after the point, or do it in the application",
+                    )
                 digits = Place(self.hide(raw(sa.literal_column("@@div_precision_increment"))))
                 return Call(formulas.divide, (*arguments, digits))
             case UnaryExpression() if expression.operator is operators.neg:
@@ -343,6 +360,54 @@ class Grouping:
                 "arithmetic on a quotient or an AVG, over several shards",
                 "multiply before dividing (SUM(x) * 100 / COUNT(*)), or do it in the application",
             )
+
+    def _digits_vary(self, expression: Any) -> bool:
+        """Whether a CASE or COALESCE in it may choose a number with fewer digits than its type has: a quotient has as
+        many as the type says, and more.
+        """
+        expression = bare(expression)
+        match expression:
+            case BinaryExpression():
+                return self._digits_vary(expression.left) or self._digits_vary(expression.right)
+            case UnaryExpression():
+                return self._digits_vary(expression.element)
+            case Case():
+                values = [then for _, then in expression.whens] + [expression.else_]
+            case FunctionElement() if _name(expression) in {"coalesce", "ifnull"}:
+                values = list(expression.clauses)
+            case _:
+                return False
+        shown = [bare(each) for each in values if each is not None and not self._is_nothing(each)]
+        if any(self._digits_vary(each) for each in shown):
+            return True
+        scales = {self._scale(each) for each in shown}
+        if scales != {0}:
+            self.asks_shards = "a quotient with a default"  # the shards' own values say with how many digits 0 is shown
+        return len(shown) > 1 and (None in scales or len(scales) > 1)
+
+    def _is_nothing(self, expression: Any) -> bool:
+        """NULL, or the number 0, whose quotients are 0 with any number of digits."""
+        expression = bare(expression)
+        if not is_constant(expression):
+            return False
+        value = self._constant(expression).value
+        return value is None or (type(value) is int and value == 0)
+
+    def _scale(self, expression: Any) -> int | None:
+        """Digits after the point; -1 of floating point, None where they are not known."""
+        if is_constant(expression):
+            value = self._constant(expression).value
+            if isinstance(value, Decimal):
+                return max(0, -int(value.as_tuple().exponent))
+            return {int: 0, float: -1}.get(type(value))
+        if _name(expression) == "count":
+            return 0
+        if _name(expression) in {"sum", "min", "max"}:
+            (expression,) = map(bare, expression.clauses)
+            expression = bare(expression.element) if is_distinct(expression) else expression
+        if isinstance(expression.type, sa.Integer | sa.Float):
+            return 0 if isinstance(expression.type, sa.Integer) else -1
+        return expression.type.scale if isinstance(expression, ColumnClause) and _is_number(expression) else None
 
     def _case(self, expression: Case[Any]) -> Formula:
         parts: list[Formula] = []
@@ -382,6 +447,7 @@ class Grouping:
         clause = bare(clause)
         if not contents_of([clause]).aggregates:
             # every shard says the same of a group's own columns
+            self.asks_shards = "a condition without an aggregate"
             return Place(self.hide(least(raw(sa.type_coerce(clause, sa.Integer)))))
         match clause:
             case BooleanClauseList():
@@ -458,7 +524,7 @@ def _is_quotient(expression: Any) -> bool:
     expression = bare(expression)
     match expression:
         case BinaryExpression():
-            if expression.operator is operators.truediv:
+            if _divides(expression):
                 return True
             return _is_quotient(expression.left) or _is_quotient(expression.right)
         case UnaryExpression():
@@ -466,9 +532,39 @@ def _is_quotient(expression: Any) -> bool:
         case Case():
             values = [then for _, then in expression.whens] + [expression.else_]
             return any(_is_quotient(each) for each in values if each is not None)
-        case FunctionElement() if _name(expression) in {"coalesce", "ifnull"}:
+        case FunctionElement() if _name(expression) in {"coalesce", "ifnull", "min", "max"}:
             return any(map(_is_quotient, expression.clauses))
     return _name(expression) == "avg"
+
+
+def _divides(expression: BinaryExpression[Any]) -> bool:
+    operator: Any = expression.operator
+    return operator is operators.truediv or getattr(operator, "opstring", "").strip() == "/"
+
+
+def _is_float(expression: Any) -> bool:
+    expression = bare(expression)
+    if isinstance(expression.type, sa.Float):
+        return True
+    return isinstance(expression, BinaryExpression) and (_is_float(expression.left) or _is_float(expression.right))
+
+
+def _holds_quotient(expression: Any) -> bool:
+    """Whether an exact number is, or is made of, a quotient: a server sums up more digits of it than it shows."""
+    expression = bare(expression)
+    if isinstance(expression, Cast) or _is_float(expression) or isinstance(expression.type, sa.Boolean):
+        return False
+    match expression:
+        case BinaryExpression() if _divides(expression):
+            return True
+        case Case():
+            values = [then for _, then in expression.whens] + [expression.else_]
+            return any(_holds_quotient(each) for each in values if each is not None)
+        case FunctionElement() if _name(expression) in {"round", "truncate", "floor", "ceil", "ceiling", "count"}:
+            return False
+        case ColumnClause():  # servers put a plain subquery's expression in place of its column
+            return any(_holds_quotient(each) for each in expression._proxies)  # noqa: SLF001 - no public reader
+    return any(_holds_quotient(each) for each in expression.get_children() if isinstance(each, ColumnElement))
 
 
 def is_constant(expression: Any) -> bool:

@@ -32,6 +32,7 @@ from sqlalchemy.sql.elements import (
     TypeCoerce,
 )
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.selectable import CompoundSelect, SelectStatementGrouping
 from sqlalchemy.types import NullType
 
 from shardkit.errors import RoutingError
@@ -292,6 +293,8 @@ def _on_server(expression: Any, stored: Any, dialect: Dialect) -> tuple[ColumnEl
                 raise _unsortable(expression, "an expression over an ENUM sorts as text")
             if not stored.native_enum:
                 return _text(expression, stored.length)
+            if not _is_stored(expression):
+                raise _unsortable(expression, "an expression over an ENUM, or a union of some, is text and sorts so")
             return _numbered(expression), Comparison.NUMBER
         case sa.Boolean() | sa.Integer() | sa.Double() | sa.Numeric():
             return raw(expression), Comparison.NUMBER
@@ -309,8 +312,8 @@ def _on_server(expression: Any, stored: Any, dialect: Dialect) -> tuple[ColumnEl
                 raise _unsortable(expression, f"it may be longer than max_sort_length ({LONGEST_BYTES} bytes)")
             return raw(expression), Comparison.BYTES
         case mysql.SET():
-            if not isinstance(expression, ColumnClause):
-                raise _unsortable(expression, "an expression over a SET sorts as text")
+            if not _is_stored(expression):
+                raise _unsortable(expression, "an expression over a SET, or a union of some, is text and sorts so")
             return _numbered(expression), Comparison.NUMBER
         case sa.String():
             return _text(expression, getattr(stored, "length", None))
@@ -318,6 +321,24 @@ def _on_server(expression: Any, stored: Any, dialect: Dialect) -> tuple[ColumnEl
             return raw(expression), Comparison.NUMBER
         case _:
             raise _unsortable(expression, f"nothing is known of how {stored!r} sorts")
+
+
+def _is_stored(expression: Any) -> bool:
+    """Whether it is a table's column, also where plain subqueries pass it on: of a union or an expression only the
+    model's type is that of the column, the server has made a text of it.
+    """
+    while isinstance(expression, ColumnClause):
+        rows: Any = getattr(expression.table, "element", None)
+        if isinstance(rows, CompoundSelect | SelectStatementGrouping):
+            return False
+        # what a subquery's column stands for: of a label also what it labels
+        proxied = {id(each): each for each in map(bare, expression._proxies)}  # noqa: SLF001 - no public reader
+        if not proxied:
+            return expression.table is None or isinstance(expression.table, sa.TableClause)
+        if len(proxied) > 1:
+            return False
+        (expression,) = proxied.values()
+    return False
 
 
 def _text(expression: ColumnElement[Any], length: int | None) -> tuple[ColumnElement[Any], Comparison]:

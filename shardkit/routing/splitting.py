@@ -22,8 +22,10 @@ from sqlalchemy.sql.elements import (
     ClauseList,
     ColumnClause,
     ColumnElement,
+    TypeCoerce,
     UnaryExpression,
 )
+from sqlalchemy.sql.elements import Grouping as Parentheses
 
 from shardkit.routing.combining import Groups, Texts
 from shardkit.routing.conditions import Binds
@@ -83,7 +85,10 @@ class _Splitting:
                 raise refused("a window function over aggregates of several shards")
             return self._grouped(limit, offset)
         distinct = self._distinct() if query.distinct and not self.context.keyed_rows else ()
-        order = tuple(self._order(each) for each in self._order_by())
+        sorted_by = self._order_by()
+        order = tuple(self._order(each) for each in sorted_by)
+        if query.distinct and not distinct and self._tells_apart(sorted_by, order):
+            distinct = self._distinct()
         if self.context.repeated is not None:
             self._hide_identity(self.context.repeated())
         split = self._with_hidden(self.statement)
@@ -158,6 +163,8 @@ class _Splitting:
                 break
         if not isinstance(element, ColumnElement) or getattr(element, "is_literal", False):
             raise refused("ORDER BY with raw SQL over several shards")
+        if _is_value(element):
+            raise refused("ORDER BY a value over several shards: a driver may send it as a column's number")
         contents = contents_of([element])
         if contents.subqueries:
             raise refused("ORDER BY with a subquery over several shards")
@@ -166,7 +173,8 @@ class _Splitting:
         return Sorted(element, descending, (not descending) if nulls_first is None else nulls_first)
 
     def _named(self, name: str) -> Any:
-        named = [each for each in _columns_of(self.statement) if getattr(each, "name", None) == name]
+        columns = _columns_of(self.statement)
+        named = [each for each in columns if _folded(getattr(each, "name", None)) == name.casefold()]
         if len(named) != 1:
             raise refused(f"ORDER BY {name!r} as text, which is not the name of one selected column")
         return named[0]
@@ -179,6 +187,23 @@ class _Splitting:
         if self.context.query.grouped and not contents.aggregates and not contents.windows:
             column = least(column)  # one value a group: MIN says so to ONLY_FULL_GROUP_BY
         return SortKey(self._hide(column), comparison, wanted.descending, wanted.nulls_first)
+
+    def _tells_apart(self, wanted: Sequence[Sorted], order: Sequence[SortKey]) -> bool:
+        """Whether the hidden columns of ORDER BY tell rows apart that are equal for DISTINCT: equal texts may have
+        other weights ('a' and 'a '), unless they are those of one row of a table, whose primary key is selected.
+        """
+        texts = [bare(e.expression) for e, k in zip(wanted, order, strict=True) if k.comparison is Comparison.WEIGHTS]
+        return not all(self._is_of_one_row(text) for text in texts)
+
+    def _is_of_one_row(self, column: Any) -> bool:
+        table = getattr(column, "table", None)
+        stored = table
+        while isinstance(stored, sa.Alias):
+            stored = stored.element
+        if table is None or not isinstance(stored, sa.Table):
+            return False
+        keys = [each for each in table.c if each.primary_key]
+        return bool(keys) and all(self._is_selected(key) for key in keys)
 
     def _is_selected(self, expression: ClauseElement) -> bool:
         shown = [_undistinct(column) for column in _columns_of(self.statement) if isinstance(column, ColumnElement)]
@@ -225,8 +250,9 @@ class _Splitting:
         :raises Refused: for a label that is a column's name, too: servers take the column.
         """
         wanted: ColumnElement[Any] = self._sorted(clause).expression
-        name = getattr(wanted, "name", None) if isinstance(wanted, sa.Label) else None
-        if isinstance(wanted, sa.Label) and name in self._column_names and _name_of(bare(wanted)) != name:
+        name = wanted.name if isinstance(wanted, sa.Label) else None
+        folded = _folded(name)  # servers tell no names apart by case
+        if folded is not None and folded in self._column_names and _folded(_name_of(bare(wanted))) != folded:
             raise refused(
                 f"GROUP BY the label {name!r}, which is also a column's name: servers take the column",
                 "give the label another name",
@@ -236,7 +262,7 @@ class _Splitting:
     @cached_property
     def _column_names(self) -> frozenset[str]:
         froms = self.statement.get_final_froms()
-        return frozenset(column.name for each in froms for column in each.c)
+        return frozenset(column.name.casefold() for each in froms for column in each.c)
 
     def _collect(self, groups: Sequence[ColumnElement[Any]], is_key: Callable[[ClauseElement], bool]) -> _Collected:
         context, statement = self.context, self.statement
@@ -277,6 +303,8 @@ class _Splitting:
         if grouping.finer and not groups:
             if own:
                 raise refused("HAVING without an aggregate beside DISTINCT aggregates, over several shards")
+            if grouping.asks_shards is not None:  # none says so where none sends a row
+                raise refused(f"{grouping.asks_shards} beside DISTINCT aggregates, over several shards")
             blank = grouping.blank(columns, self._visible + len(self.hidden))
         distinct = tuple(key for key in keys if key is not None) if self.context.query.distinct else ()
         for key in distinct:
@@ -336,6 +364,16 @@ def _ands(test: ClauseElement) -> Sequence[ClauseElement]:
 
 def _name_of(column: Any) -> str | None:
     return column.name if isinstance(column, ColumnClause) else None
+
+
+def _folded(name: Any) -> str | None:
+    return name.casefold() if isinstance(name, str) else None
+
+
+def _is_value(element: Any) -> bool:
+    while isinstance(element, Parentheses | TypeCoerce):
+        element = element.clause if isinstance(element, TypeCoerce) else element.element
+    return isinstance(element, BindParameter)
 
 
 def _columns_of(statement: sa.Select[Any]) -> Sequence[Any]:

@@ -15,6 +15,7 @@ from sqlalchemy.orm import joinedload
 from shardkit.errors import RoutingError
 from shardkit.routing.anatomy import dialect_of
 from shardkit.routing.planner import plan
+from shardkit.routing.route import RouteOptions
 from shardkit.routing.sorting import Comparison, sort_column
 from shardkit.routing.spread import Refused
 from tests.routing_shop import ROWS, Order, Shop, User, shop_map
@@ -70,6 +71,16 @@ REFUSED: dict[str, Any] = {
     .group_by(o.amount)
     .distinct(),
     "having without an aggregate over nothing": sa.select(count(o.amount.distinct())).having(sa.literal(1) == 2),
+    "groups by a label that is a column's name but for its case": sa.select(
+        sa.func.coalesce(u.age, 11).label("Age"), count()
+    ).group_by("Age"),
+    "a case of a constant over nothing": sa.select(
+        sa.case((sa.literal("x") == "x", count(o.amount.distinct())), else_=5)
+    ).where(o.amount > 10_000),
+    "having a constant or an aggregate over nothing": sa.select(count(o.amount.distinct()))
+    .where(o.amount > 10_000)
+    .having(sa.or_(sa.literal(1) == 1, count(o.amount.distinct()) > 5)),
+    "sorted by a value, which a driver sends as a column's number": sa.select(u.id, u.age).order_by(sa.literal(2)),
 }
 
 
@@ -138,3 +149,127 @@ def test_sqlite_compares_columns_by_their_collation_and_expressions_by_their_byt
         return
     column, _ = sort_column(expression, sqlite)
     assert ("lower(" in str(column)) is lowered
+
+
+typed = sa.table(
+    "users",
+    sa.column("id", sa.Integer),
+    sa.column("e", sa.Enum("z", "a", name="words")),
+    sa.column("s", mysql.SET("z", "a")),
+    sa.column("f", sa.Float),
+    sa.column("d", sa.Double),
+)
+
+
+@pytest.mark.parametrize("column", [typed.c.e, typed.c.s], ids=["enum", "set"])
+def test_words_of_a_union_or_an_expression_are_texts_to_the_server(column: Any) -> None:
+    def by(rows: Any) -> tuple[Any, ...]:
+        word = rows.c.word
+        return sa.select(rows).order_by(word), sa.select(count(rows.c.id)).group_by(word)
+
+    ids = typed.c.id
+    word = column.label("word")
+    passed_on = sa.select(sa.select(ids, word).subquery()).subquery()
+    for fine in (*by(passed_on), *by(passed_on.alias()), sa.select(ids).order_by(column)):
+        plan(fine, None, shop_map(), dialect_name="mysql")
+    expression = sa.select(ids, sa.func.coalesce(column, "a").label("word"))
+    both = sa.union(sa.select(ids, word), sa.select(ids, word))
+    for made in (
+        sa.union(sa.select(word), sa.select(word)),
+        sa.union_all(sa.select(word), sa.select(word)).order_by("word"),
+        *by(expression.subquery()),
+        *by(sa.select(expression.cte()).subquery()),
+        *by(both.subquery()),
+    ):
+        with pytest.raises(RoutingError):
+            plan(made, None, shop_map(), dialect_name="mysql")
+        plan(made, None, shop_map(), RouteOptions(shard="s0"), dialect_name="mysql")
+
+
+def test_texts_that_are_equal_are_told_apart_by_their_weights_beside_the_key() -> None:
+    def merge_of(statement: Any) -> Any:
+        return plan(statement, None, shop_map(), dialect_name="mysql").merge
+
+    rows = sa.select(o.user_id, o.note).distinct().order_by(o.user_id, o.note).limit(3)
+    made = merge_of(rows)
+    assert [key.comparison for key in made.distinct] == [Comparison.NUMBER, Comparison.WEIGHTS]
+    assert made.statement._limit_clause is None
+    assert made.limit == 3
+    for alone in (
+        rows.order_by(None).order_by(o.user_id),
+        rows.distinct().with_only_columns(o.id, o.user_id, o.note),
+        sa.select(u).join(u.orders).distinct().order_by(u.name).limit(3),
+    ):
+        assert merge_of(alone).distinct == ()
+        assert merge_of(alone).statement._limit_clause is not None
+    part = sa.select(o.id, o.user_id, o.note).subquery()
+    assert merge_of(sa.select(part).distinct().order_by(part.c.note)).distinct
+
+
+seventh = u.balance / 7
+
+
+@pytest.mark.parametrize(
+    ("expression", "fine"),
+    [
+        (sa.func.avg(seventh), False),
+        (total(o.amount / 13), False),
+        (total(1 / (o.amount + sa.literal(1))), False),
+        (total(sa.case((o.amount > 3, o.amount / 13), else_=0)), False),
+        (total(o.amount.op("/")(13)), False),
+        (total(sa.select(seventh.label("part"), u.id).subquery().c.part), False),
+        (sa.func.max(seventh) * 100, False),
+        (total(typed.c.f / 7), True),
+        (total(o.amount * sa.literal(0.1) / 13), True),
+        (total(sa.func.round(seventh, 2)), True),
+        (total(sa.cast(seventh, sa.Numeric(10, 2))), True),
+        (total(sa.case((seventh > 1, 1), else_=0)), True),
+        (sa.func.max(seventh), True),
+        (total(o.amount) / 13, True),
+    ],
+)
+def test_sums_of_quotients_are_rounded_on_each_shard(expression: Any, fine: bool) -> None:
+    _asked_of_servers(sa.select(expression), fine=fine)
+
+
+balance = total(u.balance)
+
+
+@pytest.mark.parametrize(
+    ("expression", "fine"),
+    [
+        (sa.func.coalesce(balance, 1) / 3, False),
+        (sa.func.coalesce(balance, 1) * 2 / 3, False),
+        (sa.func.coalesce(balance, 0.5) / 3, False),
+        (sa.case((count() > 1000, balance), else_=1) / 3, False),
+        (sa.case((count() > 1000, balance), else_=total(u.age)) / 3, False),
+        (sa.func.coalesce(balance, 0) / 3, True),
+        (sa.func.coalesce(balance, Decimal("1.00")) / 3, True),
+        (sa.func.coalesce(total(u.age), 1) / 3, True),
+        (sa.case((count() > 1000, balance)) / 3, True),
+        (balance / sa.func.coalesce(balance, 1), True),
+    ],
+)
+def test_a_quotient_has_the_digits_of_its_dividends_type(expression: Any, fine: bool) -> None:
+    _asked_of_servers(sa.select(expression), fine=fine)
+
+
+def test_digits_of_a_default_are_not_known_where_no_shard_sends_a_row() -> None:
+    different = count(u.age.distinct())
+    _asked_of_servers(sa.select(sa.func.coalesce(balance, 0) / 3, different), fine=False)
+    _asked_of_servers(sa.select(sa.func.coalesce(balance, 0) / 3, different).group_by(u.name), fine=True)
+    _asked_of_servers(sa.select(sa.func.coalesce(total(u.age), 0) / 3, different), fine=True)
+
+
+def _asked_of_servers(statement: Any, *, fine: bool) -> None:
+    if not fine:
+        with pytest.raises(RoutingError):
+            plan(statement, None, shop_map(), dialect_name="mysql")
+    options = RouteOptions() if fine else RouteOptions(shard="s0")
+    plan(statement, None, shop_map(), options, dialect_name="mysql")
+
+
+def test_different_floats_are_sent_as_they_are_told_apart() -> None:
+    for column, sent in ((typed.c.f, "min(users.f + 0e0)"), (typed.c.d, "min(users.d)")):
+        route = plan(sa.select(total(column.distinct())), None, shop_map(), dialect_name="mysql")
+        assert str(route.merge and route.merge.statement).count(sent) == 2
