@@ -30,6 +30,7 @@ from sqlalchemy.sql.elements import (
     UnaryExpression,
 )
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.selectable import ScalarSelect
 from sqlalchemy.types import NullType, TypeDecorator
 
 from shardkit.errors import RoutingError
@@ -200,7 +201,7 @@ class Grouping:
         name = _name(expression)
         own = self.hide(raw(expression))
         arguments = [bare(each) for each in expression.clauses]
-        if name in {"sum", "avg"} and self.dialect.name != "sqlite" and _holds_quotient(arguments[0]):
+        if name in {"sum", "avg"} and self.dialect.name != "sqlite" and any(map(_holds_quotient, arguments)):
             raise refused(
                 f"{name.upper()} of a quotient of exact numbers, over several shards",
                 "divide the sum (SUM(x) / 7), divide floating point, or do it in the application",
@@ -562,6 +563,10 @@ def _holds_quotient(expression: Any) -> bool:
             return any(_holds_quotient(each) for each in values if each is not None)
         case FunctionElement() if _name(expression) in {"round", "truncate", "floor", "ceil", "ceiling", "count"}:
             return False
+        case FunctionElement():
+            return any(map(_holds_quotient, expression.clauses))
+        case ScalarSelect():
+            return any(_holds_quotient(each) or _is_quotient(each) for each in expression.element.selected_columns)
         case ColumnClause():  # servers put a plain subquery's expression in place of its column
             return any(_holds_quotient(each) for each in expression._proxies)  # noqa: SLF001 - no public reader
     return any(_holds_quotient(each) for each in expression.get_children() if isinstance(each, ColumnElement))
