@@ -23,6 +23,7 @@ from shardkit.engines import ASYNC_DRIVERS, Engines, EngineSettings, GivenEngine
 from shardkit.errors import (
     CrossShardJoin,
     MissingKey,
+    NoFreshReplica,
     PreconditionFailed,
     ShardMapError,
     ShardUnreachable,
@@ -32,8 +33,9 @@ from shardkit.errors import (
 from shardkit.ids import IdGenerator, lease_for
 from shardkit.mapstore import MapStore, open_store
 from shardkit.partition import key_text
-from shardkit.replicas.balance import choose
+from shardkit.replicas.balance import Spill, choose
 from shardkit.replicas.health import Replica, ReplicaHealth
+from shardkit.replicas.token import Mark
 from shardkit.routing.rawsql import no_tables
 from shardkit.routing.route import Route, RouteOptions
 from shardkit.routing.texts import writes_rows
@@ -43,6 +45,12 @@ from shardkit.telemetry import RouterMetrics
 from shardkit.topology import Endpoint, Role
 
 logger = logging.getLogger(__name__)
+
+#: Why a read that replicas should serve goes to the master.
+_FALLBACKS = {
+    "lag": "no replica is near enough",
+    "token": "no replica has yet what the session has written or seen",
+}
 
 T = TypeVar("T")
 
@@ -57,6 +65,8 @@ def create_cluster(
     engine_options: Mapping[str, Any] | None = None,
     async_engine_options: Mapping[str, Any] | None = None,
     max_lag: float = 1.0,
+    causal_wait: float = 0.05,
+    master_read_share: float = 1.0,
     store_timeout: float = 10.0,
     metadata: MetaData | None = None,
     metrics: RouterMetrics | None = None,
@@ -73,6 +83,11 @@ def create_cluster(
     :param async_engine_options: the same for asyncio sessions, whose driver takes other ``connect_args``; the same ones
         by default.
     :param max_lag: seconds; a replica further behind gets no reads.
+    :param causal_wait: seconds that a read waits for a replica to have what the session has written or seen, before it
+        goes to the master.
+    :param master_read_share: how much of what replicas should read may go to the masters when no replica can serve it,
+        from 0 to 1, over the last ten seconds; past it such reads raise `NoFreshReplica`, so that replicas which lag do
+        not take their master down. 1: all of it.
     :param store_timeout: seconds that reaching the map's store may take.
     :param metadata: the application's tables (``Base.metadata``): it says of what type the keys in raw SQL are, without
         which they pin nothing.
@@ -86,7 +101,16 @@ def create_cluster(
         credentials or from_environment(), driver, async_driver, dict(engine_options or {}), async_engine_options
     )
     try:
-        return Cluster(store, settings, given=engines, max_lag=max_lag, metadata=metadata, metrics=metrics)
+        return Cluster(
+            store,
+            settings,
+            given=engines,
+            max_lag=max_lag,
+            causal_wait=causal_wait,
+            master_read_share=master_read_share,
+            metadata=metadata,
+            metrics=metrics,
+        )
     except BaseException:
         store.close()
         raise
@@ -103,6 +127,8 @@ class Cluster:
         *,
         given: GivenEngines | None = None,
         max_lag: float = 1.0,
+        causal_wait: float = 0.05,
+        master_read_share: float = 1.0,
         metadata: MetaData | None = None,
         metrics: RouterMetrics | None = None,
     ) -> None:
@@ -119,8 +145,11 @@ class Cluster:
         self._health = ReplicaHealth(
             self._all_replicas,
             lambda replica: self._engines.probe(replica[0], Role.REPLICA, replica[2], replica[1]),
+            lambda shard: self.map.shard(shard),
             max_lag,
         )
+        self._causal_wait = causal_wait
+        self._spill = Spill(master_read_share)
         self._ids = IdGenerator(lambda: lease_for(store))
         self._random = Random()  # noqa: S311 - spreads load; no secret
         self._refreshing = threading.Event()
@@ -340,17 +369,56 @@ class Cluster:
             )
         return endpoints[number]
 
-    def choose_replica(self, shard: str, *, asynchronous: bool = False) -> int | None:
-        """The number of a replica that may serve reads now; None where there is none, so that the master has to."""
+    def choose_replica(
+        self,
+        shard: str,
+        *,
+        mark: Mark | None = None,
+        max_lag: float | None = None,
+        asynchronous: bool = False,
+        run_blocking: Callable[[Callable[[], list[Replica]]], list[Replica]] = lambda call: call(),
+    ) -> int | None:
+        """The number of a replica that may serve reads now; None where there is none, so that the master has to.
+
+        :param mark: what the replica has to have applied.
+        :param max_lag: seconds; the cluster's unless given.
+        :param run_blocking: runs the call that may wait for a replica to apply what the mark asks for.
+        :raises NoFreshReplica: where there is none, and the master has been asked for too many reads already.
+        """
         replicas = self._replicas_of(shard)
         if not replicas:
             return None
-        chosen = choose(
-            self._health.fresh(replicas),
-            lambda replica: self._in_flight(replica, asynchronous=asynchronous),
-            self._random,
-        )
-        return None if chosen is None else chosen[1]
+        able = fresh = self._health.fresh(replicas, max_lag)
+        if mark is not None and fresh:
+            able = self._health.covering(fresh, mark)
+            if not able and mark.position is not None and mark.epoch == self.map.shard(shard).epoch:
+                able = run_blocking(lambda: self._health.wait_for(fresh, mark, self._causal_wait))
+        chosen = choose(able, lambda replica: self._in_flight(replica, asynchronous=asynchronous), self._random)
+        if chosen is None:
+            self._fall_back(shard, "token" if fresh else "lag")
+            return None
+        self._spill.on_replica()
+        self.metrics.replica_reads.labels(shard).inc()
+        return chosen[1]
+
+    def eject(self, shard: str, number: int) -> None:
+        """Give a replica no reads until it has been asked again and answers: its connection was lost."""
+        self.metrics.lost_replicas.labels(shard).inc()
+        logger.warning("replica %d of shard %s was lost in the middle of a read", number, shard)
+        for replica in self._replicas_of(shard):
+            if replica[1] == number:
+                self._health.eject(replica)
+
+    def _fall_back(self, shard: str, reason: str) -> None:
+        self.metrics.master_reads.labels(shard, reason).inc()
+        logger.info("shard %s is read on its master: %s", shard, _FALLBACKS[reason])
+        if not self._spill.to_master():
+            raise NoFreshReplica(
+                f"no replica of shard {shard} can serve this read ({_FALLBACKS[reason]}), and its master serves as "
+                "many such reads as it may",
+                shard=shard,
+                hint="see 'shardkit status'; or raise master_read_share= of create_cluster",
+            )
 
     def _replicas_of(self, shard: str) -> list[Replica]:
         return [(shard, number, endpoint) for number, endpoint in enumerate(self.map.shard(shard).replicas)]

@@ -19,6 +19,7 @@ from sqlalchemy.orm import InstanceState
 from shardkit.session.flush import Flush
 from shardkit.session.homes import home_of
 from shardkit.session.moving import move
+from shardkit.session.rechecking import recheck
 from shardkit.session.statements import RoutedSession
 from shardkit.session.transacting import Target
 from shardkit.session.transaction import CommitMode
@@ -44,6 +45,11 @@ class ClusterSession(RoutedSession):
         """
         move(self, instance, key)
 
+    def merge(self, instance: Any, *, load: bool = True, options: Any = None) -> Any:
+        """As `sqlalchemy.orm.Session.merge`; the rows to merge into are read on their masters."""
+        with self.reading_masters():
+            return super().merge(instance, load=load, options=options)
+
     def _flush(self, objects: Sequence[Any] | None = None) -> None:
         if not self._dirty_states and not self._deleted and not self._new:
             super()._flush(objects)
@@ -65,6 +71,9 @@ class ClusterSession(RoutedSession):
         try:
             flush.prepare(self._new, set(self._dirty_states).difference(self._deleted), self._deleted)
             self.admit_writes(flush.touched)
+            written = [*self._dirty_states, *self._deleted]
+            if stale := self.to_recheck(state for state in written if state not in flush.unchanged):
+                recheck(self, stale)
         except BaseException:
             self._deactivate()
             raise

@@ -28,9 +28,13 @@ from shardkit.errors import (
     SecondShardWritten,
     StaleShardMap,
 )
+from shardkit.gtid import Flavour, Position
+from shardkit.replicas.positions import flavour_of, position_query
+from shardkit.replicas.seeing import Seen, unwatch, watch
+from shardkit.replicas.token import Mark
 from shardkit.session.twophase import TwoPhaseTransaction, two_phase_for
 from shardkit.snapshots import Pin, View
-from shardkit.topology import Role
+from shardkit.topology import ReplicationKind, Role
 
 if TYPE_CHECKING:
     from shardkit.session.transacting import TransactingSession
@@ -66,6 +70,9 @@ class ClusterTransaction(SessionTransaction):
         self._began_empty = True
         #: shards on which this transaction has entered keys into a directory
         self.filed: set[str] = set()
+        self._seen: dict[str, tuple[Connection, Seen]] = {}  # on replicas, by shard
+        self._told: set[str] = set()  # shards whose commit's position is known
+        self._closed = False
         #: (shard, whether from a replica) -> the connection that such reads go on
         self.reading: dict[tuple[str, bool], Connection] = {}
         self._given = session.connections
@@ -118,7 +125,9 @@ class ClusterTransaction(SessionTransaction):
         for shard in wanted:
             self._written[shard] = None
 
-    def bind_for(self, shard: str, *, master: bool, read_from_replica: bool) -> Engine | Connection:
+    def bind_for(
+        self, shard: str, *, master: bool, read_from_replica: bool, max_lag: float | None = None
+    ) -> Engine | Connection:
         """The endpoint of a shard for one statement.
 
         A shard's reads stay on one replica until the transaction needs its master, and then on the master.
@@ -133,7 +142,13 @@ class ClusterTransaction(SessionTransaction):
         elif read_from_replica and shard not in self._on_master:
             chosen = self._replicas.get(shard)
             if chosen is None:
-                chosen = self._cluster.choose_replica(shard, asynchronous=self._asynchronous)
+                chosen = self._cluster.choose_replica(
+                    shard,
+                    mark=self._session.mark_for(shard),
+                    max_lag=max_lag,
+                    asynchronous=self._asynchronous,
+                    run_blocking=self._session.run_blocking,
+                )
             if chosen is None:
                 self._on_master.add(shard)
             else:
@@ -176,7 +191,90 @@ class ClusterTransaction(SessionTransaction):
             self._renew_map(required)
         if self._two_phase is not None:
             self._join_two_phase(bind, connection, self._two_phase)
+        shard = self._shard_of.get(bind)
+        if shard in self._replicas and self._masters.get(shard) is not bind:
+            self._watch(shard, connection)
         return connection
+
+    def _watch(self, shard: str, connection: Connection) -> None:
+        """From now on note what is seen on a replica."""
+        if connection.dialect.name != "sqlite":
+            kind, flavour = self.view.map.shard(shard).replication, flavour_of(connection.dialect)
+            seen = watch(connection, position_query(shard, Role.REPLICA, kind, flavour))
+            self._seen[shard] = (connection, seen)
+
+    def leave_lost_replicas(self) -> bool:
+        """Let go of replicas whose connections were lost, or never came to be; False where there are none."""
+        lost = []
+        for shard, number in self._replicas.items():
+            engine = self._cluster.core_engine(shard, Role.REPLICA, number, asynchronous=self._asynchronous)
+            entry = self._connections.get(engine)
+            if entry is not None and not entry[0].invalidated:
+                continue
+            lost.append(shard)
+            self._cluster.eject(shard, number)
+            if entry is not None:
+                for key in (engine, entry[0]):
+                    self._connections.pop(key, None)
+                entry[0].close()
+        for shard in lost:
+            if shard in self._seen:
+                self._tell_what_was_seen(shard, self._seen.pop(shard)[1])
+            del self._replicas[shard]
+            self.reading.pop((shard, True), None)
+        return bool(lost)
+
+    # --- what was written and seen
+
+    def seen_so_far(self) -> Iterator[tuple[str, Mark]]:
+        """What has been read: positions of replicas; of masters they are known at the end."""
+        for shard, (_, seen) in self._seen.items():
+            if seen.known:
+                yield shard, Mark(self._epoch(shard), seen.position)
+        for shard in self._masters_to_ask():
+            yield shard, Mark(self._epoch(shard), None)
+
+    def _tell_what_was_seen(self, shard: str, seen: Seen) -> None:
+        if seen.known:
+            self._session.tell(Told(shard, self._epoch(shard), seen.query, seen.text, all_of_it=False))
+
+    def _epoch(self, shard: str) -> int:
+        return self.view.map.shard(shard).epoch
+
+    def _tell_what_was_committed(self, pending: CommitPending | None) -> None:
+        for shard in self._written:
+            engine = self._masters.get(shard)
+            entry = None if engine is None else self._connections.get(engine)
+            if entry is None or entry[0].dialect.name == "sqlite" or self._given is not None:
+                continue
+            connection = entry[0]
+            if pending is not None and shard in pending.shards:
+                self._session.raise_token(shard, Mark(self._epoch(shard), None), all_of_it=True)
+                continue
+            asks = bool(self.view.map.shard(shard).replicas)
+            told = position_of_commit(connection, shard, self._epoch(shard), asks=asks)
+            if told is not None:
+                self._session.tell(told)
+                self._told.add(shard)
+
+    def _tell_what_masters_showed(self) -> None:
+        """Where a session that reads replicas has read a master: what it saw is no older than the master is now."""
+        for shard, connection in self._masters_to_ask().items():
+            before = self._session.carried(shard)
+            mark = Mark(self._epoch(shard), position_of_master(connection))
+            self._session.raise_token(shard, mark, all_of_it=True, instead_of=before)
+
+    def _masters_to_ask(self) -> dict[str, Connection]:
+        if not self._session.reads_replicas or self._given is not None:
+            return {}
+        found = {}
+        for shard, engine in self._masters.items():
+            entry = None if isinstance(engine, Connection) else self._connections.get(engine)
+            if entry is None or shard in self._told or entry[0].dialect.name == "sqlite":
+                continue
+            if self.view.map.shard(shard).replicas:
+                found[shard] = entry[0]
+        return found
 
     def _join_two_phase(self, engine: Engine, connection: Connection, two_phase: TwoPhaseTransaction) -> None:
         shard = self._shard_of[engine]
@@ -225,6 +323,7 @@ class ClusterTransaction(SessionTransaction):
             with self._expect_state(SessionTransactionState.PREPARED):
                 self._prepare_impl()
         pending = self._commit_connections()
+        self._tell_what_was_committed(pending)
         self._state = SessionTransactionState.COMMITTED
         self.session.dispatch.after_commit(self.session)
         self._remove_snapshot()
@@ -325,6 +424,15 @@ class ClusterTransaction(SessionTransaction):
     def close(self, invalidate: bool = False) -> None:
         """End the transaction and let go of its map."""
         try:
+            if not self._closed:
+                self._closed = True
+                for shard, (_, seen) in self._seen.items():
+                    self._tell_what_was_seen(shard, seen)
+                self._tell_what_masters_showed()
+                if self._replicas or self._seen:
+                    self._session.keep_in_mind({*self._replicas, *self._seen}, self.view)
+                for connection, _ in self._seen.values():
+                    unwatch(connection)
             super().close(invalidate)
         finally:
             if self._pin is not None:
@@ -337,6 +445,41 @@ def _unknown(shard: str, error: exc.DBAPIError, *, others: bool) -> CommitUnknow
         f"the answer to COMMIT on shard {shard} was lost{rest or ': it may or may not be durable'} ({error.orig})",
         hint="look for the rows on that shard before running the transaction again",
     )
+
+
+def position_of_commit(connection: Connection, shard: str, epoch: int, *, asks: bool) -> Told | None:
+    """The position of the transaction that has just been committed here; None where it wrote nothing.
+
+    :param asks: whether to ask a server that does not tell.
+    """
+    driver: Any = connection.connection.driver_connection
+    flavour = flavour_of(connection.dialect)
+    query = position_query(shard, Role.MASTER, ReplicationKind.RELAY, flavour)
+    # on MariaDB the order of a domain is that of its commits: what was seen before has lower numbers
+    mariadb = flavour is Flavour.MARIADB
+    if getattr(driver, "tells", False):
+        gtid, driver.committed = driver.committed, None
+        return None if gtid is None else Told(shard, epoch, query, gtid, all_of_it=mariadb)
+    if not asks:
+        return None
+    try:
+        gtid = connection.exec_driver_sql(f"SELECT {'@@last_gtid' if mariadb else query.expression}").scalar()
+    except exc.DBAPIError as error:
+        logger.info("the position of a commit is not known: %s", error)
+        gtid = None
+    return Told(shard, epoch, query, gtid, all_of_it=mariadb)
+
+
+def position_of_master(connection: Connection) -> Position | None:
+    """How far a master's log is; None where it cannot be asked."""
+    if connection.closed or connection.invalidated:
+        return None
+    query = position_query("", Role.MASTER, ReplicationKind.RELAY, flavour_of(connection.dialect))
+    try:
+        return query.read(connection.exec_driver_sql(f"SELECT {query.expression}").scalar())
+    except exc.DBAPIError as error:
+        logger.info("a master could not be asked for its position: %s", error)
+        return None
 
 
 class _Ended:
