@@ -47,8 +47,10 @@ STREAM_SECONDS = 24 * 3600
 
 #: Where a connection keeps that its server may have rolled back all of its transaction.
 ROLLED_BACK = "shardkit_rolled_back"
-_DEADLOCK = 1213
 _LOCK_WAIT_TIMEOUT = 1205
+#: Errors with which a server may undo a whole transaction: a deadlock, a lock waited for in vain (where the server is
+#: set so), and MariaDB's "record has changed since last read" (where ``innodb_snapshot_isolation`` is on).
+_UNDOING = frozenset({1213, _LOCK_WAIT_TIMEOUT, 1020})
 
 _PROBE = " probe"
 _CHANGED = "shardkit_changed_variables"
@@ -334,10 +336,10 @@ def has_rolled_back(connection: Connection) -> bool:
     A deadlock undoes a whole transaction, a lock that is waited for in vain only where the server is set so (MySQL
     Reference Manual, "InnoDB Error Handling"). What is sent afterwards begins another one.
     """
-    code = connection.info.get(ROLLED_BACK)
-    if code == _LOCK_WAIT_TIMEOUT:
+    codes: set[int] = connection.info.get(ROLLED_BACK, set())
+    if codes == {_LOCK_WAIT_TIMEOUT}:
         return bool(connection.exec_driver_sql("SELECT @@innodb_rollback_on_timeout").scalar())
-    return code is not None
+    return bool(codes)
 
 
 def write_patiently(connection: Connection) -> None:
@@ -406,8 +408,8 @@ class _Translator:
         if context.connection is None and not context.is_pre_ping and context.sqlalchemy_exception is not None:
             return self._unreachable(error, place)
         message = _text(error)
-        if _code(error) in {_DEADLOCK, _LOCK_WAIT_TIMEOUT} and context.connection is not None:
-            context.connection.info[ROLLED_BACK] = _code(error)
+        if _code(error) in _UNDOING and context.connection is not None:
+            context.connection.info.setdefault(ROLLED_BACK, set()).add(_code(error))
         if _code(error) == _SIGNAL and message.startswith(_REFUSAL):
             self._on_refusal()
             return bucket_closed(message, place)

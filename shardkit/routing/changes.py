@@ -125,7 +125,11 @@ class Changes:
         check_same_everywhere((statement._values or {}).values(), info)  # noqa: SLF001
         for column in getattr(statement.table, "c", ()):
             changing = getattr(column, "onupdate", None)
-            if changing is not None and not changing.is_scalar and not {column.name, column.key} & given:
+            by_server = getattr(column, "server_onupdate", None) is not None
+            if (by_server or (changing is not None and not changing.is_scalar)) and not {
+                column.name,
+                column.key,
+            } & given:
                 raise RoutingError(
                     f"{info.name} is a reference table, and each shard would choose its own {column.name}",
                     hint=f"give {column.key}=...",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import lazyload
 from sqlalchemy.orm.util import LoaderCriteriaOption
@@ -227,6 +228,9 @@ class _Finder:
                 return None
         if self._criteria:
             select = select.options(*self._criteria)
+        for outer in (*reversed(list(_singles(self._statement))), self._statement):
+            if given := getattr(outer, "_params", None):  # what params() has said holds for subqueries, too
+                select = select.params(**given)
         return select.with_for_update(read=True) if self._locked else select
 
     def _alike(self, inner: ColumnElement[Any], outer: ColumnElement[Any]) -> bool:
@@ -244,6 +248,8 @@ class _Finder:
     def _kind(self, column_type: TypeEngine[Any]) -> KeyType | None:
         """The kind of a type whose values come back and are sent again as they are; None for others."""
         stored = stored_type(column_type, self._dialect)
+        if isinstance(stored, mysql.SET):
+            return None  # a set of words, which sorts and compares as a number
         kind = KeyType.STRING if isinstance(stored, sa.Enum) else key_type_of(stored)
         server = self._dialect.name != "sqlite"
         if kind is KeyType.DECIMAL and not server:

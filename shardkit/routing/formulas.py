@@ -55,6 +55,7 @@ def value_of(formula: Formula, row: Sequence[Any]) -> Any:
 #: Adds and multiplies without rounding: no value of a database has as many digits.
 _EXACT: Final = Context(prec=400)
 _WORD: Final = 9
+_MORE_DIGITS: Final = 4
 
 
 def as_decimal(value: Fraction | int, scale: int) -> Decimal:
@@ -129,14 +130,14 @@ def negate(value: Any) -> Any:
     return -value
 
 
-@_strict
-def divide(one: Any, other: Any, more_digits: int) -> Any:
+def divide(one: Any, other: Any, more_digits: int | None) -> Any:
     """``one / other`` on MySQL and MariaDB; NULL by zero.
 
-    :param more_digits: ``div_precision_increment``.
+    :param more_digits: ``div_precision_increment``; None where no shard has said so: the servers' default.
     """
-    if not other:
+    if one is None or other is None or not other:
         return None
+    more_digits = _MORE_DIGITS if more_digits is None else more_digits
     if isinstance(one, float) or isinstance(other, float):
         return float(one) / float(other)
     return quotient(one, other, _scale(one) + int(more_digits))

@@ -46,7 +46,7 @@ from shardkit.routing.combining import (
 from shardkit.routing.conditions import Binds
 from shardkit.routing.expressions import contents_of, is_distinct
 from shardkit.routing.formulas import Call, Constant, Formula, Place
-from shardkit.routing.sorting import Comparison, SortKey, bare, raw, sort_column
+from shardkit.routing.sorting import Comparison, SortKey, bare, extreme_column, raw, sort_column
 from shardkit.routing.spread import Refused
 
 
@@ -67,6 +67,9 @@ class Grouping:
     :param sorted_by: reads an element of an ORDER BY.
     :param is_key: whether a column is the whole key of the statement's rows.
     :ivar finer: what the shards group by beside the statement's own groups.
+    :ivar counts_keys: whether different keys are counted by adding up the shards' counts: right only as long as the
+        shards do not group more finely.
+    :ivar unsorted: places of hidden columns that find an extreme, and do not sort as it does.
     """
 
     groups: Sequence[ColumnElement[Any]]
@@ -75,10 +78,13 @@ class Grouping:
     hide: Callable[[ColumnElement[Any]], int]
     sorted_by: Callable[[Any], Sorted]
     is_key: Callable[[ClauseElement], bool]
+    distinct: bool = False
     keys: list[SortKey] = field(default_factory=list)
     combines: list[Combine] = field(default_factory=list)
     computed: list[Computed] = field(default_factory=list)
     finer: list[ColumnElement[Any]] = field(default_factory=list)
+    counts_keys: bool = False
+    unsorted: set[int] = field(default_factory=set)
     _made: list[tuple[Any, SortKey | None, int]] = field(default_factory=list)  # expression, how it sorts, its place
 
     def __post_init__(self) -> None:
@@ -106,6 +112,8 @@ class Grouping:
         if _name(expression) == "coalesce":
             first, *others = map(bare, expression.clauses)
             if self._is_aggregate(first) and not _is_number(first) and all(map(is_constant, others)):
+                if self.distinct:
+                    raise refused("DISTINCT with COALESCE of an aggregate that is no number, over several shards")
                 return self._aggregate(first, place)  # on a shard without a value the default stands in its place
         return self._compute(expression, place)
 
@@ -116,8 +124,16 @@ class Grouping:
         if key is None and self._is_aggregate(expression):
             key = self._aggregate(expression, None)
         if key is None:
+            if not _is_number(expression):
+                raise refused("ORDER BY an expression over aggregates that is no number, over several shards")
             key = self._compute(expression, None)
+        self.check_sorts(key)
         return SortKey(key.index, key.comparison, wanted.descending, wanted.nulls_first)
+
+    def check_sorts(self, key: SortKey) -> None:
+        """:raises Refused: for the hidden column of an aggregate that does not sort as the aggregate does."""
+        if key.index in self.unsorted:
+            raise refused("ORDER BY or DISTINCT of MIN or MAX of text with a collation, over several shards")
 
     def _group(self, expression: Any) -> SortKey | None:
         for group, key in zip(self.groups, self.keys, strict=True):
@@ -182,6 +198,7 @@ class Grouping:
         if arguments and is_distinct(arguments[0]):
             argument = bare(arguments[0].element)
             if name == "count" and self.is_key(argument):
+                self.counts_keys = True
                 return Total(Aggregate.COUNT, place, own)
             if name in {"count", "sum", "avg"}:
                 return self._different(name, argument, place, own)
@@ -189,8 +206,11 @@ class Grouping:
                 raise refused(f"{name.upper()}(DISTINCT ...) over several shards")
         match name:
             case "min" | "max":
-                column, comparison = sort_column(expression, self.dialect)
-                return Extreme(name == "max", place, own, self.hide(column), comparison)
+                column, comparison, sorts = extreme_column(expression, self.dialect)
+                order = self.hide(column)
+                if not sorts:
+                    self.unsorted.add(order)
+                return Extreme(name == "max", place, own, order, comparison)
             case "avg":
                 (argument,) = arguments
                 return Average(
@@ -290,12 +310,14 @@ class Grouping:
             return Place(self.hide(least(raw(expression))))
         match expression:
             case BinaryExpression() if expression.operator in _ARITHMETIC:
+                self._check_digits(expression.left, expression.right)
                 arguments = (self.formula(expression.left), self.formula(expression.right))
                 return Call(_ARITHMETIC[expression.operator], arguments)
             case BinaryExpression() if expression.operator is operators.truediv:
                 arguments = (self.formula(expression.left), self.formula(expression.right))
                 if self.dialect.name == "sqlite":
                     return Call(formulas.divide_floats, arguments)
+                self._check_digits(expression.left, expression.right)
                 digits = Place(self.hide(raw(sa.literal_column("@@div_precision_increment"))))
                 return Call(formulas.divide, (*arguments, digits))
             case UnaryExpression() if expression.operator is operators.neg:
@@ -308,6 +330,19 @@ class Grouping:
             f"{_name(expression).upper() or 'a column'} beside aggregates, over several shards",
             "select aggregates, GROUP BY columns, numbers made of them with + - * / and COALESCE, or group by the key",
         )
+
+    def _check_digits(self, *operands: Any) -> None:
+        """A quotient is shown with fewer digits than the server goes on with (see `formulas`).
+
+        :raises Refused: for arithmetic on one.
+        """
+        if self.dialect.name == "sqlite" or any(isinstance(bare(each).type, sa.Float) for each in operands):
+            return  # floating point has no hidden digits
+        if any(_is_quotient(each) for each in operands):
+            raise refused(
+                "arithmetic on a quotient or an AVG, over several shards",
+                "multiply before dividing (SUM(x) * 100 / COUNT(*)), or do it in the application",
+            )
 
     def _case(self, expression: Case[Any]) -> Formula:
         parts: list[Formula] = []
@@ -416,6 +451,24 @@ _COMPARISONS: Final[Mapping[Any, Callable[..., Any]]] = {
     operators.eq: formulas.equal,
     operators.ne: formulas.unequal,
 }
+
+
+def _is_quotient(expression: Any) -> bool:
+    """Whether an exact number may have more digits inside the server than it shows."""
+    expression = bare(expression)
+    match expression:
+        case BinaryExpression():
+            if expression.operator is operators.truediv:
+                return True
+            return _is_quotient(expression.left) or _is_quotient(expression.right)
+        case UnaryExpression():
+            return _is_quotient(expression.element)
+        case Case():
+            values = [then for _, then in expression.whens] + [expression.else_]
+            return any(_is_quotient(each) for each in values if each is not None)
+        case FunctionElement() if _name(expression) in {"coalesce", "ifnull"}:
+            return any(map(_is_quotient, expression.clauses))
+    return _name(expression) == "avg"
 
 
 def is_constant(expression: Any) -> bool:

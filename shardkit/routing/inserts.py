@@ -27,7 +27,7 @@ from shardkit.shardmap import Placement, ShardMap, TableInfo
 #: Prefixes that change nothing about which row is written.
 _QUIET: Final = frozenset({"LOW_PRIORITY", "HIGH_PRIORITY", "DELAYED"})
 #: Prefixes that make an INSERT depend on rows that are there already.
-_DEPENDING: Final = frozenset({"IGNORE", "OR IGNORE", "OR REPLACE", "OR ABORT", "OR FAIL", "OR ROLLBACK", "REPLACE"})
+_DEPENDING: Final = frozenset({"IGNORE", "OR IGNORE", "OR REPLACE", "OR ABORT", "REPLACE"})
 
 
 class Inserts:

@@ -274,7 +274,9 @@ class Lineage:
         self.functions |= contents.functions
         for inner in contents.subqueries:
             known = facts is query.facts
-            nested = self._query(inner.select, query.scope, query.context if known else ())
+            # what is selected of no rows at all is still selected
+            there = known and not (query.collapses and not predicate)
+            nested = self._query(inner.select, query.scope, query.context if there else ())
             query.nested.append(nested)
             if inner.member is not None and not nested.limited and not nested.windows:
                 column, output = query.scope.resolve(inner.member), nested.first_output()

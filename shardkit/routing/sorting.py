@@ -16,14 +16,26 @@ from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.elements import ColumnClause, ColumnElement, Grouping, Label, Over
+from sqlalchemy.sql.elements import (
+    BinaryExpression,
+    Cast,
+    ColumnClause,
+    ColumnElement,
+    Grouping,
+    Label,
+    Over,
+    TypeCoerce,
+)
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import NullType
 
 from shardkit.errors import RoutingError
+from shardkit.routing.expressions import is_distinct
 from shardkit.routing.functions import NO_LONGER, NUMERIC
 from shardkit.routing.keyvalues import stored_type
 from shardkit.routing.spread import Refused
@@ -222,17 +234,53 @@ def sort_column(expression: ColumnElement[Any], dialect: Dialect) -> tuple[Colum
     """
     expression = bare(expression)
     if dialect.name == "sqlite":
-        collation = getattr(stored_type(expression.type, dialect), "collation", None)
-        match "BINARY" if collation is None else collation.upper():
-            case "BINARY":
-                return raw(expression), Comparison.SQLITE
-            case "NOCASE":
-                return raw(sa.func.lower(expression)), Comparison.SQLITE
-            case "RTRIM":
-                return raw(sa.func.rtrim(expression, " ")), Comparison.SQLITE
-            case _:
-                raise _unsortable(expression, f"it has the collation {collation}")
+        return _by_collation(expression, _sqlite_collation(expression, dialect)), Comparison.SQLITE
     return _on_server(expression, stored_type(expression.type, dialect), dialect)
+
+
+def extreme_column(function: Any, dialect: Dialect) -> tuple[ColumnElement[Any], Comparison, bool]:
+    """The hidden column by which MIN or MAX of the shards' values is found, how its values compare, and whether they
+    sort as the function's own value does: SQLite finds the least text by its column's collation, and sorts what it has
+    found by its bytes.
+
+    :raises Refused: where the database's order cannot be told from outside.
+    """
+    if dialect.name == "sqlite":
+        (argument,) = map(bare, function.clauses)
+        collation = _sqlite_collation(bare(argument.element) if is_distinct(argument) else argument, dialect)
+        sorts = collation is None or collation.upper() == "BINARY"
+        return _by_collation(function, collation), Comparison.SQLITE, sorts
+    return (*sort_column(function, dialect), True)
+
+
+def _by_collation(expression: ColumnElement[Any], collation: str | None) -> ColumnElement[Any]:
+    match "BINARY" if collation is None else collation.upper():
+        case "BINARY":
+            return raw(expression)
+        case "NOCASE":
+            return raw(sa.func.lower(expression))
+        case "RTRIM":
+            return raw(sa.func.rtrim(expression, " "))
+        case _:
+            raise _unsortable(expression, f"it has the collation {collation}")
+
+
+def _sqlite_collation(expression: Any, dialect: Dialect) -> str | None:
+    """The collation that SQLite compares an expression by: a column's own, also under CAST and +; of other
+    expressions only one that is said with COLLATE (https://www.sqlite.org/datatype3.html, section 7.1).
+
+    :raises Refused: where SQLAlchemy's type says another one.
+    """
+    inner = expression
+    while isinstance(inner, Cast | TypeCoerce):
+        inner = bare(inner.clause)
+    if isinstance(inner, BinaryExpression) and inner.operator is operators.collate:
+        return str(getattr(inner.right, "collation", inner.right)).strip('"')
+    declared: str | None = getattr(stored_type(inner.type, dialect), "collation", None)
+    plain = all(isinstance(each, ColumnClause) for each in inner.base_columns)  # also where a subquery passes it on
+    if declared is None or plain or declared.upper() == "BINARY":
+        return declared
+    raise _unsortable(expression, f"it is an expression over text with the collation {declared}")
 
 
 def _on_server(expression: Any, stored: Any, dialect: Dialect) -> tuple[ColumnElement[Any], Comparison]:
@@ -252,12 +300,18 @@ def _on_server(expression: Any, stored: Any, dialect: Dialect) -> tuple[ColumnEl
         case sa.Date() | sa.DateTime() | sa.Time():
             return _numbered(expression), Comparison.NUMBER
         case sa.Uuid() if dialect.name == "mysql":
+            if stored.native_uuid:  # MariaDB's own type sorts by its last part first, MySQL has none
+                raise _unsortable(expression, "a native UUID does not sort as text: use Uuid(native_uuid=False)")
             return WeightString(expression), Comparison.WEIGHTS
         case sa.LargeBinary() | sa.BINARY() | sa.VARBINARY():
             length = getattr(stored, "length", None)
             if length is None or length > LONGEST_BYTES:
                 raise _unsortable(expression, f"it may be longer than max_sort_length ({LONGEST_BYTES} bytes)")
             return raw(expression), Comparison.BYTES
+        case mysql.SET():
+            if not isinstance(expression, ColumnClause):
+                raise _unsortable(expression, "an expression over a SET sorts as text")
+            return _numbered(expression), Comparison.NUMBER
         case sa.String():
             return _text(expression, getattr(stored, "length", None))
         case NullType() if name.lower() in NUMERIC:

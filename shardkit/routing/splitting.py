@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from functools import cached_property
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
@@ -18,6 +19,8 @@ from sqlalchemy.sql.elements import (
     BindParameter,
     BooleanClauseList,
     ClauseElement,
+    ClauseList,
+    ColumnClause,
     ColumnElement,
     UnaryExpression,
 )
@@ -25,6 +28,7 @@ from sqlalchemy.sql.elements import (
 from shardkit.routing.combining import Groups, Texts
 from shardkit.routing.conditions import Binds
 from shardkit.routing.expressions import contents_of, is_distinct
+from shardkit.routing.formulas import Formula
 from shardkit.routing.grouping import Grouping, Sorted, least, refused
 from shardkit.routing.merge import MergePlan
 from shardkit.routing.queries import Occurrence, Query
@@ -113,6 +117,11 @@ class _Splitting:
         """Hidden columns by which rows that LIMIT counts are told from their repetitions: all primary keys."""
         if len(tables) < 2:
             return  # rows of one table are told apart by the entity itself
+        if self.statement._distinct:  # noqa: SLF001 - no public reader; the query around the LIMIT has none
+            raise refused(
+                "DISTINCT of joined tables with joined eager loads under LIMIT, over several shards",
+                "use selectinload(), or EXISTS in place of the join and DISTINCT",
+            )
         for table in tables:
             keys = [column for column in table.clause.c if column.primary_key]
             if not keys:
@@ -166,15 +175,17 @@ class _Splitting:
         if self.context.query.distinct and not self._is_selected(wanted.expression):
             raise refused("DISTINCT with ORDER BY on what is not selected, over several shards")
         column, comparison = sort_column(wanted.expression, self.context.dialect)
-        if self.context.query.grouped and not contents_of([wanted.expression]).aggregates:
+        contents = contents_of([wanted.expression])
+        if self.context.query.grouped and not contents.aggregates and not contents.windows:
             column = least(column)  # one value a group: MIN says so to ONLY_FULL_GROUP_BY
         return SortKey(self._hide(column), comparison, wanted.descending, wanted.nulls_first)
 
     def _is_selected(self, expression: ClauseElement) -> bool:
-        if self.context.keyed_rows:
-            return True  # nothing is dropped after the merge, and each shard's server checks its own part
         shown = [_undistinct(column) for column in _columns_of(self.statement) if isinstance(column, ColumnElement)]
-        return any(column.compare(bare(expression)) for column in shown)
+        if any(column.compare(bare(expression)) for column in shown):
+            return True
+        parts = self.context.own().query.parts  # the columns of entities
+        return parts is not None and any(_same_column(column, bare(expression)) for _, column in parts.columns)
 
     def _distinct(self) -> tuple[SortKey, ...]:
         parts = self.context.own().query.parts
@@ -184,6 +195,8 @@ class _Splitting:
         for _, shown in parts.columns:
             if not isinstance(shown, ColumnElement):
                 raise refused("DISTINCT with raw SQL over several shards")
+            if shown.type._has_column_expression:  # noqa: SLF001 - the only way to see that another value is selected
+                raise refused(f"DISTINCT with a column whose type {shown.type!r} selects an expression of it")
             column, comparison = sort_column(_undistinct(shown), self.context.dialect)
             keys.append(SortKey(self._hide(column), comparison))
         return tuple(keys)
@@ -206,20 +219,34 @@ class _Splitting:
 
     # --- aggregates and groups
 
-    def _grouped(self, limit: int | None, offset: int) -> MergePlan:
-        statement = self.statement
-        groups = [self._sorted(each).expression for each in statement._group_by_clauses]  # noqa: SLF001 - no public reader
-        context = self.context
+    def _group(self, clause: Any) -> ColumnElement[Any]:
+        """An element of GROUP BY.
 
-        def is_key(element: ClauseElement) -> bool:
-            return context.own().is_key(element)  # the statement is read once more for it: only where DISTINCT asks
+        :raises Refused: for a label that is a column's name, too: servers take the column.
+        """
+        wanted: ColumnElement[Any] = self._sorted(clause).expression
+        name = getattr(wanted, "name", None) if isinstance(wanted, sa.Label) else None
+        if isinstance(wanted, sa.Label) and name in self._column_names and _name_of(bare(wanted)) != name:
+            raise refused(
+                f"GROUP BY the label {name!r}, which is also a column's name: servers take the column",
+                "give the label another name",
+            )
+        return wanted
 
-        grouping = Grouping(groups, context.binds, context.dialect, self._hide, self._sorted, is_key)
-        columns = _columns_of(statement)
-        keys = [grouping.output(column, place) for place, column in enumerate(columns)]
+    @cached_property
+    def _column_names(self) -> frozenset[str]:
+        froms = self.statement.get_final_froms()
+        return frozenset(column.name for each in froms for column in each.c)
+
+    def _collect(self, groups: Sequence[ColumnElement[Any]], is_key: Callable[[ClauseElement], bool]) -> _Collected:
+        context, statement = self.context, self.statement
+        grouping = Grouping(
+            groups, context.binds, context.dialect, self._hide, self._sorted, is_key, distinct=context.query.distinct
+        )
+        keys = [grouping.output(column, place) for place, column in enumerate(_columns_of(statement))]
         order = tuple(grouping.order(each) for each in self._order_by()) if groups else ()
         own: list[Any] = []
-        tests = []
+        tests: list[Formula] = []
         for test in (test for each in statement._having_criteria for test in _ands(each)):  # noqa: SLF001 - no public reader
             contents = contents_of([test])
             if contents.subqueries:
@@ -228,16 +255,68 @@ class _Splitting:
                 tests.append(grouping.test(test))
             else:
                 own.append(test)  # what is true of a group's own columns is true on every shard
+        return _Collected(grouping, keys, order, own, tests)
+
+    def _grouped(self, limit: int | None, offset: int) -> MergePlan:
+        statement = self.statement
+        groups = [self._group(each) for clause in statement._group_by_clauses for each in _each_of(clause)]  # noqa: SLF001 - no public reader
+        context = self.context
+
+        def is_key(element: ClauseElement) -> bool:
+            return context.own().is_key(element)  # the statement is read once more for it: only where DISTINCT asks
+
+        collected = self._collect(groups, is_key)
+        if collected.grouping.counts_keys and collected.grouping.finer:
+            self.hidden.clear()
+            collected = self._collect(groups, lambda _element: False)
+        grouping, keys, order, own, tests = collected
+        columns = _columns_of(statement)
         split = statement.limit(None).offset(None).order_by(None).group_by(*grouping.finer)
         split._having_criteria = tuple(own)  # noqa: SLF001 - on the copy just made; there is no generative way
         blank = None
         if grouping.finer and not groups:
+            if own:
+                raise refused("HAVING without an aggregate beside DISTINCT aggregates, over several shards")
             blank = grouping.blank(columns, self._visible + len(self.hidden))
         distinct = tuple(key for key in keys if key is not None) if self.context.query.distinct else ()
+        for key in distinct:
+            grouping.check_sorts(key)
         if any(isinstance(each, Texts) for each in grouping.combines) and distinct:
             raise refused("DISTINCT with GROUP_CONCAT over several shards")
         plan = Groups(tuple(grouping.keys), tuple(grouping.combines), tuple(tests), tuple(grouping.computed), blank)
         return MergePlan(self._with_hidden(split), self._visible, order, distinct, plan, limit, offset)
+
+
+class _Collected(NamedTuple):
+    """What a grouped statement asks of the shards.
+
+    :param own: conditions of HAVING that each shard checks by itself.
+    """
+
+    grouping: Grouping
+    keys: list[SortKey | None]
+    order: tuple[SortKey, ...]
+    own: list[Any]
+    tests: list[Formula]
+
+
+def _each_of(clause: Any) -> Sequence[Any]:
+    """The elements of GROUP BY: SQLAlchemy puts some of them into a list of their own."""
+    if isinstance(clause, ClauseList):
+        return [each for inner in clause.clauses for each in _each_of(inner)]
+    return [clause]
+
+
+def _same_column(one: Any, other: Any) -> bool:
+    one = bare(one)
+    if isinstance(one, ColumnElement) and one.compare(other):
+        return True
+    return (
+        isinstance(one, sa.Column)
+        and isinstance(other, sa.Column)
+        and one.table is other.table
+        and one.key == other.key
+    )
 
 
 _DIRECTIONS: Final = (operators.desc_op, operators.asc_op, operators.nulls_first_op, operators.nulls_last_op)
@@ -253,6 +332,10 @@ def _ands(test: ClauseElement) -> Sequence[ClauseElement]:
     if isinstance(test, BooleanClauseList) and test.operator is operators.and_:
         return [inner for clause in test.clauses for inner in _ands(clause)]
     return [test]
+
+
+def _name_of(column: Any) -> str | None:
+    return column.name if isinstance(column, ColumnClause) else None
 
 
 def _columns_of(statement: sa.Select[Any]) -> Sequence[Any]:

@@ -215,6 +215,25 @@ def writes_rows(statement: Any) -> bool:
     return text is not None and text.lstrip()[:6].upper() == "INSERT"
 
 
+#: What MySQL and MariaDB commit around (MySQL Reference Manual, "Statements That Cause an Implicit Commit"), and what
+#: ends or begins a transaction by itself.
+_COMMITTING: Final = re.compile(
+    r"\s*(ALTER|ANALYZE|BEGIN|CACHE|CHECK|CHANGE|COMMIT|CREATE|DROP|FLUSH|GRANT|INSTALL|LOAD\s+INDEX|LOCK|OPTIMIZE|"
+    r"RENAME|REPAIR|RESET|REVOKE|ROLLBACK(?!\s+TO)|SET\s+(@@|SESSION\s+)?(\w+\.)?AUTOCOMMIT|START|STOP|TRUNCATE|"
+    r"UNINSTALL|UNLOCK)\b",
+    re.IGNORECASE,
+)
+_TEMPORARY: Final = re.compile(r"\s*(CREATE|DROP)\s+TEMPORARY\s", re.IGNORECASE)
+
+
+def commits_implicitly(statement: Any) -> bool:
+    """Whether a server commits the transaction in which this runs."""
+    if isinstance(statement, ExecutableDDLElement):
+        return True
+    text = text_of(statement)
+    return text is not None and bool(_COMMITTING.match(text)) and not _TEMPORARY.match(text)
+
+
 def text_of(statement: Any) -> str | None:
     """The text of raw SQL, also inside ``select(...).from_statement(text(...))``; None where there is none."""
     element = _raw(statement)

@@ -35,7 +35,8 @@ class Flush:
     def __init__(self, session: ClusterSession, view: View) -> None:
         self._session = session
         self._view = view
-        self._connections: dict[str | None, Any] = {}
+        self._connections: dict[str, Connection] = {}
+        self._replications: dict[str, ReplicatedConnection] = {}  # by reference table
         self.touched: dict[str, None] = {}
         self.unchanged: list[InstanceState[Any]] = []
         self._given: Sequence[InstanceState[Any]] = ()
@@ -235,7 +236,7 @@ class Flush:
 
     def _connection(self, shard: str) -> Connection:
         try:
-            found: Connection = self._connections[shard]
+            found = self._connections[shard]
         except KeyError:
             found = self._connections[shard] = self._session.connection_to_write(shard)
         return found
@@ -246,12 +247,11 @@ class Flush:
             _require_identity(home, state.mapper, state.dict)
         else:
             _complete_change(home, state)
-        key = home.info.name
-        if key not in self._connections:
+        table = home.info.name
+        if table not in self._replications:
             self._session.admit_writes(home.info.shards)
-            self._connections[key] = ReplicatedConnection([self._connection(shard) for shard in home.info.shards])
-        found: ReplicatedConnection = self._connections[key]
-        return found
+            self._replications[table] = ReplicatedConnection([self._connection(shard) for shard in home.info.shards])
+        return self._replications[table]
 
     def verify(self, states: Iterable[InstanceState[Any]]) -> None:
         """Once written: the rows are where their keys say, whatever event handlers did meanwhile.
@@ -260,9 +260,12 @@ class Flush:
         """
         for state in states:
             known = self.placed.get(state)
-            if known is None or state.key is not None:
-                continue
             home = home_of(self._view, state.mapper)
+            if state.key is not None:
+                home.refuse_key_change(state)
+                continue
+            if known is None:
+                continue
             if home.key and home.key_of(state) != known[0]:
                 raise KeyChange(
                     f"the key of a new {state.class_.__name__} was changed to {home.key_of(state)} while it was being "
@@ -294,7 +297,7 @@ def _is_changed(state: InstanceState[Any]) -> bool:
         if name not in columns or name not in now:
             return True
         try:
-            if bool(old != now[name]):
+            if not columns[name].columns[0].type.compare_values(old, now[name]):
                 return True
         except TypeError:
             return True

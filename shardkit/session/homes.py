@@ -45,7 +45,7 @@ class Home:
         ``ids: generated``.
     :param plain_number: where in the primary key the shard key stands, if it is one plain integer column, whose value
         needs no interpreting.
-    :param tokened: whether objects carry their shard in their identity: the table's rows are spread over shards.
+    :param tokened: whether objects carry their shard in their identity: each row stands on one shard of several.
     """
 
     view: View
@@ -89,6 +89,8 @@ class Home:
     def shard_of_key(self, key: tuple[Any, ...] | None) -> str | None:
         """The shard of an object with this key, as the object has it (before bind processing); None where it does not
         tell, or would have to be looked up."""
+        if self.info.kind == "vertical":
+            return self.info.shards[0]
         if not self.key or key is None:
             return None
         try:
@@ -240,7 +242,7 @@ def _find(view: View, mapper: Mapper[Any]) -> Home:
         info=info,
         key=key,
         generated=_generated(mapper, table, info),
-        tokened=info.kind == "sharded" and len(view.map.shards) > 1,
+        tokened=info.kind != "reference" and len(view.map.shards) > 1,
         plain_number=_plain_number(table, info, key),
     )
 

@@ -12,14 +12,16 @@ from typing import Any, cast
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy import select
 from sqlalchemy.exc import MultipleResultsFound
-from sqlalchemy.orm import InstanceState, Mapper, loading
+from sqlalchemy.orm import InstanceState, Mapper, class_mapper, loading
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.base import PassiveFlag
 from sqlalchemy.util import EMPTY_DICT
 
-from shardkit.errors import StaleShardMap
+from shardkit.cluster import Cluster
+from shardkit.errors import RoutingError, StaleShardMap, UnknownTable
 from shardkit.session.filing import FilingSession
 from shardkit.session.homes import home_of
+from shardkit.session.replicated import OneForEachRow
 from shardkit.session.tokens import load_with_token
 from shardkit.session.transaction import ReplanNeeded
 from shardkit.snapshots import View
@@ -27,6 +29,31 @@ from shardkit.snapshots import View
 
 class IdentitySession(FilingSession):
     """A session whose objects carry the shard that they live on in their identity."""
+
+    def __init__(self, cluster: Cluster, **options: Any) -> None:
+        super().__init__(cluster, **options)
+        self._replicated_classes: dict[type[Any], bool] = {}
+        self._know_replicated_rows()
+
+    def expunge_all(self) -> None:
+        """As `sqlalchemy.orm.Session.expunge_all`."""
+        super().expunge_all()
+        self._know_replicated_rows()
+
+    def _know_replicated_rows(self) -> None:
+        shard_map = self.cluster.map
+        if len(shard_map.shards) > 1 and any(keyspace.reference for keyspace in shard_map.keyspaces.values()):
+            self.identity_map._dict = OneForEachRow(self._is_replicated)
+
+    def _is_replicated(self, class_: type[Any]) -> bool:
+        known = self._replicated_classes.get(class_)
+        if known is None:
+            try:
+                known = home_of(self._outermost().view, class_mapper(class_)).replicated
+            except (RoutingError, UnknownTable):
+                known = False
+            self._replicated_classes[class_] = known
+        return known
 
     def _get_impl(self, entity: Any, primary_key_identity: Any, db_load_fn: Any, **options: Any) -> Any:
         if self._from_replica and self._outermost().written:

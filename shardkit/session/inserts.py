@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from sqlalchemy import Column, Insert, Table, inspect
+from sqlalchemy.sql.elements import BindParameter, Null
 
 from shardkit.session.homes import check_generated
 from shardkit.session.shared import computed
@@ -30,7 +31,7 @@ def filled(statement: Any, parameters: Any, view: View, next_id: Maker, *, nulls
     info = view.map.tables.get(table.fullname) if isinstance(table, Table) else None
     if info is None or not isinstance(statement, Insert) or statement.select is not None:
         return statement, parameters
-    makers = dict(_makers(table, info, view, next_id))
+    makers = dict(_makers(_tables(statement, parameters), info, view, next_id))
     if not makers:
         return statement, parameters
     skipped = not nulls and statement.entity_description.get("entity") is not None
@@ -40,15 +41,26 @@ def filled(statement: Any, parameters: Any, view: View, next_id: Maker, *, nulls
     return _with_missing_values(statement, parameters or {}, makers, None if skipped else next_id), parameters
 
 
-def _makers(table: Table, info: TableInfo, view: View, next_id: Maker) -> Iterable[tuple[Column[Any], Maker]]:
-    column = table.autoincrement_column
-    if info.keyspace.generated_ids and column is not None:
-        check_generated(table, view.planner.dialect_name)
-        yield column, next_id
-    if info.kind == "reference":
-        for column in table.columns:
-            if column.default is not None and column.default.is_callable:
-                yield column, partial(computed, column, column.default)
+def _tables(statement: Insert, parameters: Any) -> Sequence[Table]:
+    """The tables that are inserted into: the ORM gives rows of a joined subclass to all of its class's."""
+    entity = statement.entity_description.get("entity")
+    several = entity is not None and isinstance(parameters, Sequence) and not isinstance(parameters, str)
+    tables: Sequence[Any] = inspect(entity).mapper.tables if several else (statement.table,)
+    return [table for table in tables if isinstance(table, Table)]
+
+
+def _makers(
+    tables: Iterable[Table], info: TableInfo, view: View, next_id: Maker
+) -> Iterable[tuple[Column[Any], Maker]]:
+    for table in tables:
+        column = table.autoincrement_column
+        if info.keyspace.generated_ids and column is not None:
+            check_generated(table, view.planner.dialect_name)
+            yield column, next_id
+        if info.kind == "reference":
+            for column in table.columns:
+                if column.default is not None and column.default.is_callable:
+                    yield column, partial(computed, column, column.default)
 
 
 def _name(statement: Insert, column: Column[Any]) -> str:
@@ -74,23 +86,28 @@ def _with_missing_values(
     many: Any = statement._multi_values  # noqa: SLF001 - what values([...]) keeps; pinned by a test
     if many:
         wider = statement._clone()  # noqa: SLF001
-        wider._multi_values = tuple(  # noqa: SLF001
-            [
-                {**row, **{column.key: make() for column, make in makers.items() if column.key not in _keys(row)}}
-                for row in rows
-            ]
-            for rows in many
-        )
+        wider._multi_values = tuple([_completed(row, makers, for_none) for row in rows] for rows in many)  # noqa: SLF001
         return wider
-    given = _keys(statement._values or ())  # noqa: SLF001
+    values: Mapping[Any, Any] = statement._values or {}  # noqa: SLF001
+    called = {getattr(name, "key", name): name for name in values}  # how the statement calls what it gives
     missing = {
-        column: make()
+        called.get(column.key, column): make()
         for column, make in makers.items()
-        if column.key not in given and _lacks(parameters, _name(statement, column), for_none=for_none in (None, make))
+        if _absent(values, column, make, for_none)
+        and _lacks(parameters, _name(statement, column), for_none=for_none in (None, make))
     }
     return statement.values(missing) if missing else statement
 
 
-def _keys(values: Iterable[Any]) -> set[str]:
-    """Column keys, whether given as names, columns or attributes."""
-    return {getattr(name, "key", name) for name in values}
+def _completed(row: Mapping[Any, Any], makers: Mapping[Column[Any], Maker], for_none: Maker | None) -> dict[Any, Any]:
+    missing = {column.key: make() for column, make in makers.items() if _absent(row, column, make, for_none)}
+    return {**{name: value for name, value in row.items() if getattr(name, "key", name) not in missing}, **missing}
+
+
+def _absent(values: Mapping[Any, Any], column: Column[Any], make: Maker, for_none: Maker | None) -> bool:
+    """Whether a column, by its name, itself or its attribute, has no value here; None may count as none."""
+    for name, value in values.items():
+        if getattr(name, "key", name) == column.key:
+            given = value.value if isinstance(value, BindParameter) else value
+            return (given is None or isinstance(given, Null)) and for_none in (None, make)
+    return True

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.orm.interfaces import RelationshipDirection
+from sqlalchemy.types import NullType, UserDefinedType
 
 from shardkit.errors import KeyChange, RoutingError
 from shardkit.session.homes import Home, home_of
@@ -41,8 +42,13 @@ class _Rows:
     def table(self) -> Any:
         return self.home.table
 
+    @property
+    def primary_key(self) -> Sequence[Any]:
+        """As the mapper has it, whose order may not be the table's."""
+        return self.mapper.primary_key
+
     def identity(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[column.name] for column in self.table.primary_key)
+        return tuple(row[column.name] for column in self.primary_key)
 
 
 def move(session: ClusterSession, instance: object, key: Any) -> None:
@@ -52,6 +58,7 @@ def move(session: ClusterSession, instance: object, key: Any) -> None:
         raise RoutingError(
             f"{type(instance).__name__} is not a loaded object of this session", hint="load it, then move it"
         )
+    _check_moved_once(session, state)
     session.flush()
     view = session._outermost().view
     home = home_of(view, state.mapper)
@@ -60,15 +67,21 @@ def move(session: ClusterSession, instance: object, key: Any) -> None:
     wanted = session.looked_up(lambda: view.planner.place(home.table, new_key), new=True)
     target = source if wanted is None else wanted.shard
     everything = list(_gather(session, state, home, source, new_key))
+    _check_nobody_is_left(session, everything, source)
     session.admit_writes(dict.fromkeys((source, target)))
-    for each in reversed(everything):  # before the new rows, which on the same shard may have the same primary keys
-        session.execute(
-            sa.delete(each.table).where(_these(each.table, map(each.identity, each.rows))),
-            execution_options={"shardkit_shard": source, "synchronize_session": False},
-        )
-    for each in everything:
-        session.execute(sa.insert(each.table), each.new, execution_options={"shardkit_shard": target})
-    _rename(session, everything, target)
+    try:
+        for each in reversed(everything):  # before the new rows, which on the same shard may have the same primary keys
+            session.execute(
+                sa.delete(each.table).where(_these(each.primary_key, map(each.identity, each.rows))),
+                execution_options={"shardkit_shard": source, "synchronize_session": False},
+            )
+        for each in everything:
+            options = {"shardkit_shard": target}
+            session.execute(_insert_of(each), each.new, execution_options=options)
+    except BaseException:
+        session._deactivate()  # half of it may be done
+        raise
+    _rename(session, everything, source, target)
 
 
 def _new_key(home: Home, key: Any) -> dict[str, Any]:
@@ -94,13 +107,27 @@ def _new_key(home: Home, key: Any) -> dict[str, Any]:
 # --- finding the rows --------------------------------------------------------------------------------------------
 
 
+def _check_moved_once(session: ClusterSession, state: InstanceState[Any]) -> None:
+    """:raises RoutingError: inside a savepoint, for an object that was moved before it: SQLAlchemy could not give it
+    its first key back."""
+    transaction: Any = session._transaction
+    while transaction is not None and transaction.parent is not None:
+        transaction = transaction.parent
+        if state in transaction._key_switches:
+            raise RoutingError(
+                f"{state.class_.__name__} {state.key and state.key[1]} has been moved in this transaction, before the "
+                "savepoint",
+                hint="move it once, or end the savepoint first",
+            )
+
+
 def _gather(
     session: ClusterSession, state: InstanceState[Any], home: Home, source: str, new_key: Mapping[str, Any]
 ) -> Iterable[_Rows]:
     """The object's row and, after it, the rows of the objects that belong to it; each with what it becomes."""
     assert state.key is not None  # noqa: S101 - asked by the caller
     root = _Rows(
-        state.mapper, home, _read(session, home.table, _these(home.table, [state.key[1]]), source, state.mapper)
+        state.mapper, home, _read(session, home, _these(state.mapper.primary_key, [state.key[1]]), source, state.mapper)
     )
     if not root.rows:
         raise RoutingError(f"the row of {state.mapper.class_.__name__} {state.key[1]} is gone", hint="refresh it")
@@ -112,7 +139,7 @@ def _gather(
         each = waiting.pop(0)
         each.new = [{**row, **_renamed(each.home, row, home, old, new_key)} for row in each.rows]
         yield each
-        for relationship in each.mapper.relationships:
+        for relationship in _relationships(each.mapper):
             if relationship.viewonly or relationship.direction is RelationshipDirection.MANYTOONE:
                 continue
             children = _children(session, each, relationship, home, old, source)
@@ -153,9 +180,7 @@ def _children(
     pairs = [(local.name, remote) for local, remote in relationship.local_remote_pairs]
     ours = sa.or_(*(sa.and_(*(remote == row[local] for local, remote in pairs)) for row in parents.rows))
     same_key = sa.and_(*(own.table.c[part.column] == value for part, value in zip(own.key, old, strict=True)))
-    return _Rows(
-        relationship.mapper, own, _read(session, own.table, sa.and_(ours, same_key), source, relationship.mapper)
-    )
+    return _Rows(relationship.mapper, own, _read(session, own, sa.and_(ours, same_key), source, relationship.mapper))
 
 
 def _tied_by_key(relationship: Any, parent: Home, child: Home) -> bool:
@@ -164,8 +189,15 @@ def _tied_by_key(relationship: Any, parent: Home, child: Home) -> bool:
     return all((one.column, other.column) in pairs for one, other in zip(parent.key, child.key, strict=True))
 
 
-def _read(session: ClusterSession, table: Any, where: Any, shard: str, mapper: Mapper[Any]) -> list[dict[str, Any]]:
-    if len(mapper.tables) > 1:
+def _relationships(mapper: Mapper[Any]) -> Sequence[Any]:
+    """Those of a class and of its subclasses, whose rows stand in the same table."""
+    found = {each for one in mapper.self_and_descendants for each in one.relationships}
+    return sorted(found, key=str)
+
+
+def _read(session: ClusterSession, home: Home, where: Any, shard: str, mapper: Mapper[Any]) -> list[dict[str, Any]]:
+    table: Any = home.table
+    if any(len(each.tables) > 1 for each in mapper.self_and_descendants):
         raise RoutingError(
             f"{mapper.class_.__name__} is mapped to several tables, which move() does not take apart",
             hint="write the new object, and delete this one",
@@ -183,21 +215,79 @@ def _read(session: ClusterSession, table: Any, where: Any, shard: str, mapper: M
             table=table.name,
         )
     columns = [column for column in table.c if column.computed is None]
-    exact = [_exact(column, session).label(column.name) for column in columns]
+    untouched = _untouched(mapper, home)
+    exact = [_exact(column, session, raw=column.name in untouched).label(column.name) for column in columns]
     found = session.execute(sa.select(*exact).where(where).with_for_update(), execution_options=options)
     return [dict(row) for row in found.mappings()]
 
 
-def _exact(column: Any, session: ClusterSession) -> Any:
+def _untouched(mapper: Mapper[Any], home: Home) -> frozenset[str]:
+    """The columns that are copied as the driver has them, without their types' processing: SQL NULL and JSON's null are
+    the same to Python. Not those that are compared with others or changed."""
+    touched = {column.name for column in (*mapper.primary_key, *home.table.primary_key)}
+    touched |= {part.column for part in home.key}
+    for relationship in _relationships(mapper):
+        for local, remote in relationship.local_remote_pairs or ():
+            touched |= {local.name, remote.name}
+    for one in mapper.self_and_descendants:
+        if one.polymorphic_on is not None:
+            touched.add(one.polymorphic_on.name)
+    return frozenset(column.name for column in home.table.c if column.name not in touched)
+
+
+class _AsItIs(UserDefinedType[Any]):
+    """A value as the driver has it. An INSERT gives a value without a type its column's, but not one with this."""
+
+    cache_ok = True
+
+
+def _insert_of(each: _Rows) -> Any:
+    raw = _untouched(each.mapper, each.home) & each.rows[0].keys()
+    return (
+        sa.insert(each.table).values({each.table.c[name]: sa.bindparam(name, type_=_AsItIs()) for name in sorted(raw)})
+        if raw
+        else sa.insert(each.table)
+    )
+
+
+def _check_nobody_is_left(session: ClusterSession, everything: Sequence[_Rows], source: str) -> None:
+    """:raises RoutingError: for rows that point at rows which leave, and do not move along: the server would delete
+    them (ON DELETE CASCADE), empty what they point with, or refuse."""
+    known = session._outermost().view.map.tables
+    moving: dict[Any, set[tuple[Any, ...]]] = {}
+    for each in everything:
+        names = [column.name for column in each.table.primary_key]
+        moving.setdefault(each.table, set()).update(tuple(row[name] for name in names) for row in each.rows)
+    for each in everything:
+        for table in each.table.metadata.tables.values():
+            there = known.get(table.fullname)
+            if there is None or source not in there.shards:
+                continue
+            for constraint in table.foreign_key_constraints:
+                if constraint.referred_table is not each.table or not table.primary_key:
+                    continue
+                pairs = [(element.parent, element.column.name) for element in constraint.elements]
+                ours = sa.or_(*(sa.and_(*(column == row[name] for column, name in pairs)) for row in each.rows))
+                query = sa.select(*table.primary_key).where(ours).limit(len(moving.get(table, ())) + 1)
+                rows = session.execute(query, execution_options={"shardkit_shard": source}).all()
+                if any(tuple(row) not in moving.get(table, set()) for row in rows):
+                    raise RoutingError(
+                        f"rows of {table.name} point at rows of {each.table.name} that would move away from them",
+                        hint="give the class a relationship to them (one to many), so that they move along, or move "
+                        "them by hand",
+                        table=table.name,
+                    )
+
+
+def _exact(column: Any, session: ClusterSession, *, raw: bool) -> Any:
     """A column whose value comes back as it is stored: MySQL shows only six digits of a FLOAT."""
     floats = isinstance(column.type, sa.Float) and not isinstance(column.type, sa.Double)
     if floats and session.cluster.view.planner.dialect_name != "sqlite":
         return sa.type_coerce(column + sa.literal_column("0E0"), sa.Double())
-    return column
+    return sa.type_coerce(column, NullType()) if raw else column
 
 
-def _these(table: Any, identities: Iterable[Sequence[Any]]) -> Any:
-    columns = list(table.primary_key)
+def _these(columns: Sequence[Any], identities: Iterable[Sequence[Any]]) -> Any:
     return sa.or_(
         *(
             sa.and_(*(column == value for column, value in zip(columns, identity, strict=True)))
@@ -209,7 +299,7 @@ def _these(table: Any, identities: Iterable[Sequence[Any]]) -> Any:
 # --- the objects --------------------------------------------------------------------------------------------------
 
 
-def _rename(session: ClusterSession, everything: Iterable[_Rows], target: str) -> None:
+def _rename(session: ClusterSession, everything: Iterable[_Rows], source: str, target: str) -> None:
     """Loaded objects become those of the new rows; a rollback makes them the old ones again."""
     identities = {
         (each.table, each.identity(old)): each.identity(new)
@@ -219,7 +309,9 @@ def _rename(session: ClusterSession, everything: Iterable[_Rows], target: str) -
     renamed = [
         (state, identities[state.mapper.local_table, state.key[1]])
         for state in session.identity_map.all_states()
-        if state.key is not None and (state.mapper.local_table, state.key[1]) in identities
+        if state.key is not None
+        and state.key[2] in {source, None}
+        and (state.mapper.local_table, state.key[1]) in identities
     ]
     transaction: Any = session._transaction
     for state, identity in renamed:

@@ -66,8 +66,9 @@ def retry(factory: Any, *, within: float = 15.0) -> Any:
                         may_repeat = _is_rolled_back
                         session.commit()
                     except Exception as error:
+                        committed = session.committed
                         session.rollback()
-                        pause = next(pauses, None) if may_repeat(error) else None
+                        pause = next(pauses, None) if may_repeat(error) and not committed else None
                         if pause is None:
                             raise
                     else:
@@ -86,8 +87,9 @@ def retry(factory: Any, *, within: float = 15.0) -> Any:
                         may_repeat = _is_rolled_back
                         await session.commit()
                     except Exception as error:
+                        committed = session.sync_session.committed
                         await session.rollback()
-                        pause = next(pauses, None) if may_repeat(error) else None
+                        pause = next(pauses, None) if may_repeat(error) and not committed else None
                         if pause is None:
                             raise
                     else:

@@ -51,7 +51,11 @@ def touched_values(mapper: Mapper[Any], info: TableInfo, changed: Mapping[str, A
     found: dict[str, Any] = {}
     for column, attribute in _columns(mapper):
         default = column.onupdate
-        if default is None or default.is_scalar or attribute in changed or column.table not in tables:
+        if attribute in changed or column.table not in tables:
+            continue
+        if default is None and column.server_onupdate is not None:
+            raise _chosen_by_each(info, column)
+        if default is None or default.is_scalar:
             continue
         if not default.is_callable or attribute is None:
             raise _chosen_by_each(info, column)

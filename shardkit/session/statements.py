@@ -21,11 +21,11 @@ from sqlalchemy.sql.base import CompileState
 from sqlalchemy.util import EMPTY_DICT, immutabledict
 
 from shardkit.directory import KeyNotLookedUp
-from shardkit.errors import RoutingError
+from shardkit.errors import RoutingError, TransactionError
 from shardkit.routing.feeds import Feeding
 from shardkit.routing.merge import merge_rows
 from shardkit.routing.route import Route, RouteOptions, StatementKind
-from shardkit.routing.texts import writes_rows
+from shardkit.routing.texts import commits_implicitly, writes_rows
 from shardkit.session.deadline import Deadline, checked_seconds
 from shardkit.session.homes import Home, home_of
 from shardkit.session.identity import IdentitySession
@@ -202,6 +202,8 @@ class RoutedSession(IdentitySession):
             statement, params = route.statement_for(shard), route.parameters_for(shard)
         if not route.writes:
             return run(statement, params, options, bind_arguments, target, parent, scalar)
+        if route.kind in {StatementKind.TEXT, StatementKind.DDL} and transaction.written:
+            refuse_implicit_commit(statement, view)
         self.admit_writes(route.shards)
         with self._carrying(target):
             return run(statement, params, options, bind_arguments, target, parent, scalar)
@@ -345,6 +347,8 @@ class RoutedSession(IdentitySession):
             return select_from_several(
                 self, route, lambda shard: session_options.union(options_for(shard)), arguments_for, said
             )
+        if route.kind in {StatementKind.TEXT, StatementKind.DDL} and self._outermost().written:
+            refuse_implicit_commit(route.statement, view)
         self.admit_writes(route.shards)
         results: list[Result[Any]] = []
         for shard in route.shards:
@@ -352,9 +356,14 @@ class RoutedSession(IdentitySession):
             own = options_for(shard)
             if route.replicated and results:
                 own = own.union({"synchronize_session": False})  # objects follow the first shard's rows
-            with self._carrying(target):
-                statement, params = route.statement_for(shard), route.parameters_for(shard)
-                results.append(run(statement, params, own, bind_arguments, target, parent, False))
+            try:
+                with self._carrying(target):
+                    statement, params = route.statement_for(shard), route.parameters_for(shard)
+                    results.append(run(statement, params, own, bind_arguments, target, parent, False))
+            except BaseException:
+                if results:  # one database would have undone the whole statement: this part of it cannot be
+                    self._deactivate()
+                raise
         return _combined_write(route, results)
 
     # --- binds
@@ -403,7 +412,8 @@ class RoutedSession(IdentitySession):
             if key is not None:
                 placement = self.looked_up(lambda: view.map.locate(home.info.name, key))
                 return Target(placement.shard, master=True, replica=False)
-            if len(home.info.shards) == 1 and (self._flush_at_work is None or _secondaries_on(view, mapper, home)):
+            whole = len(home.info.shards) == 1 and home.info.keyspace.directory is None
+            if whole and (self._flush_at_work is None or _secondaries_on(view, mapper, home)):
                 return Target(home.info.shards[0], master=True, replica=False)
         if view.map.sole_host is not None:
             return Target(view.map.sole_host, master=True, replica=False)
@@ -427,6 +437,16 @@ class RoutedSession(IdentitySession):
     def connection_to_read(self, bind_arguments: Mapping[str, Any]) -> Connection:
         """The connection of this transaction that these bind arguments lead to."""
         return self._connection_for_bind(self.get_bind(**bind_arguments))
+
+
+def refuse_implicit_commit(statement: Any, view: View) -> None:
+    """:raises TransactionError: for what a server commits around, in a transaction that has written already."""
+    if view.planner.dialect_name != "sqlite" and view.only is None and commits_implicitly(statement):
+        raise TransactionError(
+            "the server commits before and after this statement, and the transaction has written already: "
+            "a part of it could not be undone any more",
+            hint="commit first, and run it in a transaction of its own",
+        )
 
 
 def _secondaries_on(view: View, mapper: Mapper[Any], home: Home) -> bool:

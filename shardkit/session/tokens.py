@@ -29,7 +29,7 @@ def tokened(view: View, route: Route) -> bool:
         return view.tokens[route.tables]
     except KeyError:
         tables = view.map.tables
-        spread = any(name in tables and tables[name].kind == "sharded" for name in route.tables)
+        spread = any(name in tables and tables[name].kind != "reference" for name in route.tables)
         answer = view.tokens[route.tables] = spread and len(view.map.shards) > 1
         return answer
 
@@ -55,7 +55,12 @@ def as_immutable(options: Mapping[str, Any]) -> immutabledict[str, Any]:
 def identity_of(options: Mapping[str, Any]) -> Any:
     """The shard that a load by identity asks for; None for every other statement."""
     load = options.get(LOAD_OPTIONS)
-    return None if load is None or PARENT_LOAD in options else load._identity_token
+    if load is None or PARENT_LOAD in options:
+        return None
+    state = load._refresh_state
+    if load._identity_token is None and state is not None and state.key is not None:
+        return state.key[2]  # the rest of an object that is loaded in part, such as a joined subclass's own columns
+    return load._identity_token
 
 
 def existing(view: View, shard: Any) -> str:

@@ -97,6 +97,8 @@ class TransactingSession(Session):
         self._from_replica = read_from == "replica"
         self._route_options = RouteOptions(policy=scatter)
         self._root: ClusterTransaction | None = None
+        #: Whether the last transaction has been committed, whatever handlers of its end did afterwards.
+        self.committed = False
         self._carried: Target | None = None
         self._given_options: Any = None
         self._flush_at_work: Flush | None = None
@@ -181,6 +183,7 @@ class TransactingSession(Session):
     def begun(self, transaction: ClusterTransaction) -> None:
         """Take a new outermost transaction."""
         self._root = transaction
+        self.committed = False
 
     def _outermost(self) -> ClusterTransaction:
         if self._transaction is None:

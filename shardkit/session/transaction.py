@@ -122,8 +122,23 @@ class ClusterTransaction(SessionTransaction):
                 hint="use a transaction for each shard, or sessionmaker(transactions='best_effort'); "
                 "nothing has been committed",
             )
+        if self._two_phase is not None and len(self._written) + len(wanted) > 1:
+            self._check_can_be_undone(wanted)
         for shard in wanted:
             self._written[shard] = None
+
+    def _check_can_be_undone(self, wanted: Iterable[str]) -> None:
+        engines = [self._cluster.core_engine(shard, Role.MASTER, asynchronous=self._asynchronous) for shard in wanted]
+        dialects: list[Any] = [engine.dialect for engine in engines]
+        if any(dialect._on_connect_isolation_level == "AUTOCOMMIT" for dialect in dialects) or (  # noqa: SLF001 - see twophase
+            self._two_phase is not None and self._two_phase.impossible
+        ):
+            raise SecondShardWritten(
+                "the transaction would write to several shards, whose engines commit each statement by itself "
+                "(AUTOCOMMIT): it could not be undone",
+                hint="use engines without AUTOCOMMIT, or sessionmaker(transactions='best_effort'); nothing has been "
+                "committed",
+            )
 
     def bind_for(
         self, shard: str, *, master: bool, read_from_replica: bool, max_lag: float | None = None
@@ -323,6 +338,7 @@ class ClusterTransaction(SessionTransaction):
             with self._expect_state(SessionTransactionState.PREPARED):
                 self._prepare_impl()
         pending = self._commit_connections()
+        self._session.committed = True
         self._tell_what_was_committed(pending)
         self._state = SessionTransactionState.COMMITTED
         self.session.dispatch.after_commit(self.session)
@@ -348,7 +364,7 @@ class ClusterTransaction(SessionTransaction):
         writers: list[tuple[str, Transaction]] = []
         # a key's entry before its rows: without it nobody finds them by their key
         for shard in sorted(self._written, key=lambda shard: shard not in self.filed):
-            entry = self._connections.get(self._masters[shard])
+            entry = self._connections.get(self._masters[shard]) if shard in self._masters else None
             if entry in held:
                 writers.append((shard, entry[1]))
                 held.discard(entry)

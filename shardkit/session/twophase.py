@@ -9,7 +9,7 @@ committed in one phase, and only several writers are prepared and decided over (
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -106,6 +106,8 @@ class TwoPhaseTransaction:
         self._decider: tuple[str, Connection, Transaction] | None = None
         self._branches: dict[str, _Branch] = {}
         self._decided = False
+        #: Whether a connection commits each statement by itself, so that nothing can be undone.
+        self.impossible = False
 
     def join(self, shard: str, connection: Connection, transaction: Transaction) -> Transaction | BranchTransaction:
         """Take in a master's connection on which nothing has run yet.
@@ -114,6 +116,9 @@ class TwoPhaseTransaction:
         """
         if self._decider is None:
             self._decider = (shard, connection, transaction)
+            return transaction
+        if commits_by_itself(connection) or commits_by_itself(self._decider[1]):
+            self.impossible = True
             return transaction
         decider, deciding, _ = self._decider
         for each in (deciding, connection):
@@ -147,27 +152,32 @@ class TwoPhaseTransaction:
         :raises CommitUnknown: when the decider's answer was lost and it cannot be asked.
         """
         writers = [branch for shard, branch in self._branches.items() if shard in written]
-        self._drop(branch for shard, branch in self._branches.items() if shard not in written)
+        readers = [branch for shard, branch in self._branches.items() if shard not in written]
         if self._decider is None:
             return ()  # no master took part
         shard, connection, decider = self._decider
+        pending: tuple[str, ...] = ()
         if not writers:
             decider.commit()
-            return ()
-        if len(writers) == 1 and shard not in written:
+        elif len(writers) == 1 and shard not in written:
             writers[0].commit_in_one_phase()
-            decider.rollback()
-            return ()
-        self._prepare(shard, writers)
-        self._decide(shard, connection, decider)
-        return self._tell(writers)
-
-    def _drop(self, readers: Iterable[_Branch]) -> None:
+            self._end_reading(shard, connection, decider.commit)
+        else:
+            self._prepare(shard, writers)
+            self._decide(shard, connection, decider)
+            pending = self._tell(writers)
         for branch in readers:
-            try:
-                branch.rollback()
-            except exc.DBAPIError as error:
-                branch.abandon(error)
+            self._end_reading(branch.id.shard, branch.connection, branch.commit_in_one_phase)
+        return pending
+
+    def _end_reading(self, shard: str, connection: Connection, commit: Callable[[], None]) -> None:
+        """End what only read, by COMMIT: a function that a SELECT called may have written after all."""
+        try:
+            commit()
+        except exc.DBAPIError as error:
+            logger.info("the part of %s, which only read, was lost at the end of its transaction: %s", shard, error)
+            if not connection.invalidated:
+                connection.invalidate(error)
 
     def _prepare(self, decider: str, writers: Sequence[_Branch]) -> None:
         self._ready(decider)
@@ -223,6 +233,13 @@ class TwoPhaseTransaction:
 
         self._together([branch.connection for branch in writers])([telling(branch) for branch in writers])
         return tuple(pending)
+
+
+def commits_by_itself(connection: Connection) -> bool:
+    """Whether each statement on this connection is a transaction of its own."""
+    dialect: Any = connection.dialect
+    level = connection._execution_options.get("isolation_level") or dialect._on_connect_isolation_level  # noqa: SLF001 - what its public reader would ask the server for
+    return bool(level == "AUTOCOMMIT")
 
 
 class BranchTransaction:

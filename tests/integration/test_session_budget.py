@@ -17,7 +17,8 @@ from tests.integration.conftest import Shop
 from tests.integration.shop import SHARDS, User
 
 LIMITS = {"pool_size": 2, "max_overflow": 1, "pool_timeout": 60}
-BOUND = 3
+#: The pool's, and one for a word aside: is a table there, where is a key, KILL QUERY.
+BOUND = 3 + 1
 READERS = 24
 
 

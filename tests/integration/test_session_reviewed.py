@@ -1,0 +1,315 @@
+"""Writes that a hostile reader found lost, doubled or misplaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import event, insert, inspect, select, text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, joinedload, mapped_column, relationship
+
+import shardkit
+from shardkit.cluster import Cluster
+from shardkit.errors import KeyChange, RoutingError, SecondShardWritten, TransactionError
+from shardkit.shardmap import ShardMap
+from tests.integration.conftest import Shop
+from tests.integration.shop import SHARDS, Country, Invoice, Message, Note, Order, User
+
+
+@pytest.fixture
+def users(shop: Shop) -> dict[str, int]:
+    """A user with an order on each shard, and a country."""
+    found = {shard: shop.users_on(shard, 1)[0] for shard in SHARDS}
+    with shop.session() as session:
+        for number, user in enumerate(found.values(), 1):
+            session.add(User(id=user, name=f"u{user}", orders=[Order(id=number, item="i", country_code="kr")]))
+        session.add(Country(code="kr", name="Korea"))
+        session.commit()
+    return found
+
+
+# --- statements over several shards -------------------------------------------------------------------------------
+
+
+def test_half_a_statement_is_not_committed(shop: Shop, users: dict[str, int]) -> None:
+    one, other = users["shop-0"], users["shop-1"]
+    rows = [{"id": 50, "user_id": one, "item": "new"}, {"id": 2, "user_id": other, "item": "taken"}]
+    with shop.session() as session:
+        with pytest.raises(IntegrityError):
+            session.execute(insert(Order.__table__), rows)
+        with pytest.raises(PendingRollbackError):
+            session.commit()
+        session.rollback()
+    assert shop.where("orders") == {"shop-0": [1], "shop-1": [2], "shop-2": [3]}
+
+
+def test_a_handler_that_changes_a_key_is_found_out(shop: Shop, users: dict[str, int]) -> None:
+    here, elsewhere = users["shop-0"], users["shop-1"]
+    with shop.session() as session:
+        session.add(Message(id=1, sender_id=here, recipient_id=here, text="t"))
+        session.commit()
+
+    def change(_mapper: Any, _connection: Any, message: Message) -> None:
+        message.sender_id = elsewhere
+
+    event.listen(Message, "before_update", change)
+    try:
+        with shop.session() as session:
+            message = session.scalars(select(Message).where(Message.sender_id == here)).one()
+            message.text = "changed"
+            with pytest.raises(KeyChange):
+                session.commit()
+    finally:
+        event.remove(Message, "before_update", change)
+    assert shop.rows("shop-0", "messages", "id, sender_id, text") == [(1, here, "t")]
+
+
+# --- objects ------------------------------------------------------------------------------------------------------
+
+
+def test_a_reference_row_is_one_object(shop: Shop, users: dict[str, int]) -> None:
+    with shop.session() as session:
+        orders = session.scalars(select(Order).options(joinedload(Order.country))).all()
+        countries = {id(order.country) for order in orders}
+        assert len(orders) == 3
+        assert len(countries) == 1
+        country = session.scalars(select(Country)).one()
+        assert {id(country)} == countries
+        assert session.get(Country, "kr") is country
+        country.name += "!"
+        session.flush()
+        orders[2].country.name += "!"
+        session.commit()
+    assert shop.where("countries", "name") == {shard: ["Korea!!"] for shard in SHARDS}
+    with shop.session() as session:
+        country = session.get_one(Country, "kr")
+        session.scalars(select(Order).options(joinedload(Order.country))).all()
+        session.delete(country)
+        session.flush()
+        assert session.get(Country, "kr") is None
+        session.commit()
+    assert shop.where("countries", "name") == {shard: [] for shard in SHARDS}
+
+
+def test_a_row_of_a_whole_table_is_one_object(shop: Shop) -> None:
+    with shop.session() as session:
+        session.add(Invoice(id=1, total=1))
+        session.commit()
+        invoice = session.get_one(Invoice, 1)
+        assert session.scalars(select(Invoice)).one() is invoice
+        assert inspect(invoice).identity_token == "shop-2"
+
+
+# --- moves --------------------------------------------------------------------------------------------------------
+
+
+def test_a_move_that_is_taken_back_leaves_the_object_where_it_was(shop: Shop, users: dict[str, int]) -> None:
+    (new,) = shop.users_on("shop-1", 2)[1:]
+    with shop.session() as session:
+        order = session.scalars(select(Order).where(Order.user_id == users["shop-0"])).one()
+        session.move(order, users["shop-1"])
+        session.rollback()
+        order.item = "x"
+        session.commit()
+        session.delete(order)
+        session.commit()
+    assert shop.where("orders")["shop-0"] == []
+    assert new not in shop.where("users")["shop-1"]
+
+
+def test_only_the_object_that_is_moved_is_renamed(shop: Shop, users: dict[str, int]) -> None:
+    """Orders of two users may have one id: the primary key does not hold the shard key."""
+    with shop.session() as session:
+        session.execute(insert(Order.__table__), {"id": 1, "user_id": users["shop-1"], "item": "other"})
+        session.commit()
+        mine = session.scalars(select(Order).where(Order.user_id == users["shop-0"])).one()
+        other = session.scalars(select(Order).where(Order.user_id == users["shop-1"], Order.id == 1)).one()
+        session.move(mine, users["shop-2"])
+        other.item = "changed"
+        session.commit()
+    assert (1, users["shop-1"], "changed") in shop.rows("shop-1", "orders", "id, user_id, item")
+    assert (1, users["shop-2"], "i") in shop.rows("shop-2", "orders", "id, user_id, item")
+
+
+class Base(DeclarativeBase):
+    """Tables with what a move may lose."""
+
+
+class Page(Base):
+    __tablename__ = "pages"
+    owner: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    number: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    data: Mapped[Any] = mapped_column(sa.JSON(none_as_null=False), nullable=True)
+    kind: Mapped[str] = mapped_column(sa.String(10))
+    __mapper_args__ = {  # noqa: RUF012
+        "primary_key": [number, owner],
+        "polymorphic_on": kind,
+        "polymorphic_identity": "page",
+    }
+
+
+class Album(Page):
+    __mapper_args__ = {"polymorphic_identity": "album"}  # noqa: RUF012
+    pictures: Mapped[list[Picture]] = relationship(
+        primaryjoin="and_(foreign(Picture.owner) == Album.owner, foreign(Picture.page) == Album.number)"
+    )
+
+
+class Picture(Base):
+    __tablename__ = "pictures"
+    id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    owner: Mapped[int] = mapped_column(sa.BigInteger)
+    page: Mapped[int] = mapped_column(sa.BigInteger)
+
+
+class Comment(Base):
+    """Points at pages, which know nothing of it."""
+
+    __tablename__ = "comments"
+    id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    owner: Mapped[int] = mapped_column(sa.BigInteger)
+    page: Mapped[int] = mapped_column(sa.BigInteger)
+    __table_args__ = (sa.ForeignKeyConstraint(["owner", "page"], ["pages.owner", "pages.number"], ondelete="CASCADE"),)
+
+
+@pytest.fixture
+def pages(shop: Shop) -> Iterator[Cluster]:
+    cluster = shop.open(
+        ShardMap.parse(
+            {
+                "format": 1,
+                "cluster": "pages",
+                "keyspaces": {
+                    "pages": {
+                        "partition": {"by": "range", "buckets": {"low": [None, 100], "high": [100, None]}},
+                        "tables": {"pages": "owner", "pictures": "owner", "comments": "owner"},
+                        "placement": {"shop-0": ["low"], "shop-1": ["high"]},
+                    }
+                },
+                "shards": {shard: {"master": shop.masters[shard].url} for shard in SHARDS[:2]},
+            }
+        )
+    )
+    cluster.create_all(Base.metadata)
+    yield cluster
+    cluster.drop_all(Base.metadata)
+
+
+def session_of(cluster: Cluster) -> Session:
+    made: Session = shardkit.sessionmaker(cluster, transactions="best_effort")()
+    return made
+
+
+def test_a_move_takes_along_what_belongs_to_a_subclass_and_changes_no_value(shop: Shop, pages: Cluster) -> None:
+    with session_of(pages) as session:
+        session.add(Album(owner=5, number=1, data=None, pictures=[Picture(id=1)]))
+        session.add(Page(owner=1, number=5, data={"a": None}))
+        session.commit()
+    shop.execute(shop.masters["shop-0"], "UPDATE pages SET data = NULL WHERE owner = 5")
+    with session_of(pages) as session:
+        session.move(session.get_one(Page, (1, 5)), 105)
+        session.commit()
+    assert shop.rows("shop-1", "pages", "owner, number, data, kind") == [(105, 1, None, "album")]
+    assert shop.rows("shop-1", "pictures", "id, owner, page") == [(1, 105, 1)]
+    assert shop.rows("shop-0", "pages", "owner, number") == [(1, 5)]
+
+
+def test_rows_that_would_go_with_the_old_row_are_not_lost(shop: Shop, pages: Cluster) -> None:
+    with session_of(pages) as session:
+        session.add(Page(owner=5, number=1))
+        session.flush()
+        session.add(Comment(id=1, owner=5, page=1))
+        session.commit()
+        with pytest.raises(RoutingError, match="rows of comments point at rows of pages"):
+            session.move(session.get_one(Page, (1, 5)), 105)
+        session.commit()
+    assert shop.rows("shop-0", "comments", "id") == [(1,)]
+    assert shop.rows("shop-0", "pages", "owner") == [(5,)]
+
+
+# --- ids, engines, statements that end transactions ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["value", "rows", "null"])
+def test_an_id_of_none_is_one_that_is_missing(shop: Shop, how: str) -> None:
+    owners = [shop.users_on(shard, 1)[0] for shard in SHARDS[:2]]
+    given: Any = sa.null() if how == "null" else None
+    with shop.session() as session:
+        if how == "rows":
+            rows = [{"id": given, "owner_id": owner, "text": "t"} for owner in owners]
+            session.execute(insert(Note.__table__).values(rows))
+        else:
+            for owner in owners:
+                session.execute(insert(Note.__table__).values(id=given, owner_id=owner, text="t"))
+        session.commit()
+    ids = [number for numbers in shop.where("notes").values() for number in numbers]
+    assert len(set(ids)) == 2
+    assert min(ids) > 1_000_000
+
+
+def test_engines_that_commit_each_statement_write_one_shard_only(server_shop: Shop) -> None:
+    options = {**server_shop.options["engine_options"], "isolation_level": "AUTOCOMMIT"}
+    cluster = server_shop.open(server_shop.map(), engine_options=options)
+    one, other = server_shop.users_on("shop-0", 1)[0], server_shop.users_on("shop-1", 1)[0]
+    with shardkit.sessionmaker(cluster)() as session:
+        session.execute(insert(User), {"id": one, "name": "x"})
+        with pytest.raises(SecondShardWritten, match="AUTOCOMMIT"):
+            session.execute(insert(User), {"id": other, "name": "x"})
+        session.rollback()
+        assert len(session.scalars(select(User)).all()) == 1  # reading several is fine
+
+
+@pytest.mark.parametrize("statement", ["ANALYZE TABLE users", "CREATE TABLE IF NOT EXISTS more (id INT)", "COMMIT"])
+def test_nothing_is_committed_around_a_transaction_over_shards(server_shop: Shop, statement: str) -> None:
+    one = server_shop.users_on("shop-0", 1)[0]
+    with server_shop.session(transactions="atomic") as session:
+        session.execute(insert(User), {"id": one, "name": "x"})
+        with pytest.raises(TransactionError, match="commits before and after"):
+            session.execute(text(statement), execution_options={"shardkit_shard": "shop-0"})
+        session.rollback()
+    assert server_shop.where("users")["shop-0"] == []
+
+
+def test_a_function_that_writes_is_committed(server_shop: Shop) -> None:
+    """Wherever it runs: on the first master that a transaction uses, or on a later one that otherwise only reads."""
+    one, other = server_shop.users_on("shop-0", 1)[0], server_shop.users_on("shop-1", 1)[0]
+    for shard, user in (("shop-0", one), ("shop-1", other)):
+        server_shop.execute(server_shop.masters[shard], f"INSERT INTO users (id, name, age) VALUES ({user}, 'x', 0)")
+        server_shop.execute(server_shop.masters[shard], "DROP FUNCTION IF EXISTS bump")
+        server_shop.execute(
+            server_shop.masters[shard],
+            "CREATE FUNCTION bump() RETURNS INT MODIFIES SQL DATA DETERMINISTIC "
+            "BEGIN UPDATE users SET age = age + 1; RETURN 1; END",
+        )
+    for first, then in (("shop-0", "shop-1"), ("shop-1", "shop-0")):
+        with server_shop.session(transactions="atomic") as session:
+            for shard in (first, then):
+                session.execute(select(sa.func.bump()), execution_options={"shardkit_shard": shard}).all()
+            session.commit()
+    with server_shop.session(transactions="atomic") as session:
+        session.execute(select(sa.func.bump()), execution_options={"shardkit_shard": "shop-0"}).all()
+        session.execute(update(User).where(User.id == other).values(name="y"))
+        session.commit()
+    assert server_shop.rows("shop-0", "users", "age") == [(3,)]
+    assert server_shop.rows("shop-1", "users", "age, name") == [(2, "y")]
+
+
+def test_what_a_handler_of_the_end_raises_runs_nothing_again(shop: Shop) -> None:
+    factory = shop.sessions(transactions="best_effort")
+    (user,) = shop.users_on("shop-0", 1)
+
+    def fail(_session: Any, transaction: Any) -> None:
+        if transaction.parent is None:
+            raise DBAPIError("INSERT INTO audit", {}, Exception(1213, "Deadlock"))
+
+    @shardkit.retry(factory)
+    def add(session: Session) -> None:
+        session.add(User(id=user, name="once"))
+        event.listen(session, "after_transaction_end", fail)
+
+    with pytest.raises(DBAPIError):
+        add()
+    assert shop.rows("shop-0", "users", "name") == [("once",)]
