@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 from sqlalchemy.engine import Dialect
 
 from shardkit import own_tables
 from shardkit.gtid import Flavour, MariaDBGtid, MariaDBPosition, Position, parse_position
+from shardkit.replicas.token import Mark
 from shardkit.topology import ReplicationKind, Role
 
 
@@ -29,6 +31,25 @@ class PositionQuery:
     def read(self, text: str | bytes | None) -> Position | None:
         """The position; None where the database does not have one."""
         return _read(self.flavour, text) if text else None
+
+
+class Told(NamedTuple):
+    """A position as a server told it.
+
+    :param query: reads its text.
+    :param all_of_it: whether it covers everything that was written and seen before.
+    """
+
+    shard: str
+    epoch: int
+    query: PositionQuery
+    text: Any
+    all_of_it: bool
+
+    @property
+    def mark(self) -> Mark:
+        """The position, read."""
+        return Mark(self.epoch, self.query.read(self.text))
 
 
 @lru_cache(maxsize=1024)

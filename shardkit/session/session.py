@@ -46,18 +46,16 @@ class ClusterSession(RoutedSession):
         """
         move(self, instance, key)
 
-<<<<<<< HEAD
     def merge(self, instance: Any, *, load: bool = True, options: Any = None) -> Any:
         """As `sqlalchemy.orm.Session.merge`; the rows to merge into are read on their masters."""
         with self.reading_masters():
             return super().merge(instance, load=load, options=options)
-=======
+
     def _follow_keys(self) -> None:
         """After a rollback has given moved objects their old keys back."""
         for state in self.identity_map.all_states():
             if state.key is not None and state.identity_token != state.key[2]:
                 state.identity_token = state.key[2]
->>>>>>> main
 
     def _flush(self, objects: Sequence[Any] | None = None) -> None:
         if not self._dirty_states and not self._deleted and not self._new:

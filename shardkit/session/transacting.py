@@ -17,7 +17,7 @@ from sqlalchemy.orm import InstanceState, Session, SessionTransaction, SessionTr
 
 from shardkit.cluster import Cluster
 from shardkit.errors import ShardkitError, TransactionError
-from shardkit.replicas.positions import PositionQuery
+from shardkit.replicas.positions import Told
 from shardkit.replicas.token import Mark, Token
 from shardkit.routing.route import RouteOptions, ScatterPolicy
 from shardkit.session.carrying import current_carrier
@@ -45,25 +45,6 @@ class Target(NamedTuple):
     master: bool
     replica: bool
     max_lag: float | None = None
-
-
-class Told(NamedTuple):
-    """A position as a server told it.
-
-    :param query: reads its text.
-    :param all_of_it: see `TransactingSession.raise_token`.
-    """
-
-    shard: str
-    epoch: int
-    query: PositionQuery
-    text: Any
-    all_of_it: bool
-
-    @property
-    def mark(self) -> Mark:
-        """The position, read."""
-        return Mark(self.epoch, self.query.read(self.text))
 
 
 #: Positions are read once so many have been told, or when they are asked for.

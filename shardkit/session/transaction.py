@@ -29,7 +29,7 @@ from shardkit.errors import (
     StaleShardMap,
 )
 from shardkit.gtid import Flavour, Position
-from shardkit.replicas.positions import flavour_of, position_query
+from shardkit.replicas.positions import Told, flavour_of, position_query
 from shardkit.replicas.seeing import Seen, unwatch, watch
 from shardkit.replicas.token import Mark
 from shardkit.session.twophase import TwoPhaseTransaction, two_phase_for
