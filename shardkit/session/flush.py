@@ -67,6 +67,8 @@ class Flush:
         self._look_up(in_order)
         for home, state in in_order:
             shard = self._early_shard(home, state)
+            if home.tokened and shard is not None:
+                state.identity_token = shard  # a row that is deleted in this flush may have the same identity
             self._touch(home, shard)
             order.append((shard or "\uffff", _insert_order(state), state))
         order.sort(key=lambda entry: entry[:2])

@@ -242,7 +242,7 @@ def _find(view: View, mapper: Mapper[Any]) -> Home:
         info=info,
         key=key,
         generated=_generated(mapper, table, info),
-        tokened=info.kind != "reference" and len(view.map.shards) > 1,
+        tokened=info.kind != "reference" and view.map.sole_host is None,
         plain_number=_plain_number(table, info, key),
     )
 

@@ -28,9 +28,8 @@ def tokened(view: View, route: Route) -> bool:
     try:
         return view.tokens[route.tables]
     except KeyError:
-        tables = view.map.tables
-        spread = any(name in tables and tables[name].kind != "reference" for name in route.tables)
-        answer = view.tokens[route.tables] = spread and len(view.map.shards) > 1
+        placed = any(view.map.table(name).kind != "reference" for name in route.tables)
+        answer = view.tokens[route.tables] = placed and view.map.sole_host is None
         return answer
 
 

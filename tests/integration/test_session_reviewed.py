@@ -103,6 +103,17 @@ def test_a_row_of_a_whole_table_is_one_object(shop: Shop) -> None:
         assert inspect(invoice).identity_token == "shop-2"
 
 
+def test_a_row_that_is_deleted_and_added_again_in_one_flush(shop: Shop) -> None:
+    (number,) = shop.users_on("shop-1", 1)
+    with shop.session() as session:
+        session.add(User(id=number, name="old", age=3))
+        session.commit()
+        session.delete(session.get_one(User, number))
+        session.add(User(id=number, name="new"))
+        session.commit()
+    assert shop.rows("shop-1", "users", "id, name") == [(number, "new")]
+
+
 # --- moves --------------------------------------------------------------------------------------------------------
 
 
