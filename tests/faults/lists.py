@@ -68,13 +68,20 @@ class Client:
     """
 
     def __init__(
-        self, number: int, clients: int, factory: Callable[..., Session], story: Story, carry: Callable[[Token], Token]
+        self,
+        number: int,
+        clients: int,
+        factory: Callable[..., Session],
+        story: Story,
+        carry: Callable[[Token], Token],
+        append_share: float,
     ) -> None:
         self.number = number
         self._clients = clients
         self._factory = factory
         self._story = story
         self._carry = carry
+        self._append_share = append_share
         self._random = random.Random(number)
         self.token = Token()
         self.acknowledged = 0  # entries of the own list
@@ -84,7 +91,7 @@ class Client:
     def step(self) -> None:
         """One operation."""
         try:
-            if self._random.random() < 0.2:
+            if self._random.random() < self._append_share:
                 self._append()
             else:
                 self._read(self.number if self._random.random() < 0.5 else self._random.randrange(self._clients))
@@ -154,12 +161,17 @@ def run(
     carry: Callable[[Token], Token] = lambda token: Token.loads(token.dumps("s3cret"), "s3cret"),
     faults: Callable[[threading.Event], None] | None = None,
     seconds: float = 300.0,
+    append_share: float = 0.2,
+    to_the_first: bool = False,
     **options: Any,
 ) -> Story:
-    """Let clients work until so many operations are done, while ``faults`` happen in a thread of their own."""
+    """Let clients work until so many operations are done, while ``faults`` happen in a thread of their own.
+
+    :param to_the_first: end with the first violation.
+    """
     story = Story()
     factory = shardkit.sessionmaker(cluster, **{"read_from": "replica", **options})
-    made = [Client(number, clients, factory, story, carry) for number in range(clients)]
+    made = [Client(number, clients, factory, story, carry, append_share) for number in range(clients)]
     done = threading.Event()
     end = time.monotonic() + seconds
     turn = itertools.count()
@@ -170,7 +182,8 @@ def run(
                 client.step()
                 if next(turn) % 20 == 0:
                     client.learn(own[0])
-            if story.operations >= operations or time.monotonic() > end:
+            enough = story.operations >= operations or (to_the_first and story.violations)
+            if enough or time.monotonic() > end:
                 done.set()
 
     workers = [threading.Thread(target=work, args=(made[number::threads],)) for number in range(threads)]

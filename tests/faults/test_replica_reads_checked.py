@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,8 +18,8 @@ import pytest
 from shardkit import create_cluster
 from shardkit.cluster import Cluster
 from shardkit.demo.relay_process import RelayProcess
-from shardkit.replicas import seeing
-from shardkit.replicas.token import Token
+from shardkit.replicas.positions import Told
+from shardkit.replicas.token import Mark, Token
 from shardkit.shardmap import ShardMap
 from shardkit.testing import LocalCluster, TcpProxy
 from shardkit.testing.cluster import database_of
@@ -178,7 +177,7 @@ def restart_staging(stage: Stage) -> None:
 
 def stop_following(replica: LocalDatabaseServer, done: threading.Event) -> None:
     word = "SLAVE" if FLAVOUR == "mariadb" else "REPLICA"
-    with contextlib.suppress(Exception):
+    with suppress(Exception):
         replica.execute(f"STOP {word}")
     done.wait(0.7)
     replica.execute(f"START {word}")
@@ -200,7 +199,7 @@ def test_nobody_is_shown_the_past(stage: Stage) -> None:
 
 def test_without_tokens_the_checker_finds_violations(stage: Stage) -> None:
     wait(stage.fresh)
-    story = run(stage.cluster, 4_000, carry=lambda _token: Token(), seconds=60)
+    story = run(stage.cluster, 4_000, carry=lambda _token: Token(), seconds=60, to_the_first=True)
     assert story.violations
 
 
@@ -209,10 +208,31 @@ def test_a_token_raised_from_what_was_known_before_is_caught(stage: Stage, monke
     wait(stage.fresh)
     health: Any = stage.cluster.health
 
-    def cached(seen: seeing.Seen) -> Any:
-        readings = [reading for reading in health._readings.values() if reading.position is not None]
-        return min((reading.position for reading in readings), key=str, default=None)
+    def cached(told: Told) -> Mark:
+        known = [reading.position for reading in health._readings.values() if reading.position is not None]
+        least = next((one for one in known if all(other.covers(one) for other in known)), None)
+        return Mark(told.epoch, least)
 
-    monkeypatch.setattr(seeing.Seen, "position", property(cached))
-    story = run(stage.cluster, 30_000, seconds=90, faults=lambda done: strike(stage, done, seed=7))
-    assert any("saw" in violation for violation in story.violations)
+    monkeypatch.setattr(Told, "mark", property(cached))
+    done = threading.Event()
+    lagging = threading.Thread(target=lag_in_turn, args=(stage, done))
+    lagging.start()
+    try:
+        story = run(stage.cluster, 20_000, seconds=90, append_share=0.05, to_the_first=True)
+    finally:
+        done.set()
+        lagging.join()
+    assert any("saw" in violation for violation in story.violations), told(story, stage, 0)
+
+
+def lag_in_turn(stage: Stage, done: threading.Event) -> None:
+    """One replica stands still while the other goes on, and then the other way round."""
+    turn = 0
+    while not done.is_set():
+        turn += 1
+        with suppress(Exception), closing(stage.replica(turn % 2).connect(database_of(SHARD))) as connection:
+            cursor = connection.cursor()
+            cursor.execute("SELECT * FROM entries FOR UPDATE")  # no row can be added behind the last one
+            cursor.fetchall()
+            done.wait(0.4)
+            connection.rollback()
