@@ -102,13 +102,14 @@ class TransactingSession(Session):
     def token(self) -> Token:
         """What this session has written and seen: another session that is given it sees nothing older.
 
-        A transaction that is open and has read a master counts as having seen all of it: end it first.
+        Under asyncio, a transaction that has read a master should be ended first: until then its token asks for the
+        master.
         """
         self._take_in()
         token = self._token if self._carrier is None else self._token.merged(self._carrier.token)
         if self._root is not None and self._transaction is not None:
-            for shard, mark in self._root.seen_so_far():
-                token = token.raised(shard, mark)
+            for shard, mark, all_of_it in self._root.seen_so_far():
+                token = (Token.replaced if all_of_it else Token.raised)(token, shard, mark)
         return token
 
     def mark_for(self, shard: str) -> Mark | None:

@@ -156,7 +156,7 @@ class ClusterTransaction(SessionTransaction):
             self.turn_to_master(shard)
         elif read_from_replica and shard not in self._on_master:
             chosen = self._replicas.get(shard)
-            if chosen is None:
+            if chosen is None and self.view.map.shard(shard).replicas:
                 chosen = self._cluster.choose_replica(
                     shard,
                     mark=self._session.mark_for(shard),
@@ -241,13 +241,15 @@ class ClusterTransaction(SessionTransaction):
 
     # --- what was written and seen
 
-    def seen_so_far(self) -> Iterator[tuple[str, Mark]]:
-        """What has been read: positions of replicas; of masters they are known at the end."""
+    def seen_so_far(self) -> Iterator[tuple[str, Mark, bool]]:
+        """What has been read: positions of replicas, and of masters as they are now (None under asyncio, where nothing
+        can be asked in passing: the end of the transaction will tell). With whether that covers all that was seen."""
         for shard, (_, seen) in self._seen.items():
             if seen.known:
-                yield shard, Mark(self._epoch(shard), seen.position)
-        for shard in self._masters_to_ask():
-            yield shard, Mark(self._epoch(shard), None)
+                yield shard, Mark(self._epoch(shard), seen.position), False
+        for shard, connection in self._masters_to_ask().items():
+            position = None if self._asynchronous else position_of_master(connection)
+            yield shard, Mark(self._epoch(shard), position), True
 
     def _tell_what_was_seen(self, shard: str, seen: Seen) -> None:
         if seen.known:
@@ -466,16 +468,18 @@ def _unknown(shard: str, error: exc.DBAPIError, *, others: bool) -> CommitUnknow
 def position_of_commit(connection: Connection, shard: str, epoch: int, *, asks: bool) -> Told | None:
     """The position of the transaction that has just been committed here; None where it wrote nothing.
 
+    It covers all that was seen before: servers number transactions in the order in which they commit them, and replicas
+    commit them in that order.
+
     :param asks: whether to ask a server that does not tell.
     """
     driver: Any = connection.connection.driver_connection
     flavour = flavour_of(connection.dialect)
     query = position_query(shard, Role.MASTER, ReplicationKind.RELAY, flavour)
-    # on MariaDB the order of a domain is that of its commits: what was seen before has lower numbers
     mariadb = flavour is Flavour.MARIADB
     if getattr(driver, "tells", False):
         gtid, driver.committed = driver.committed, None
-        return None if gtid is None else Told(shard, epoch, query, gtid, all_of_it=mariadb)
+        return None if gtid is None else Told(shard, epoch, query, gtid, all_of_it=True)
     if not asks:
         return None
     try:
@@ -483,7 +487,7 @@ def position_of_commit(connection: Connection, shard: str, epoch: int, *, asks: 
     except exc.DBAPIError as error:
         logger.info("the position of a commit is not known: %s", error)
         gtid = None
-    return Told(shard, epoch, query, gtid, all_of_it=mariadb)
+    return Told(shard, epoch, query, gtid, all_of_it=True)
 
 
 def position_of_master(connection: Connection) -> Position | None:

@@ -40,6 +40,11 @@ class Entry(Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
 
 
+#: Owners of one run; those of the next have other numbers.
+_OWNERS = 1_000
+_runs = itertools.count(1)
+
+
 @dataclass
 class Story:
     """What happened."""
@@ -77,7 +82,7 @@ class Client:
         append_share: float,
     ) -> None:
         self.number = number
-        self._clients = clients
+        self._others = range(number - number % _OWNERS, number - number % _OWNERS + clients)
         self._factory = factory
         self._story = story
         self._carry = carry
@@ -94,7 +99,7 @@ class Client:
             if self._random.random() < self._append_share:
                 self._append()
             else:
-                self._read(self.number if self._random.random() < 0.5 else self._random.randrange(self._clients))
+                self._read(self.number if self._random.random() < 0.5 else self._random.choice(self._others))
         except (DBAPIError, ShardkitError) as error:
             self._story.count(f"failed: {type(error).__name__}")
             time.sleep(0.005)
@@ -171,7 +176,8 @@ def run(
     """
     story = Story()
     factory = shardkit.sessionmaker(cluster, **{"read_from": "replica", **options})
-    made = [Client(number, clients, factory, story, carry, append_share) for number in range(clients)]
+    first = next(_runs) * _OWNERS
+    made = [Client(first + number, clients, factory, story, carry, append_share) for number in range(clients)]
     done = threading.Event()
     end = time.monotonic() + seconds
     turn = itertools.count()

@@ -11,9 +11,10 @@ import sqlalchemy as sa
 from sqlalchemy import func, select
 
 import shardkit
-from shardkit import own_tables
-from shardkit.cluster import Cluster
-from shardkit.errors import StaleReadError
+from shardkit import drivers, own_tables
+from shardkit.cluster import Cluster, create_cluster
+from shardkit.errors import NoFreshReplica, RoutingError, StaleReadError
+from shardkit.mapstore import MemoryMapStore
 from shardkit.topology import Endpoint
 from tests.integration.conftest import FLAVOUR, Shop, empty
 from tests.integration.shop import Base, User
@@ -215,6 +216,77 @@ def test_what_stays_loaded_after_a_commit_is_checked_too(replicated: ReplicatedS
         with pytest.raises(StaleReadError):
             session.commit()
     assert replicated.shop.rows("shop-0", "users", "age") == [(None,)]
+
+
+def test_replicas_come_and_go_while_clients_run(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    shop, replicas = replicated.shop, replicated.replicas
+    store = MemoryMapStore(shop.map())
+    with create_cluster(store, max_lag=60.0, **shop.options) as cluster:
+        sessions = shardkit.sessionmaker(cluster)
+
+        def publish(now: list[Endpoint]) -> None:
+            version = cluster.map.version
+            store.publish(shop.map({"shop-0": now}), expected_version=version)
+            wait_until(lambda: cluster.map.version > version)
+
+        def read() -> str:
+            with sessions() as session:
+                return session.scalars(select(User.name).where(User.id == replicated.user)).one()
+
+        assert read() == "master"
+        for now, expected in ((replicas, {"replica 0", "replica 1"}), (replicas[1:], {"replica 1"})):
+            publish(now)
+            wait_until(cluster.health.wait)
+            assert {read() for _ in range(40)} == expected
+        publish([])
+        assert read() == "master"
+
+
+def test_a_driver_that_does_not_tell_is_asked(replicated: ReplicatedShop, monkeypatch: pytest.MonkeyPatch) -> None:
+    if replicated.shop.kind == "sqlite":
+        pytest.skip("SQLite has no positions")
+    monkeypatch.setattr(drivers, "connect", lambda dialect, arguments, options: dialect.connect(*arguments, **options))
+    shop = replicated.shop
+    cluster = shop.open(shop.map({"shop-0": replicated.replicas}), max_lag=60.0)
+    replicated.beat(0, 0)
+    wait_until(cluster.health.wait)
+    with shardkit.sessionmaker(cluster)() as session:
+        session.execute(sa.update(User).where(User.id == replicated.user).values(age=5))
+        session.commit()
+        mark = session.token.mark("shop-0")
+        assert mark is not None
+        assert mark.position is not None
+        assert session.scalars(select(User.name).where(User.id == replicated.user)).one() == "master"
+    replicated.catch_up()
+    with shardkit.sessionmaker(cluster)(token=session.token) as session:
+        assert session.scalars(select(User.name).where(User.id == replicated.user)).one().startswith("replica")
+
+
+def test_a_master_that_lagging_replicas_would_take_down_refuses(replicated: ReplicatedShop) -> None:
+    shop = replicated.shop
+    cluster = shop.open(shop.map({"shop-0": replicated.replicas}), max_lag=1.0, master_read_share=0.0)
+    replicated.beat(3600, 3600)
+    assert not cluster.health.wait()
+    answers = []
+    for _ in range(8):
+        with shardkit.sessionmaker(cluster)() as session:
+            try:
+                answers.append(session.scalars(select(User.name).where(User.id == replicated.user)).one())
+            except NoFreshReplica:
+                answers.append("refused")
+    assert answers == ["master"] * 5 + ["refused"] * 3
+    with shardkit.sessionmaker(cluster, read_from="master")() as session:
+        assert session.get_one(User, replicated.user).name == "master"
+
+
+def test_a_lag_that_a_statement_allows(replicated: ReplicatedShop) -> None:
+    replicated.beat(20, 20)
+    assert replicated.read().startswith("replica")
+    assert replicated.read(shardkit_max_lag=10) == "master"
+    for wrong in ("soon", -1, True):
+        with pytest.raises(RoutingError, match="shardkit_max_lag"):
+            replicated.read(shardkit_max_lag=wrong)
 
 
 def test_a_flush_that_a_read_causes_turns_that_read_to_the_master(replicated: ReplicatedShop) -> None:
