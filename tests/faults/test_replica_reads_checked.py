@@ -89,7 +89,11 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         source.write_text(maps["relay"].dump(), encoding="utf-8")
         cluster = stack.enter_context(
             create_cluster(
-                maps["clients"], credentials=local.credentials, max_lag=5.0, engine_options={"pool_size": 10}
+                maps["clients"],
+                credentials=local.credentials,
+                max_lag=5.0,
+                causal_wait=0.3,
+                engine_options={"pool_size": 10},
             )
         )
         if native:
