@@ -22,7 +22,7 @@ def main() -> None:
         cluster.drop_all(Base.metadata)
         cluster.create_all(Base.metadata)
 
-        for number, name in enumerate(NAMES, start=1):
+        for number, name in enumerate(NAMES, start=5):  # by their hash 5 to 7 are on one shard, 8 to 12 on the other
             with Session.begin() as session:  # each transaction writes to one shard: its user's
                 user = User(id=number, name=name)
                 user.orders = [Order(id=number * 10 + one, total=number * 100 + one) for one in range(2)]

@@ -27,7 +27,7 @@ def assign(table: str, key: str, bucket: str, map_source: str, out: Output) -> N
     The value is taken for what it looks like; 'KEY:str=5' says otherwise. A key that is in a bucket already stays
     there.
     """
-    from shardkit.cli.where import key_of
+    from shardkit.cli.where import in_words, key_of
     from shardkit.cluster import create_cluster
 
     with create_cluster(map_source) as cluster:
@@ -36,7 +36,7 @@ def assign(table: str, key: str, bucket: str, map_source: str, out: Output) -> N
     out.result({"table": table, "key": given.value, "type": given.type, "bucket": place.bucket, "shard": place.shard})
     out.done(f"{table} {given.column}={given.value!r} is in bucket {place.bucket}, on {place.shard}")
     if given.assumed:
-        out.note(f"{given.column} was taken for {given.type}; {given.column}:TYPE= says otherwise")
+        out.note(f"{given.column} was taken for {in_words(given.type)}; {given.column}:TYPE= says otherwise")
 
 
 @directory.command()

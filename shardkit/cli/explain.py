@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import rich_click as click
 
 from shardkit.cli.options import map_option, map_store, output_option
 from shardkit.cli.output import Output
-from shardkit.cli.where import INTEGER
+from shardkit.cli.where import INTEGER, assigning, in_words
 
 if TYPE_CHECKING:
     from sqlalchemy import MetaData, Table
 
+    from shardkit.errors import RoutingError
     from shardkit.routing.rawsql import Tables
     from shardkit.routing.route import Route
     from shardkit.shardmap import ShardMap
@@ -40,18 +42,69 @@ def explain(sql: str, parameters: tuple[str, ...], models: str | None, map_sourc
     keyspace by directory. What a session would refuse is refused here, with the same words. Without --models keys are
     taken for what their values look like.
     """
+    from shardkit.errors import RoutingError, UnknownTable
     from shardkit.routing.explain import explain_json, explain_text
 
     metadata = None if models is None else _load(models)
     values = dict(_parameter(word) for word in parameters)
+    _check_given(sql, values)
     with map_store(map_source) as store:
         shard_map = store.load()
     dialect = next(iter(shard_map.shards.values())).master.dialect
-    route, assumed = _plan(shard_map, dialect, sql, values, metadata)
+    try:
+        route, assumed = _plan(shard_map, dialect, sql, values, metadata)
+    except UnknownTable as error:  # a session would refuse the statement: that is one exit code
+        error.exit_code = RoutingError.exit_code
+        raise
+    except RoutingError as error:
+        raise type(error)(
+            error.message,
+            hint=_hint(error, shard_map, typed=metadata is not None),
+            table=error.table,
+            key=error.key,
+            shards=error.shards,
+        ) from error
     out.result({**explain_json(route, dialect_name=dialect), "assumed": assumed})
     out.text(explain_text(route, dialect_name=dialect))
     for column, kind in assumed.items():
         out.note(f"{column} was taken for {kind}; --models says what it is")
+
+
+_STATEMENT: Final = re.compile(
+    r"(?:[\s(]|/\*.*?\*/|--[^\n]*\n|#[^\n]*\n)*(select|with|insert|update|delete|replace|call|set|show|values|table|do|load|handler|truncate|create|alter|drop|"
+    r"rename|explain|describe|desc|analyze|lock|unlock|grant|revoke|start|begin|commit|rollback|savepoint|use|xa)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def _check_given(sql: str, values: Mapping[str, Any]) -> None:
+    """:raises click.UsageError: for parameters without a value, and for text that is no SQL."""
+    from sqlalchemy import text
+
+    if not _STATEMENT.match(sql):
+        raise click.UsageError(f"{sql!r} is no SQL statement: give the whole statement in quotes")
+    missing = [name for name in text(sql)._bindparams if name not in values]  # noqa: SLF001 - no public reader
+    if missing:
+        wanted = " ".join(f"{name}=VALUE" for name in missing)
+        raise click.UsageError(f"the statement has parameters without a value: give {wanted}")
+
+
+def _hint(error: RoutingError, shard_map: ShardMap, *, typed: bool) -> str | None:
+    """The fix, for somebody who has a command line and no session."""
+    hint = error.hint or ""
+    if "create_cluster(metadata=" in hint:
+        return "compare the key with a value of its column's type" + (
+            "" if typed else "; --models MODULE:NAME (shop.models:Base) says what the types are"
+        )
+    if "cluster.assign(" in hint:
+        info = shard_map.table(error.table or next(iter(shard_map.tables)))
+        return assigning(info, info.key[0])
+    if hint.startswith("name the shard with shardkit_shard"):
+        return (
+            "only plain SQL says by itself where it belongs (docs/reference/routing.md, Raw SQL); a session needs the "
+            "execution option shardkit_shard or shardkit_key for this, or a select()"
+        )
+    return error.hint
 
 
 def _plan(
@@ -90,9 +143,10 @@ def _plan(
 def _guesses(shard_map: ShardMap) -> Iterator[dict[str, str]]:
     """Types that key columns may have, by name: integers first, texts, and mixtures of the two."""
     columns = sorted({column for table in shard_map.tables.values() for column in table.key})
-    yield dict.fromkeys(columns, "an integer")
-    yield dict.fromkeys(columns, "a text")
-    for kinds in itertools.islice(itertools.product(["an integer", "a text"], repeat=len(columns)), 256):
+    integer, text = in_words("int"), in_words("str")
+    yield dict.fromkeys(columns, integer)
+    yield dict.fromkeys(columns, text)
+    for kinds in itertools.islice(itertools.product([integer, text], repeat=len(columns)), 256):
         yield dict(zip(columns, kinds, strict=True))
 
 
@@ -101,7 +155,7 @@ def _guessed(shard_map: ShardMap, name: str, kinds: Mapping[str, str]) -> Table 
 
     if name not in shard_map.tables:
         return None
-    types: Mapping[str, Any] = {"an integer": sa.BigInteger(), "a text": sa.String(255)}
+    types: Mapping[str, Any] = {in_words("int"): sa.BigInteger(), in_words("str"): sa.String(255)}
     return sa.Table(name, sa.MetaData(), *(sa.Column(key, types[kinds[key]]) for key in shard_map.table(name).key))
 
 

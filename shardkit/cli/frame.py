@@ -111,6 +111,9 @@ def run(command: Callable[[], Any], words: Sequence[str]) -> int:
 
 def _usage_failure(error: click.ClickException) -> Failure:
     context = getattr(error, "ctx", None)
+    if isinstance(error, click.MissingParameter) and error.param is not None and error.param.name == "map_source":
+        hint = "give --map file:shardmap.yaml or --map zookeeper://zk1:2181/shop, or export SHARDKIT_MAP"
+        return Failure(error.format_message(), hint, exit_code=USAGE, kind="UsageError", title="usage")
     hint = f"see '{context.command_path} --help'" if context is not None else "see 'shardkit --help'"
     return Failure(error.format_message(), hint, exit_code=USAGE, kind="UsageError", title="usage")
 

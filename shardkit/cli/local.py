@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shardkit.shardmap import ShardMap
     from shardkit.testing.record import ClusterRecord, ServerState
 
-COLUMNS = ("server", "kind", "address", Column("pid", right=True), "health")
+COLUMNS = ("server", "kind", Column("address", whole=True), Column("pid", right=True), "health")
 
 name_option = click.option(
     "--name", default="local", show_default=True, metavar="NAME", help="Several may run at a time, under several names."
@@ -82,9 +82,6 @@ def up(
                 source = cluster.zookeeper_url(name)
             kept = cluster.detach(map_source=source)
     _show(kept, kept.status(), out)
-    out.line()
-    for variable, value in _environment(kept).items():
-        out.line(f"export {variable}={value}")
     if source is not None and model is None:
         out.note(
             f"no shard map is published yet: write one over these servers, then 'shardkit map apply' it to {source}"
@@ -95,7 +92,7 @@ def up(
 @name_option
 @output_option
 def status(name: str, out: Output) -> int:
-    """Show the servers of a cluster that was started with 'up'.
+    """Show the servers of a cluster that was started with 'up', and what to export for the other commands.
 
     Exit code 3 when one of them does not answer.
     """
@@ -153,6 +150,7 @@ def _show(kept: ClusterRecord, states: tuple[ServerState, ...], out: Output) -> 
         }
     )
     out.table(COLUMNS, [(state.name, state.kind, state.url, state.pid, state.health) for state in states])
+    out.text("\n".join(["", *(f"export {variable}={value}" for variable, value in _environment(kept).items())]))
 
 
 def _environment(kept: ClusterRecord) -> Mapping[str, str]:

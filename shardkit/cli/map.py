@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from shardkit.cli.output import Column, Output, count
 if TYPE_CHECKING:
     from shardkit.mapdiff import MapDiff
     from shardkit.mapstore import MapStore
+    from shardkit.partition import Bucket, Partition
     from shardkit.shardmap import Keyspace, ShardMap
 
 # the errors and the map import SQLAlchemy: inside the commands, so that --help is quick
@@ -40,11 +42,15 @@ def show(map_source: str, version: int | None, as_yaml: bool, out: Output) -> No
         return
     out.line(f"cluster {shown.cluster}, map version {shown.version}", style="bold")
     out.table(
-        ["keyspace", "by", Column("buckets", right=True), "tables", "reference", "placement"],
+        ["keyspace", "by", Column("buckets", right=True), "tables", "reference"],
         [_keyspace_row(keyspace) for keyspace in shown.keyspaces.values()],
     )
     out.table(
-        ["shard", "role", "endpoint"],
+        ["keyspace", "shard", "holds", Column("buckets", right=True), "values"],
+        [row for keyspace in shown.keyspaces.values() for row in _placement_rows(keyspace)],
+    )
+    out.table(
+        ["shard", "role", Column("endpoint", whole=True)],
         [(shard.name, role, endpoint) for shard in shown.shards.values() for role, endpoint in shard.endpoints()],
     )
     if shown.moves:
@@ -58,15 +64,57 @@ def show(map_source: str, version: int | None, as_yaml: bool, out: Output) -> No
 def _keyspace_row(keyspace: Keyspace) -> tuple[object, ...]:
     partition = keyspace.partition
     tables = (f"{table} by {', '.join(key)}" if key else table for table, key in keyspace.tables.items())
-    placed = (f"{shard}: {len(keyspace.buckets_on(shard))}" for shard in keyspace.shards)
     return (
         keyspace.name,
         "whole tables" if partition is None else partition.by,
         None if partition is None else count(len(partition.buckets)),
         ", ".join(tables),
         ", ".join(keyspace.reference),
-        keyspace.shards[0] if partition is None else ", ".join(placed),
     )
+
+
+#: Of bucket names and of a bucket's values, what a table shows; ``--yaml`` shows all.
+_MOST_CHARACTERS = 48
+_MOST_VALUES = 5
+
+
+def _placement_rows(keyspace: Keyspace) -> Iterator[tuple[object, ...]]:
+    """What each shard holds, in the map's own notation."""
+    from shardkit.partition import format_buckets
+
+    for shard in keyspace.shards:
+        if keyspace.partition is None:
+            yield keyspace.name, shard, "whole tables", None, None
+            continue
+        buckets = keyspace.buckets_on(shard)
+        held = format_buckets(buckets)
+        if len(held) > _MOST_CHARACTERS:
+            held = f"{held[:_MOST_CHARACTERS].rpartition(', ')[0]}, ..."
+        yield keyspace.name, shard, held, count(len(buckets)), _values_of(keyspace.partition, buckets)
+
+
+def _values_of(partition: Partition, buckets: Iterable[Bucket]) -> str | None:
+    """The key values of named buckets, where the map lists them: ``seoul: 서울, 인천; south: NULL``."""
+    from shardkit.partition import ListPartition, RangePartition
+
+    if isinstance(partition, ListPartition):
+        return "; ".join(f"{bucket}: {_some(partition.values[str(bucket)])}" for bucket in buckets)
+    if isinstance(partition, RangePartition):
+        bounds = ((bucket, *partition.bounds[str(bucket)]) for bucket in buckets)
+        return "; ".join(f"{bucket}: {_span(low, high)}" for bucket, low, high in bounds)
+    return None
+
+
+def _some(values: Sequence[object]) -> str:
+    shown = ", ".join("NULL" if value is None else str(value) for value in values[:_MOST_VALUES])
+    return shown if len(values) <= _MOST_VALUES else f"{shown}, ... ({len(values)})"
+
+
+def _span(low: object, high: object) -> str:
+    """A range's lower end belongs to it, its upper end does not."""
+    if low is None:
+        return "all" if high is None else f"below {high}"
+    return f"from {low}" if high is None else f"from {low} to below {high}"
 
 
 @map_.command()

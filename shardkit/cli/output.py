@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import date, datetime
 from enum import Enum
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 from rich import box
 from rich.cells import cell_len
@@ -35,11 +35,13 @@ class Column:
 
     :param right: align to the right, for numbers.
     :param style: a rich style for the cells.
+    :param whole: never cut or wrapped: addresses, which are copied.
     """
 
     name: str
     right: bool = False
     style: str = ""
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +93,31 @@ class Output:
             return
         heads = [Column(column) if isinstance(column, str) else column for column in columns]
         cells = [[_cell(value) for value in row] for row in rows]
-        if not self._stdout.is_terminal:
+        if not self._stdout.is_terminal or _too_wide(heads, cells, self._stdout.width):
             print("\n".join(_plain_table(heads, cells, title)), file=self._stdout.file)
             return
         table = Table(
-            box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False
+            box=box.SIMPLE_HEAD,
+            title=title or None,
+            title_justify="left",
+            title_style="bold",
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
         )
         for head in heads:
             table.add_column(
-                head.name, justify="right" if head.right else "left", style=head.style or None, overflow="fold"
+                head.name,
+                justify="right" if head.right else "left",
+                style=head.style or None,
+                overflow="fold",
+                no_wrap=head.whole,
             )
         for row in cells:
             table.add_row(*(Text(cell) for cell in row))
+        self._stdout.print()
         self._stdout.print(table)
+        self._stdout.print()
 
     def text(self, text: str) -> None:
         """Text as it is (YAML, SQL), byte for byte."""
@@ -217,6 +231,19 @@ def count(number: int) -> str:
 
 def _cell(value: object) -> str:
     return NOTHING if value is None or value == "" else str(value)
+
+
+def _too_wide(heads: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> bool:
+    """Whether whole columns leave the others less than their heads need: then the terminal may wrap lines itself."""
+    needed = sum(
+        max(cell_len(cell) for cell in (head.name, *(row[index] for row in rows if head.whole)))
+        for index, head in enumerate(heads)
+    )
+    return any(head.whole for head in heads) and needed + _GAP * (len(heads) - 1) > width
+
+
+#: What rich puts between two columns: padding and the place of a divider.
+_GAP: Final = 2
 
 
 def _plain_table(heads: Sequence[Column], rows: Sequence[Sequence[str]], title: str) -> Iterable[str]:

@@ -10,12 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.progress import Task as RichTask
+from rich.table import Column
 from rich.text import Text
 
 #: Seconds over which the pace is measured.
@@ -25,6 +27,8 @@ CREDIBLE_SECONDS = 3.0
 CREDIBLE_SHARE = 0.02
 #: The pace of the window's two halves may differ by this factor.
 STEADY = 1.5
+#: Cells of a bar.
+BAR = 24
 #: Seconds between two plain lines of one task.
 LINE_SECONDS = 5.0
 
@@ -151,6 +155,11 @@ class Task:
         parts = (self._rate(self.pace.rate(now)), "" if left is None else f"{duration(left)} left")
         return ", ".join(part for part in parts if part)
 
+    def figures(self, now: float, *, speed: bool) -> str:
+        """What stands beside the bar."""
+        amount = self.amount if self.pace.done or self.pace.total else ""
+        return "  ".join(part for part in (amount, self.speed(now) if speed else "") if part)
+
     def _rate(self, rate: float | None) -> str:
         """Empty below one a second: steps are not rows."""
         return "" if rate is None or rate < 1 else f"{rate:,.0f} {self.unit}/s"
@@ -174,8 +183,8 @@ class Progress:
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._drawing = RichProgress(
                 SpinnerColumn(finished_text="[green]✓"),
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+                _Bar(self),
                 _Figures(self),
                 console=self._console,
             )
@@ -204,6 +213,15 @@ class Progress:
         """A line above the bars."""
         self._console.print(Text(text), soft_wrap=not self._console.is_terminal)
 
+    def fits(self, *, bar: bool, speed: bool) -> bool:
+        """Whether every task has room on one line, drawn with these."""
+        with self._lock:
+            tasks = list(self._bars)
+        label = max((cell_len(task.label) for task in tasks), default=0)
+        figures = max((cell_len(task.figures(self.clock(), speed=speed)) for task in tasks), default=0)
+        spinner, gaps = 1, 3  # columns are one space apart
+        return spinner + label + (BAR if bar else 0) + figures + gaps <= self._console.width
+
     def changed(self, task: Task) -> None:
         """Draw a task again; called by the task."""
         if self._drawing is not None:
@@ -228,18 +246,28 @@ class Progress:
             self.line(f"{task.label}{amount}{',' if amount and speed else ''} {speed}".rstrip())
 
 
-class _Figures(ProgressColumn):
-    """Amount, pace and time left."""
+class _Bar(BarColumn):
+    """A bar where there is room beside the figures, which say more."""
 
     def __init__(self, progress: Progress) -> None:
-        super().__init__()
+        super().__init__(bar_width=BAR)
+        self._progress = progress
+
+    def render(self, task: RichTask) -> Any:
+        return super().render(task) if self._progress.fits(bar=True, speed=True) else Text()
+
+
+class _Figures(ProgressColumn):
+    """Amount, and pace and time left where there is room."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
         self._progress = progress
 
     def render(self, task: RichTask) -> Text:
         figures: Task = task.fields["figures"]
-        speed = figures.speed(self._progress.clock())
-        amount = figures.amount if figures.pace.done or figures.pace.total else ""
-        return Text("  ".join(part for part in (amount, speed) if part), style="cyan")
+        speed = self._progress.fits(bar=False, speed=True)
+        return Text(figures.figures(self._progress.clock(), speed=speed), style="cyan")
 
 
 def duration(seconds: float) -> str:

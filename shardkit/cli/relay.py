@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import sys
 import threading
@@ -13,9 +14,13 @@ import rich_click as click
 
 from shardkit.cli.options import map_option, map_store, output_option
 from shardkit.cli.output import Column, Output
+from shardkit.cli.status import relay_note
 
 if TYPE_CHECKING:
     from shardkit_cdc.relay import Hop
+
+#: Characters of a position in a table.
+MOST_OF_A_POSITION = 20
 
 
 @click.group()
@@ -114,25 +119,40 @@ def status(map_source: str, shards: tuple[str, ...], out: Output) -> int:
     hops = hop_status(wanted, from_environment())
     out.result({"hops": hops})
     out.table(
-        ["hop", "from", "state", Column("lag s", right=True), Column("behind", right=True), "position"],
+        [
+            Column("hop", whole=True),
+            Column("from", whole=True),
+            "state",
+            Column("lag s", right=True),
+            Column("behind", right=True),
+            Column("position", whole=True),
+        ],
         [
             [
                 hop.hop,
                 hop.source,
-                hop.state,
+                "not started" if hop.state == "new" else hop.state,
                 None if hop.lag_seconds is None else f"{hop.lag_seconds:.2f}",
                 hop.behind,
-                hop.position if len(hop.position) <= 60 else f"{hop.position[:57]}...",
+                short_position(hop.position),
             ]
             for hop in hops
         ],
     )
+    if note := relay_note(hop.state for hop in hops):
+        out.note(note)
     if not hops:
         out.note("no shard has a staging database or replicas that the relay fills")
     for hop in hops:
         if hop.error:
             out.warning(f"{hop.hop}: {hop.error}")
     return 1 if any(hop.state in {"failed", "unreachable"} for hop in hops) else 0
+
+
+def short_position(position: str) -> str:
+    """A position as far as there is room for it; ``--json`` has the whole."""
+    shown = re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1..", position)  # MySQL's, by server
+    return shown if len(shown) <= MOST_OF_A_POSITION else f"..{shown[2 - MOST_OF_A_POSITION :]}"
 
 
 class _JsonLines(logging.Formatter):

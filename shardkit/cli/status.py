@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,12 +80,25 @@ def status(map_source: str, out: Output) -> int:
     )
     out.line(f"cluster {shard_map.cluster}, map version {shard_map.version} ({source})", style="bold")
     out.line(_clients_line(clients, shard_map.version))
+    servers = Counter(server_name(database.version) for database in databases if database.version is not None)
+    if len(servers) == 1:
+        out.line(f"servers: {next(iter(servers))}")
+    heads: list[str | Column] = [
+        "shard",
+        "role",
+        Column("address", whole=True),
+        "state",
+        Column("lag s", right=True),
+        Column("behind", right=True),
+    ]
     out.table(
-        ["shard", "role", "endpoint", "state", Column("lag s", right=True), Column("behind", right=True), "server"],
-        [_row(database) for database in databases],
+        heads if len(servers) <= 1 else [*heads, "server"],
+        [_row(database, server=len(servers) > 1) for database in databases],
     )
     for move in shard_map.moves:
         out.line(f"job {move.job} moves {len(move.buckets)} buckets of {move.keyspace}: {move.source} -> {move.target}")
+    if note := relay_note(database.relay for database in databases):
+        out.note(note)
     for database in databases:
         if database.error:
             out.warning(database.error)
@@ -101,19 +114,39 @@ def _clients_line(clients: Sequence[ClientState], current: int) -> str:
     return f"{line}, {behind} on an older map" if behind else f"{line}, all on this map"
 
 
-def _row(database: EndpointStatus) -> tuple[object, ...]:
-    state = (
-        "unreachable" if not database.reachable else "up" if database.relay is None else f"up, relay {database.relay}"
-    )
-    return (
+def _row(database: EndpointStatus, *, server: bool) -> tuple[object, ...]:
+    relay = None if database.relay is None else relay_state(database.relay)
+    state = "unreachable" if not database.reachable else "up" if relay is None else f"up, {relay}"
+    row = (
         database.shard,
         database.role,
-        database.endpoint,
+        Endpoint.parse(database.endpoint).address,
         state,
         None if database.lag_seconds is None else f"{database.lag_seconds:.2f}",
         database.behind,
-        database.version,
     )
+    return (*row, database.version and server_name(database.version)) if server else row
+
+
+def server_name(version: str) -> str:
+    """``MariaDB 10.11.19`` of ``10.11.19-MariaDB-ubu2204-log``; ``MySQL 8.4.6`` of ``8.4.6-0ubuntu1``."""
+    if version.startswith("SQLite"):
+        return version
+    return f"{'MariaDB' if 'mariadb' in version.lower() else 'MySQL'} {version.partition('-')[0]}"
+
+
+def relay_state(state: str) -> str:
+    """A hop's state in words."""
+    return "relay not started" if state == "new" else f"relay {state}"
+
+
+def relay_note(states: Iterable[str | None]) -> str | None:
+    """How to start the relays that do not run; None where all do."""
+    found = Counter(states)
+    idle = [
+        f"{found[state]} {word}" for state, word in (("new", "not started"), ("stopped", "stopped")) if found[state]
+    ]
+    return f"relays: {', '.join(idle)}; 'shardkit relay run' fills these databases" if idle else None
 
 
 def look(shard_map: ShardMap, credentials: CredentialSource) -> list[EndpointStatus]:

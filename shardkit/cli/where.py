@@ -90,9 +90,22 @@ def _place(shard_map: ShardMap, info: TableInfo, given: Sequence[GivenKey]) -> P
     if info.keyspace.directory is None:
         return shard_map.locate(info.name, key)
     from shardkit.cluster import create_cluster
+    from shardkit.errors import MissingKey
 
     with create_cluster(shard_map) as cluster:
-        return cluster.locate(info.name, **key)
+        try:
+            return cluster.locate(info.name, **key)
+        except MissingKey as error:
+            raise MissingKey(error.message, hint=assigning(info, given[0].column), table=info.name) from None
+
+
+def assigning(info: TableInfo, column: str) -> str:
+    """How a key gets its entry in the directory."""
+    names = info.keyspace.directory.names if info.keyspace.directory is not None else ()
+    return (
+        "it gets a bucket with its first row; to choose one: "
+        f"shardkit directory assign {info.name} {column}=VALUE BUCKET (one of {', '.join(names)})"
+    )
 
 
 def _everywhere(info: TableInfo, out: Output) -> None:
@@ -117,7 +130,7 @@ def _read(word: str, info: TableInfo) -> GivenKey:
         return GivenKey(column, _TYPES[kind](text), kind, assumed)
     except (ValueError, ArithmeticError):
         raise click.UsageError(
-            f"{text!r} is not {_article(kind)}: mend it, or say its type with {column}:TYPE="
+            f"{text!r} is not {in_words(kind)}: mend it, or say its type with {column}:TYPE="
         ) from None
 
 
@@ -140,8 +153,11 @@ def _looks_like(text: str) -> str:
     return next((kind for kind, pattern in _LOOKS_LIKE if pattern.fullmatch(text)), "str")
 
 
-def _article(kind: str) -> str:
-    return f"an {kind}" if kind == "int" else f"a {kind}"
+def in_words(kind: str) -> str:
+    """What a value was taken for: ``an integer``, ``a text``."""
+    return {"int": "an integer", "str": "a text", "uuid": "a UUID", "bytes": "bytes", "decimal": "a decimal"}.get(
+        kind, f"a {kind}"
+    )
 
 
 def _check_columns(info: TableInfo, given: list[GivenKey]) -> None:
@@ -181,7 +197,7 @@ def _answer(shard_map: ShardMap, info: TableInfo, given: Sequence[GivenKey], pla
         out.line(f"  being moved from {move.source} to {move.target} by job {move.job}", style="yellow")
     for key in given:
         if key.assumed:
-            out.note(f"{key.column} was taken for {_article(key.type)}; {key.column}:TYPE= says otherwise")
+            out.note(f"{key.column} was taken for {in_words(key.type)}; {key.column}:TYPE= says otherwise")
 
 
 def _shown(value: object) -> str:

@@ -127,6 +127,12 @@ class Route:
     first: Feeding | None = None
     shard_statements: Mapping[str, ShardStatement] = field(default_factory=lambda: _NONE)
 
+    def __str__(self) -> str:
+        """What ``shardkit explain`` shows."""
+        from shardkit.routing.explain import explain_text  # explains routes, so it imports this module
+
+        return explain_text(self)
+
     def bound(self, statement: Executable, parameters: Parameters, shard: str, bucket: Bucket) -> Route:
         """The same for another statement of this shape, whose key is in this bucket.
 

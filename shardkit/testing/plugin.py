@@ -10,6 +10,9 @@ fixture `shardkit_map`. Then::
     def test_orders_on_mariadb(shardkit_mariadb_cluster):    # a real server, started once per test process
         ...
 
+    def test_shop(shardkit_cluster, shardkit_use):   # the application's own sessions, on the test's cluster
+        shardkit_use(application.Session, shardkit_cluster)
+
     def test_page(shardkit_rollback):                # what sessions of this factory commit is undone after the test
         shardkit_rollback(application.Session)
 
@@ -118,6 +121,15 @@ def shardkit_mariadb_cluster(
     finally:
         for database in databases.values():
             server.execute(f"DROP DATABASE IF EXISTS {database}")
+
+
+@pytest.fixture
+def shardkit_use() -> Iterator[Callable[[Any, Cluster], Any]]:
+    """Called with a session factory and a cluster, it has the factory's sessions go there until the test ends."""
+    from shardkit.testing.rollback import pointed_at
+
+    with contextlib.ExitStack() as stack:
+        yield lambda factory, cluster: stack.enter_context(pointed_at(factory, cluster))
 
 
 @pytest.fixture

@@ -68,3 +68,25 @@ def test_a_refusal_is_told_with_its_fix(map_file: Path) -> None:
     assert "fix:" in done.stderr
     assert "Traceback" not in done.output
     assert explain(map_file, "SELECT 1", "n").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["SELECT * FROM users WHERE age = 5"], 1, "--models MODULE:NAME (shop.models:Base) says what the types are"),
+        (["SELECT * FROM users WHERE age = 5", "--models", "tests.routing_shop:Base"], 1, "its column's type\n"),
+        (["SELECT * FROM users WHERE id = :id"], 2, "parameters without a value: give id=VALUE"),
+        (["this is no SQL"], 2, "'this is no SQL' is no SQL statement: give the whole statement in quotes"),
+        ([""], 2, "is no SQL statement"),
+        (["/* why */ (SELECT 1)"], 1, "only plain SQL says by itself where it belongs"),
+        (["SELECT * FROM elsewhere WHERE id = 5"], 1, "does not name the table 'elsewhere'"),
+    ],
+)
+def test_hints_are_for_a_command_line(map_file: Path, words: list[str], code: int, said: str) -> None:
+    done = explain(map_file, *words)
+    assert done.exit_code == code, done.output
+    assert said in done.stderr
+    assert "create_cluster" not in done.stderr
+    if code == 1:
+        shown = json.loads(explain(map_file, *words, "--json").stdout)["error"]
+        assert shown["exit_code"] == 1

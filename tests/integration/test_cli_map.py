@@ -23,6 +23,7 @@ from shardkit.mapstore import open_store
 from shardkit.shardmap import Move, ShardMap
 from shardkit.testing import LocalZooKeeper, free_port
 from shardkit.testing.database import LocalDatabaseServer
+from shardkit.topology import Endpoint
 
 MAP = """\
 format: 1
@@ -154,11 +155,20 @@ def test_what_show_prints_as_yaml_can_be_applied(shell: Shell, file: Path, publi
     assert shell.json("map", "show", "--version", "1")["map"]["keyspaces"]["billing"]["tables"] == ["invoices"]
 
 
+PLACEMENT = "KEYSPACE  SHARD  HOLDS         BUCKETS  VALUES"
+
+
 def test_show_is_readable(shell: Shell, published: ShardMap, cluster: str) -> None:
     text = shell("map", "show").stdout
     assert text.startswith(f"cluster {cluster}, map version 1\n")
-    assert "orders    hash               16  users by id, orders by user_id  countries  a: 8, b: 8" in text
+    assert "orders    hash               16  users by id, orders by user_id  countries\n" in text
     assert "billing   whole tables        -  invoices" in text
+    # the map's own notation: a count alone reads like the number of a bucket
+    placement = [line.split(maxsplit=4) for line in text.split("\n")[text.split("\n").index(PLACEMENT) + 1 :]][:6]
+    assert placement[:2] == [["orders", "a", "0-7", "8", "-"], ["orders", "b", "8-15", "8", "-"]]
+    assert placement[2] == ["stores", "a", "seoul", "1", "seoul: 서울"]
+    assert "days      a      old, new            2  old: below 2024-01-01; new: from 2024-01-01\n" in text
+    assert "billing   b      whole tables        -  -\n" in text
     assert "a      master  mysql://127.0.0.1:1/a" in text
 
 
@@ -287,7 +297,7 @@ def test_where_says_the_same_as_the_map(shell: Shell, published: ShardMap) -> No
         assert (answer["keyspace"], answer["bucket"], answer["shard"]) == ("orders", placement.bucket, placement.shard)
     result = shell("where", "orders", "user_id=42")
     assert result.stdout.startswith(f"orders user_id=42: shard {placement.shard}\n")
-    assert result.stderr == "user_id was taken for an int; user_id:TYPE= says otherwise\n"
+    assert result.stderr == "user_id was taken for an integer; user_id:TYPE= says otherwise\n"
 
 
 def test_where_other_tables_are(shell: Shell, published: ShardMap) -> None:
@@ -304,7 +314,7 @@ def test_where_other_tables_are(shell: Shell, published: ShardMap) -> None:
         (["users", "id=1", "id=2"], 2, "not by id, id"),
         (["users", "id"], 2, "'id' is not a key: write COLUMN=VALUE"),
         (["users", "id:float=1"], 2, "'float' is not a type of key: write int, str, uuid"),
-        (["users", "id:int=x"], 2, "'x' is not an int"),
+        (["users", "id:int=x"], 2, "'x' is not an integer"),
         (["visits", "day=yesterday"], 2, "'yesterday' is not a date"),
         (["stores", "region=부산"], 1, "no bucket of keyspace 'stores' takes the key '부산'"),
         (["invoices", "id=1"], 2, "invoices has no shard key"),
@@ -346,7 +356,9 @@ def test_an_unreachable_zookeeper(shell: Shell, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_no_map_is_named(shell: Shell) -> None:
-    assert "Missing option '--map' (env var: 'SHARDKIT_MAP')" in shell.fails("map", "show", code=2, SHARDKIT_MAP="")
+    said = shell.fails("map", "show", code=2, SHARDKIT_MAP="")
+    assert "Missing option '--map' (env var: 'SHARDKIT_MAP')" in said
+    assert "fix: give --map file:shardmap.yaml or --map zookeeper://zk1:2181/shop, or export SHARDKIT_MAP" in said
     assert "is not a map source" in shell.fails("map", "show", "--map", "shop", code=4)
 
 
@@ -584,8 +596,8 @@ def test_the_cluster_at_a_glance(
 
     result = shell("status", expect=1)
     assert "1 running process, all on this map" in result.stdout
-    assert re.search(rf"s +master +{re.escape(shop_url)} +up ", result.stdout)
-    assert re.search(rf"s +replica +{re.escape(away)} +unreachable ", result.stdout)
+    assert re.search(rf"s +master +{re.escape(Endpoint.parse(shop_url).address)} +up ", result.stdout)
+    assert re.search(rf"s +replica +{re.escape(Endpoint.parse(away).address)} +unreachable ", result.stdout)
     assert "no user is set" in _without_user(shell)
     store.close()
 

@@ -148,6 +148,11 @@ def test_up_leaves_a_cluster_running_and_down_removes_it(tmp_path: Path) -> None
 
     kept = record.load("local")
     assert kept is not None
+    told = subprocess.run(
+        [sys.executable, "-m", "shardkit", "local", "status"], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert f"\nexport SHARDKIT_MAP={kept.map_source}\nexport SHARDKIT_USER=root\n" in told
+    assert all(server.url in told for server in kept.servers)
     code, down, _ = shardkit("down")
     assert (code, down["stopped"]) == (0, ["zookeeper", "north/master", "south/master"])
     for server in kept.servers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,8 +60,12 @@ def project(tmp_path: Path) -> Path:
 
 def run(project: Path, test: str) -> subprocess.CompletedProcess[str]:
     (project / "test_it.py").write_text(MODELS + test, encoding="utf-8")
+    return run_pytest(project, "test_it.py")
+
+
+def run_pytest(project: Path, file: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "test_it.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", file],
         cwd=project,
         capture_output=True,
         text=True,
@@ -165,6 +170,66 @@ def test_users(factory, shardkit_rollback, time):
         session.add_all(User(id=number) for number in range(1, 41))
     with factory() as session:
         assert len(session.scalars(select(User)).all()) == 40
+""",
+    )
+    assert "2 passed" in done.stdout, done.stdout
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "testing.md"
+
+
+@pytest.mark.parametrize(
+    "kind", ["shardkit_cluster", pytest.param("shardkit_mariadb_cluster", marks=pytest.mark.mariadb)]
+)
+def test_the_page_can_be_followed(tmp_path: Path, kind: str) -> None:
+    """Each block that begins with the name of a file is that file."""
+    files = re.findall(r"^```\w+\n# (\S+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in files] == [
+        "application.py",
+        "shardmap.yaml",
+        "pyproject.toml",
+        "conftest.py",
+        "test_shop.py",
+    ]
+    for name, text in files:
+        (tmp_path / name).write_text(text.replace("shardkit_cluster", kind), encoding="utf-8")
+    done = run_pytest(tmp_path, "test_shop.py")
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_application_is_pointed_at_another_cluster_and_back(project: Path) -> None:
+    done = run(
+        project,
+        """
+import asyncio
+from shardkit import async_sessionmaker, create_cluster
+from shardkit.errors import ShardkitError
+from shardkit.testing.rollback import async_rolled_back, pointed_at, rolled_back
+
+def test_it(shardkit_cluster, shardkit_map):
+    with create_cluster(shardkit_map) as cluster:
+        factory = sessionmaker(cluster)  # atomic: of servers
+        with pointed_at(factory, shardkit_cluster):
+            with factory.begin() as session:
+                session.add_all(User(id=number) for number in range(1, 41))
+            with rolled_back(factory), factory.begin() as session:
+                session.add(User(id=41))
+            with factory() as session:
+                assert len(session.scalars(select(User)).all()) == 40
+        assert (factory.kw["cluster"], factory.kw["transactions"]) == (cluster, "atomic")
+
+def test_the_other_function_is_named(shardkit_cluster):
+    async def wrong():
+        async with async_rolled_back(sessionmaker(shardkit_cluster)):
+            pass
+
+    with pytest.raises(TypeError, match=r"use rolled_back"):
+        asyncio.run(wrong())
+    with pytest.raises(TypeError, match=r"use async_rolled_back"), rolled_back(async_sessionmaker(shardkit_cluster)):
+        pass
+    for function in (lambda: rolled_back(5), lambda: pointed_at(5, shardkit_cluster)):
+        with pytest.raises(ShardkitError), function():
+            pass
 """,
     )
     assert "2 passed" in done.stdout, done.stdout

@@ -72,6 +72,21 @@ def test_a_table_that_is_not_on_a_terminal_is_aligned_and_never_cut(plain: Scree
     )
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("width", [80, 40, 20])
+def test_an_address_is_never_cut(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    written = Terminal()
+    address = "mysql://127.0.0.1:21000/s"
+    Output(stdout=written).table(["server", Column("address", whole=True)], [("one word after the other", address)])
+    assert written.getvalue().count(address) == 1
+
+
 def test_brackets_are_text_not_markup(plain: Screen) -> None:
     plain.out.line("[red]a[/] :smile:")
     plain.out.table(["a"], [("[bold]",)])
@@ -468,6 +483,23 @@ def test_bars_on_a_terminal() -> None:
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue())
     assert "copied flights" in text
     assert "1,000 of 1,000 rows (100%)" in text
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 50])
+def test_a_task_stays_on_its_line(width: int) -> None:
+    clock, written = Clock(), io.StringIO()
+    console = Console(file=written, force_terminal=True, width=width)
+    with Progress(console, clock=clock) as progress:
+        rows = progress.task("copy flights", total=336_776)
+        for _ in range(10):
+            clock.now += 1
+            rows.advance(30_000)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue()).splitlines()
+    assert len(re.sub(r"\r", "", lines[-1])) <= width
+    assert sum("300,000" in line for line in lines[-2:]) >= 1
+    assert lines[-1].lstrip("\r").split()[1:3] == ["copy", "flights"], lines[-2:]
+    assert ("━" in lines[-1]) == (width >= 100)
+    assert ("rows/s" in lines[-1]) == (width >= 80)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,12 @@ def test_a_keyed_statement() -> None:
     json.dumps(found)
 
 
+def test_a_route_is_printed_as_it_is_explained() -> None:
+    route = PLANNER.plan(sa.select(User.id).where(User.id == 5))
+    assert str(route) == f"{route}" == explain_text(route)
+    assert str(route).startswith(f"select on {route.shards[0]} (any)")
+
+
 def test_a_statement_over_shards_says_how_it_is_merged() -> None:
     route = PLANNER.plan(sa.select(Order.note, sa.func.count()).group_by(Order.note).order_by(Order.note).limit(3))
     text = explain_text(route)

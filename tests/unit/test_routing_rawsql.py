@@ -201,9 +201,90 @@ def test_unknown_tables() -> None:
         PLANNER.plan(sa.text("SELECT * FROM elsewhere WHERE id = 5"))
 
 
-def test_hints_come_first() -> None:
-    text = sa.text("SELECT * FROM users WHERE id = 5")
-    assert PLANNER.plan(text, None, RouteOptions(shard="s2")).shards == ("s2",)
+AGREEING: dict[str, RouteOptions] = {
+    "SELECT * FROM users": RouteOptions(shard="s2"),
+    "SELECT * FROM users WHERE age = 5": RouteOptions(key={"id": 5}),
+    "SELECT * FROM users WHERE id = 5": RouteOptions(shard=FIVE[0]),
+    "SELECT * FROM users WHERE id IN (5, 6)": RouteOptions(shard=SIX[0]),
+    "SELECT * FROM users WHERE id = 5 AND id = 6": RouteOptions(shard="s0"),
+    "SELECT * FROM users u JOIN orders o ON o.giver = u.id": RouteOptions(shard="s0"),
+    "UPDATE users SET age = 3 WHERE id = 5": RouteOptions(key={"id": 5}),
+    "DELETE FROM orders WHERE id = 5": RouteOptions(key={"user_id": 6}),
+    "INSERT INTO orders (id, user_id) VALUES (1, 5)": RouteOptions(key={"user_id": 5}),
+    "INSERT INTO orders (id) VALUES (1)": RouteOptions(shard="s0"),
+    "INSERT INTO orders (id, user_id) VALUES (1, '5')": RouteOptions(shard="s0"),
+    "INSERT INTO invoices (id) VALUES (1)": RouteOptions(shard="s3"),
+    "SELECT * FROM countries": RouteOptions(shard="s1"),
+    "SELECT * FROM elsewhere JOIN users ON users.id = 5": RouteOptions(shard=SIX[0]),
+    "SELECT * FROM users WHERE id = 5 /* not read */": RouteOptions(shard=SIX[0]),
+    "INSERT INTO users (id) VALUES (5) ON DUPLICATE KEY UPDATE age = 6": RouteOptions(shard=SIX[0]),
+}
+
+
+@pytest.mark.parametrize("text", AGREEING)
+def test_hints_count_where_the_text_does_not_say_otherwise(text: str) -> None:
+    options = AGREEING[text]
+    shard = options.shard or at("users", *(options.key or {}).values())[0]
+    assert PLANNER.plan(sa.text(text), None, options).shards == (shard,)
+
+
+CONTRADICTED = {
+    "SELECT * FROM users WHERE id = 5": (RouteOptions(shard=SIX[0]), f"the key in the statement is on {FIVE[0]}"),
+    "SELECT * FROM users u JOIN orders o ON o.user_id = u.id WHERE o.user_id = 5": (
+        RouteOptions(key={"id": 6}),
+        f"the key in the statement is on {FIVE[0]}",
+    ),
+    "SELECT * FROM users": (RouteOptions(key={"user_id": 5}), "none of users is sharded by that"),
+    "SELECT * FROM countries": (RouteOptions(key={"id": 5}), "none of countries is sharded by that"),
+    "SELECT * FROM users WHERE age = 3": (RouteOptions(key={"id": "5"}), "says nothing about its bucket"),
+    "SELECT * FROM invoices": (RouteOptions(shard="s0"), "no part of 'invoices' on shard 's0'"),
+    "UPDATE users SET age = 3 WHERE id = 5": (RouteOptions(key={"id": 6}), f"is on {FIVE[0]}"),
+    "UPDATE users SET id = 7 WHERE id = 5": (RouteOptions(shard=FIVE[0]), "would change id"),
+    "UPDATE countries SET title = 'x'": (RouteOptions(shard="s0"), "on one shard only"),
+    "DELETE FROM users WHERE id = 5": (RouteOptions(shard=SIX[0]), f"is on {FIVE[0]}"),
+    "INSERT INTO orders (id, user_id) VALUES (999, 5)": (RouteOptions(shard=SIX[0]), f"belongs on {FIVE[0]}"),
+    "INSERT INTO orders (id, user_id) VALUES (1, 6), (2, 5)": (RouteOptions(shard=SIX[0]), f"belongs on {FIVE[0]}"),
+    "INSERT INTO orders (id, user_id) VALUES (3, 5)": (RouteOptions(key={"user_id": 6}), f"belongs on {FIVE[0]}"),
+    "INSERT INTO orders (id, user_id) VALUES (4, 5)": (RouteOptions(key={"id": 5}), "none of orders is sharded by"),
+    "INSERT INTO invoices (id) VALUES (1)": (RouteOptions(shard="s0"), "no part of 'invoices' on shard 's0'"),
+    "INSERT INTO countries (code) VALUES ('kr')": (RouteOptions(shard="s0"), "on one shard only"),
+}
+
+
+@pytest.mark.parametrize("text", CONTRADICTED)
+def test_a_hint_that_the_text_contradicts_is_refused(text: str) -> None:
+    options, message = CONTRADICTED[text]
+    with pytest.raises(RoutingError, match=message):
+        PLANNER.plan(sa.text(text), None, options)
+
+
+def test_a_hint_that_parameters_contradict_is_refused() -> None:
+    there = RouteOptions(shard=SIX[0])
+    insert = sa.text("INSERT INTO orders (id, user_id) VALUES (:id, :user)")
+    change = sa.text("UPDATE users SET age = :age WHERE id = :user")
+    for text in (insert, change):
+        assert PLANNER.plan(text, {"id": 1, "age": 1, "user": 6}, there).shards == SIX
+        assert PLANNER.plan(text, None, there).shards == SIX  # no values yet, as explain() asks
+        for sets in ({"id": 1, "age": 1, "user": 5}, [{"id": n, "age": 1, "user": n} for n in (6, 5)]):
+            with pytest.raises(RoutingError, match=f"on {FIVE[0]}"):
+                PLANNER.plan(text, sets, there)
+
+
+def test_without_the_types_of_its_columns_hints_count() -> None:
+    options = RouteOptions(shard=SIX[0])
+    assert UNTYPED.plan(sa.text("SELECT * FROM users WHERE id = 5"), None, options).shards == SIX
+    assert UNTYPED.plan(sa.text("SELECT * FROM users"), None, RouteOptions(key={"id": 5})).shards == FIVE
+    with pytest.raises(RoutingError, match="none of users is sharded by that"):
+        UNTYPED.plan(sa.text("SELECT * FROM users"), None, RouteOptions(key={"user_id": 5}))
+
+
+def test_hinted_rows_are_known_by_their_own_buckets() -> None:
+    """They decide what may run while rows move: the key that was named may be in another bucket of the shard."""
+    own = MAP.locate("users", [5]).bucket
+    other = next(n for n in range(6, 99) if at("users", n) == FIVE and MAP.locate("users", [n]).bucket != own)
+    for text in ("INSERT INTO users (id) VALUES (5)", "DELETE FROM users WHERE id = 5"):
+        for options in (RouteOptions(shard=FIVE[0]), RouteOptions(key={"id": other})):
+            assert PLANNER.plan(sa.text(text), None, options).buckets == {own}
 
 
 def test_while_rows_move() -> None:

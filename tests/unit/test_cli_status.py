@@ -1,0 +1,38 @@
+"""What `shardkit status` and `shardkit relay status` say of servers and relays."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardkit.cli.relay import MOST_OF_A_POSITION, short_position
+from shardkit.cli.status import relay_note, relay_state, server_name
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        ("10.11.19-MariaDB-ubu2204-log", "MariaDB 10.11.19"),
+        ("11.4.2-MariaDB", "MariaDB 11.4.2"),
+        ("8.4.6", "MySQL 8.4.6"),
+        ("8.4.6-0ubuntu1", "MySQL 8.4.6"),
+        ("SQLite 3.46.1", "SQLite 3.46.1"),
+    ],
+)
+def test_a_server_by_its_name_and_number(version: str, name: str) -> None:
+    assert server_name(version) == name
+
+
+def test_relays_that_do_not_run_come_with_the_command() -> None:
+    assert relay_state("new") == "relay not started"
+    assert relay_state("running") == "relay running"
+    assert relay_note(["running", None, "failed"]) is None
+    note = relay_note(["new", "new", "stopped", None])
+    assert note == "relays: 2 not started, 1 stopped; 'shardkit relay run' fills these databases"
+
+
+def test_positions_are_short() -> None:
+    assert short_position("0-24741-57") == "0-24741-57"
+    assert short_position("3e11fa47-71ca-11e1-9e33-c80aa9429562:1-77") == "3e11fa47..:1-77"
+    many = ",".join(f"0-{number}-12345" for number in range(9))
+    assert short_position(many) == f"..{many[2 - MOST_OF_A_POSITION :]}"
+    assert len(short_position(many)) == MOST_OF_A_POSITION
