@@ -33,6 +33,7 @@ from shardkit.errors import (
 from shardkit.ids import IdGenerator, lease_for
 from shardkit.mapstore import MapStore, open_store
 from shardkit.partition import key_text
+from shardkit.patience import Patience
 from shardkit.replicas.balance import Spill, choose
 from shardkit.replicas.health import Replica, ReplicaHealth
 from shardkit.replicas.token import Mark
@@ -67,6 +68,7 @@ def create_cluster(
     max_lag: float = 1.0,
     causal_wait: float = 0.05,
     master_read_share: float = 1.0,
+    failover_wait: float = 10.0,
     store_timeout: float = 10.0,
     metadata: MetaData | None = None,
     metrics: RouterMetrics | None = None,
@@ -88,6 +90,8 @@ def create_cluster(
     :param master_read_share: how much of what replicas should read may go to the masters when no replica can serve it,
         from 0 to 1, over the last ten seconds; past it such reads raise `NoFreshReplica`, so that replicas which lag do
         not take their master down. 1: all of it.
+    :param failover_wait: seconds that a new transaction waits for the map to name another master, when it cannot reach
+        the master of a shard that has replicas or a staging database. At most a hundred wait at once. 0: none.
     :param store_timeout: seconds that reaching the map's store may take.
     :param metadata: the application's tables (``Base.metadata``): it says of what type the keys in raw SQL are, without
         which they pin nothing.
@@ -108,6 +112,7 @@ def create_cluster(
             max_lag=max_lag,
             causal_wait=causal_wait,
             master_read_share=master_read_share,
+            failover_wait=failover_wait,
             metadata=metadata,
             metrics=metrics,
         )
@@ -129,6 +134,7 @@ class Cluster:
         max_lag: float = 1.0,
         causal_wait: float = 0.05,
         master_read_share: float = 1.0,
+        failover_wait: float = 10.0,
         metadata: MetaData | None = None,
         metrics: RouterMetrics | None = None,
     ) -> None:
@@ -150,6 +156,7 @@ class Cluster:
         )
         self._causal_wait = causal_wait
         self._spill = Spill(master_read_share)
+        self._patience = Patience(failover_wait)
         self._ids = IdGenerator(lambda: lease_for(store))
         self._random = Random()  # noqa: S311 - spreads load; no secret
         self._refreshing = threading.Event()
@@ -251,6 +258,16 @@ class Cluster:
                 f"a server asks for version {version} of the shard map; {self._store.source} gives {self.map.version}",
                 hint="check that this process reaches the map store, and that it names the right one",
             )
+
+    def await_failover(self, shard: str, come: Callable[[], bool], pause: Callable[[float], None]) -> bool:
+        """Wait up to ``failover_wait`` for what a promotion of the shard will bring; False where it does not come.
+
+        :param pause: sleeps; an event loop goes on meanwhile.
+        """
+        here = self.map.shard(shard)
+        if here.staging is None and not here.replicas:
+            return come()  # nobody can take its master's place
+        return self._patience.wait(come, pause)
 
     def locate(self, table: str, **key: Any) -> Placement:
         """Where the rows with this key live: ``cluster.locate("orders", user_id=42)``.
@@ -523,6 +540,7 @@ class Cluster:
         self._directory.after_fork()
         self._snapshots.after_fork()
         self._health.after_fork()
+        self._patience.after_fork()
 
 
 def _hosts(tables: Iterable[Table], shard_map: ShardMap) -> dict[Table, tuple[str, ...]]:

@@ -89,7 +89,8 @@ def _is_closed(connection: Connection) -> bool:
     """Whether somebody has closed this master to writes: then its log is to have an end, whatever our own rights."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT @@global.read_only")
-        return cursor.fetchone() == (1,)
+        found = cursor.fetchone()
+    return found is not None and found[0] not in {0, "OFF"}
 
 
 def beat(connection: Connection, shard: str) -> None:

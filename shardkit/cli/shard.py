@@ -108,9 +108,9 @@ def promote(
 ) -> None:
     """Put another database in the place of SHARD's master.
 
-    ENDPOINT is one of its replicas, or its staging database (URL or host:port); by default the replica that is furthest.
-    No acknowledged write is lost while the old master answers. Exit code 4: nothing was changed, or it was undone;
-    5: the same command goes on.
+    ENDPOINT is one of its replicas, or its staging database (URL or host:port); by default the replica that is
+    furthest. No acknowledged write is lost while the old master answers. Exit code 4: nothing was changed, or it was
+    undone; 5: the same command goes on.
     """
     from shardkit.credentials import from_environment
     from shardkit.failover import make_plan

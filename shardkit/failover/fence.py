@@ -1,4 +1,4 @@
-"""The old master is closed: nobody writes to it any more, nothing on it is left in the middle, and its log has an end."""
+"""The old master is closed: nobody writes to it, nothing on it is left in the middle, and its log has an end."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Fence:
         while open_now := open_now & self._server.clients().keys():
             if time.monotonic() >= deadline:
                 raise PreconditionFailed(
-                    f"{self._server.endpoint.address}: connection {min(open_now)} does not end (it may be rolling back)",
+                    f"{self._server.endpoint.address}: connection {min(open_now)} does not end; it may be rolling back",
                     hint="wait for it, then run the same command again",
                 )
             time.sleep(_PAUSE)

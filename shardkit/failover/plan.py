@@ -37,9 +37,9 @@ class Loss:
     def lines(self) -> tuple[str, ...]:
         """For people."""
         beat = "of no heartbeat" if self.known_at is None else f"heartbeat of {self.known_at / 1e6:.3f} (unix time)"
+        known = f"{self.known_position or 'none'} (on {self.known_by}, {beat})"
         return (
-            f"the last position of the old master that any server knows: {self.known_position or 'none'} "
-            f"(on {self.known_by}, {beat})",
+            f"the last position of the old master that any server knows: {known}",
             f"the new master has: {self.has_position or 'nothing'}; of the known {self.missing} are missing",
             f"LOST: whatever the old master committed after {self.has_position or 'its beginning'}",
         )
@@ -189,7 +189,7 @@ def _refuse_what_cannot_be(shard_map: ShardMap, shard: Shard) -> None:
     ]
     if beside:
         raise PreconditionFailed(
-            f"the server {shard.master.address} holds the master of {', '.join(beside)}, too: it would be closed with it",
+            f"the server {shard.master.address} holds the master of {', '.join(beside)}, too, and would be closed",
             hint="move those shards to a server of their own first",
         )
 
