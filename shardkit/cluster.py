@@ -147,7 +147,6 @@ class Cluster:
         self._check_given(given or {})
         self._credentials = settings.credentials
         self._engines = Engines(settings, given, self.refresh_soon)
-        self._cores: dict[tuple[str, Role, int, bool], Engine] = {}
         self._health = ReplicaHealth(
             self._all_replicas,
             lambda replica: self._engines.probe(replica[0], Role.REPLICA, replica[2], replica[1]),
@@ -245,7 +244,6 @@ class Cluster:
             self._engines.renew()  # before the store is told that this process runs on the new map
         if self._snapshots.accept(self._directory.bound(new)):
             self._engines.keep(new.shards.values())
-            self._cores = {}
             logger.info("the shard map of %s is at version %d", new.cluster, new.version)
 
     def require(self, version: int) -> None:
@@ -378,13 +376,7 @@ class Cluster:
         return self._engines.asynchronous(shard, Role(role), self._endpoint(shard, Role(role), number), number)
 
     def _endpoint(self, shard: str, role: Role, number: int) -> Endpoint:
-        endpoints = self.map.shard(shard).with_role(role)
-        if number >= len(endpoints):
-            raise UnknownTable(
-                f"shard {shard!r} has {len(endpoints)} endpoints with the role {role}: there is no number {number}",
-                hint="see 'shardkit map show'",
-            )
-        return endpoints[number]
+        return _endpoint_in(self.map, shard, role, number)
 
     def choose_replica(
         self,
@@ -461,22 +453,22 @@ class Cluster:
 
     def core_engine(self, shard: str, role: Role, number: int = 0, *, asynchronous: bool = False) -> Engine:
         """What a session binds to: an engine, or an async engine's inner one."""
+        view = self.view
         key = (shard, role, number, asynchronous)
-        try:
-            return self._cores[key]
-        except KeyError:
-            pass
-        cores = self._cores  # the map may change meanwhile, and this answer with it
-        engine = (
-            self.async_engine(shard, role, number).sync_engine if asynchronous else self.engine(shard, role, number)
-        )
-        cores[key] = engine
-        return engine
+        known: Engine | None = view.cores.get(key)
+        if known is None:
+            endpoint = _endpoint_in(view.map, shard, role, number)
+            if asynchronous:
+                known = self._engines.asynchronous(shard, role, endpoint, number).sync_engine
+            else:
+                known = self._engines.sync(shard, role, endpoint, number)
+            view.cores[key] = known
+        return known
 
     def helper_of(self, engine: Engine) -> Engine | None:
         """An engine for a word aside to the server of a session's engine, on a connection of its own that gives up
         soon; None for an engine that is not of this cluster."""
-        for (shard, role, number, _), known in list(self._cores.items()):
+        for (shard, role, number, _), known in list(self.view.cores.items()):
             if known is engine:
                 return self._engines.probe(shard, role, self._endpoint(shard, role, number), number)
         return None
@@ -541,6 +533,16 @@ class Cluster:
         self._snapshots.after_fork()
         self._health.after_fork()
         self._patience.after_fork()
+
+
+def _endpoint_in(shard_map: ShardMap, shard: str, role: Role, number: int) -> Endpoint:
+    endpoints = shard_map.shard(shard).with_role(role)
+    if number >= len(endpoints):
+        raise UnknownTable(
+            f"shard {shard!r} has {len(endpoints)} endpoints with the role {role}: there is no number {number}",
+            hint="see 'shardkit map show'",
+        )
+    return endpoints[number]
 
 
 def _hosts(tables: Iterable[Table], shard_map: ShardMap) -> dict[Table, tuple[str, ...]]:

@@ -34,6 +34,8 @@ class View:
         self.only = shard_map.only
         self.homes: dict[Any, Any] = {}
         self.tokens: dict[tuple[str, ...], bool] = {}
+        #: engines of this map's endpoints: with the map, so that nobody has a new map and an old master
+        self.cores: dict[Any, Any] = {}
 
 
 class Pin:

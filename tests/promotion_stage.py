@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,10 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pymysql
-import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 import shardkit
@@ -187,7 +187,7 @@ class Writers:
     at: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
-    def __enter__(self) -> Writers:
+    def __enter__(self) -> Self:
         self._done = threading.Event()
         self._running = [threading.Thread(target=self._work, args=(owner + 1,)) for owner in range(self.threads)]
         for each in self._running:
@@ -224,20 +224,14 @@ class Writers:
     def longest_gap(self) -> float:
         """Seconds between two acknowledged writes."""
         times = sorted(self.at)
-        return max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+        return max(later - earlier for earlier, later in itertools.pairwise(times))
 
 
 def refused(server: LocalDatabaseServer) -> bool:
     """Whether an application's account can no longer write there."""
     try:
         with closing(server.connect(DATABASE, user=APP, password=SECRET, autocommit=True)) as connection:
-            with connection.cursor() as cursor:
-                cursor.execute("INSERT INTO entries VALUES (999, 999)")
+            connection.cursor().execute("INSERT INTO entries VALUES (999, 999)")
     except (pymysql.MySQLError, ShardkitError):
         return True
     return False
-
-
-def count(cluster: Cluster) -> int:
-    with shardkit.sessionmaker(cluster)() as session:
-        return session.scalar(sa.select(sa.func.count()).select_from(Entry)) or 0

@@ -64,7 +64,7 @@ def _document(standing: Standing) -> dict[str, object]:
     return {
         "shard": standing.shard,
         "role": standing.role,
-        "endpoint": standing.endpoint,
+        "endpoint": str(standing.endpoint),
         "reachable": standing.reachable,
         "read_only": standing.read_only,
         "position": None if standing.position is None else str(standing.position),
@@ -122,7 +122,7 @@ def promote(
             shard_map.shard(name).master.url,
             shard_map.shard(name).master.address,
         }:
-            out.result({"promoted": False, "shard": name, "new": shard_map.shard(name).master, "plan": []})
+            out.result({"promoted": False, "shard": name, "new": str(shard_map.shard(name).master), "plan": []})
             out.line(f"{endpoint} is the master of shard {name} already")
             return
         credentials = from_environment()
@@ -143,11 +143,11 @@ def promote(
 def _plan_document(plan: Plan) -> dict[str, object]:
     return {
         "shard": plan.shard.name,
-        "old": plan.shard.master,
-        "new": plan.candidate.endpoint,
+        "old": str(plan.shard.master),
+        "new": str(plan.candidate.endpoint),
         "epoch": plan.after.epoch,
-        "follow": plan.keeps,
-        "removed": plan.removes,
+        "follow": [str(each) for each in plan.keeps],
+        "removed": [str(each) for each in plan.removes],
         "loss": plan.loss,
         "plan": plan.lines,
     }

@@ -28,9 +28,7 @@ def stage(request: pytest.FixtureRequest, tmp_path: Any) -> Iterator[Stage]:
 def test_no_acknowledged_write_is_lost(stage: Stage) -> None:
     with stage.clients() as cluster, Writers(cluster) as writers:
         writers.go_on()
-        began = time.monotonic()
         done = stage.promoted()
-        took = time.monotonic() - began
         writers.go_on()
         assert refused(stage.master)
     new = stage.server_at(stage.shard.master)
@@ -40,10 +38,6 @@ def test_no_acknowledged_write_is_lost(stage: Stage) -> None:
     assert writers.longest_gap < 10.0
     assert done["loss"] is None
     assert stage.shard.epoch == 1
-    print(
-        f"{FLAVOUR} {stage.kind}: closed {done['closed_seconds']} s, gap {writers.longest_gap:.2f} s, "
-        f"command {took:.1f} s, {len(writers.acknowledged)} acknowledged, {len(writers.errors)} errors"
-    )
     if stage.kind is ReplicationKind.NATIVE:
         (follower,) = stage.shard.replicas
         wait_until(lambda: writers.acknowledged <= stage.entries(stage.server_at(follower)))
@@ -79,9 +73,6 @@ def test_what_a_dead_master_takes_along_is_told(stage: Stage) -> None:
     assert lost <= after
     assert end.covers(has)
     assert 0 < len(lost) <= end.ahead_of(has)
-    print(
-        f"{FLAVOUR} {stage.kind}: {len(lost)} acknowledged writes lost of {end.ahead_of(has)} transactions past {has}"
-    )
 
 
 def hold_back(stage: Stage) -> None:
@@ -125,7 +116,7 @@ def test_a_promotion_that_is_killed_goes_on_with_the_same_command(stage: Stage) 
         stage.promoted(target)
         writers.go_on()
         assert refused(stage.master)
-    print(f"{FLAVOUR} {stage.kind}: killed {kills} times, gap {writers.longest_gap:.2f} s")
+    assert kills > 0
     assert stage.shard.master.url == target
     assert stage.shard.epoch == 1
     assert writers.acknowledged <= stage.entries(stage.server_at(stage.shard.master))
