@@ -158,6 +158,9 @@ def open_stage(kind: ReplicationKind, folder: Path) -> Iterator[Stage]:
                 session.add(Entry(owner=0, number=0))
                 session.commit()
         stage.caught_up()
+        for number in range(2):
+            beats = "SELECT 1 FROM shardkit_heartbeat"
+            wait_until(lambda number=number: bool(stage.replica(number).execute(beats, database=DATABASE)))
         yield stage
 
 
