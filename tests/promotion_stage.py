@@ -159,9 +159,12 @@ def open_stage(kind: ReplicationKind, folder: Path) -> Iterator[Stage]:
                 session.commit()
         stage.caught_up()
         for number in range(2):
-            beats = "SELECT 1 FROM shardkit_heartbeat"
-            wait_until(lambda number=number: bool(stage.replica(number).execute(beats, database=DATABASE)))
+            holds_a_beat(stage, number)
         yield stage
+
+
+def holds_a_beat(stage: Stage, number: int) -> None:
+    wait_until(lambda: bool(stage.replica(number).execute("SELECT 1 FROM shardkit_heartbeat", database=DATABASE)))
 
 
 def follow(replica: LocalDatabaseServer, master: LocalDatabaseServer) -> None:

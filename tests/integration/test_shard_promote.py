@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -148,6 +150,41 @@ def test_it_ends_prepared_transactions_and_locks_accounts(stage: Stage) -> None:
     with pytest.raises(pymysql.MySQLError, match="locked"):
         pymysql.connect(host=stage.master.host, port=stage.master.port, user=APP, password=APP)
     insert(stage, 200)  # only there
+
+
+def test_the_last_writes_are_waited_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replication stands still while the master is closed, and goes on a moment later."""
+    module: Any = __import__("shardkit.failover.promote", fromlist=["_Run"])
+    target, real = stage.shard.replicas[0], module._Run._closed
+
+    def closed(*arguments: Any, **options: Any) -> Any:
+        stand_still(stage)
+        for owner in range(300, 320):
+            insert(stage, owner)
+        threading.Timer(1.5, go_on, [stage]).start()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module._Run, "_closed", closed)
+    with closing(open_store(str(stage.source))) as store:
+        plan = make_plan(store.load(), SHARD, stage.local.credentials, wanted=target.url)
+        promote(store, stage.local.credentials, plan)
+    assert {(owner, 1) for owner in range(300, 320)} <= stage.entries(stage.server_at(target))
+
+
+def stand_still(stage: Stage) -> None:
+    if stage.kind is ReplicationKind.RELAY:
+        assert stage.relay.pid is not None
+        os.kill(stage.relay.pid, signal.SIGSTOP)
+    else:
+        stage.replica().execute(f"STOP {'SLAVE' if FLAVOUR == 'mariadb' else 'REPLICA'} SQL_THREAD")
+
+
+def go_on(stage: Stage) -> None:
+    if stage.kind is ReplicationKind.RELAY:
+        assert stage.relay.pid is not None
+        os.kill(stage.relay.pid, signal.SIGCONT)
+    else:
+        stage.replica().execute(f"START {'SLAVE' if FLAVOUR == 'mariadb' else 'REPLICA'} SQL_THREAD")
 
 
 def test_a_promotion_that_stops_before_the_map_goes_on(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,9 +350,10 @@ def test_only_so_many_wait(pair: LocalCluster, waiting: Cluster) -> None:
     first.join()
 
 
-def test_a_transaction_that_has_begun_fails_at_once(pair: LocalCluster, waiting: Cluster) -> None:
+@pytest.mark.parametrize("mode", ["atomic", "best_effort"])
+def test_a_transaction_that_has_begun_fails_at_once(pair: LocalCluster, waiting: Cluster, mode: str) -> None:
     """And never goes on at the new master, where its first half is not."""
-    with masters(waiting)() as session:
+    with shardkit.sessionmaker(waiting, read_from="master", transactions=mode)() as session:
         session.add(Entry(owner=5, number=5))
         session.flush()
         pair.server(SHARD).kill()
