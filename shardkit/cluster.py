@@ -33,6 +33,7 @@ from shardkit.errors import (
 from shardkit.ids import IdGenerator, lease_for
 from shardkit.mapstore import MapStore, open_store
 from shardkit.partition import key_text
+from shardkit.patience import Patience
 from shardkit.replicas.balance import Spill, choose
 from shardkit.replicas.health import Replica, ReplicaHealth
 from shardkit.replicas.token import Mark
@@ -67,6 +68,7 @@ def create_cluster(
     max_lag: float = 1.0,
     causal_wait: float = 0.05,
     master_read_share: float = 1.0,
+    failover_wait: float = 10.0,
     store_timeout: float = 10.0,
     metadata: MetaData | None = None,
     metrics: RouterMetrics | None = None,
@@ -88,6 +90,8 @@ def create_cluster(
     :param master_read_share: how much of what replicas should read may go to the masters when no replica can serve it,
         from 0 to 1, over the last ten seconds; past it such reads raise `NoFreshReplica`, so that replicas which lag do
         not take their master down. 1: all of it.
+    :param failover_wait: seconds that a new transaction waits for the map to name another master, when it cannot reach
+        the master of a shard that has replicas or a staging database. At most a hundred wait at once. 0: none.
     :param store_timeout: seconds that reaching the map's store may take.
     :param metadata: the application's tables (``Base.metadata``): it says of what type the keys in raw SQL are, without
         which they pin nothing.
@@ -108,6 +112,7 @@ def create_cluster(
             max_lag=max_lag,
             causal_wait=causal_wait,
             master_read_share=master_read_share,
+            failover_wait=failover_wait,
             metadata=metadata,
             metrics=metrics,
         )
@@ -129,6 +134,7 @@ class Cluster:
         max_lag: float = 1.0,
         causal_wait: float = 0.05,
         master_read_share: float = 1.0,
+        failover_wait: float = 10.0,
         metadata: MetaData | None = None,
         metrics: RouterMetrics | None = None,
     ) -> None:
@@ -141,7 +147,6 @@ class Cluster:
         self._check_given(given or {})
         self._credentials = settings.credentials
         self._engines = Engines(settings, given, self.refresh_soon)
-        self._cores: dict[tuple[str, Role, int, bool], Engine] = {}
         self._health = ReplicaHealth(
             self._all_replicas,
             lambda replica: self._engines.probe(replica[0], Role.REPLICA, replica[2], replica[1]),
@@ -150,6 +155,7 @@ class Cluster:
         )
         self._causal_wait = causal_wait
         self._spill = Spill(master_read_share)
+        self._patience = Patience(failover_wait)
         self._ids = IdGenerator(lambda: lease_for(store))
         self._random = Random()  # noqa: S311 - spreads load; no secret
         self._refreshing = threading.Event()
@@ -238,7 +244,6 @@ class Cluster:
             self._engines.renew()  # before the store is told that this process runs on the new map
         if self._snapshots.accept(self._directory.bound(new)):
             self._engines.keep(new.shards.values())
-            self._cores = {}
             logger.info("the shard map of %s is at version %d", new.cluster, new.version)
 
     def require(self, version: int) -> None:
@@ -251,6 +256,16 @@ class Cluster:
                 f"a server asks for version {version} of the shard map; {self._store.source} gives {self.map.version}",
                 hint="check that this process reaches the map store, and that it names the right one",
             )
+
+    def await_failover(self, shard: str, come: Callable[[], bool], pause: Callable[[float], None]) -> bool:
+        """Wait up to ``failover_wait`` for what a promotion of the shard will bring; False where it does not come.
+
+        :param pause: sleeps; an event loop goes on meanwhile.
+        """
+        here = self.map.shard(shard)
+        if here.staging is None and not here.replicas:
+            return come()  # nobody can take its master's place
+        return self._patience.wait(come, pause)
 
     def locate(self, table: str, **key: Any) -> Placement:
         """Where the rows with this key live: ``cluster.locate("orders", user_id=42)``.
@@ -361,13 +376,7 @@ class Cluster:
         return self._engines.asynchronous(shard, Role(role), self._endpoint(shard, Role(role), number), number)
 
     def _endpoint(self, shard: str, role: Role, number: int) -> Endpoint:
-        endpoints = self.map.shard(shard).with_role(role)
-        if number >= len(endpoints):
-            raise UnknownTable(
-                f"shard {shard!r} has {len(endpoints)} endpoints with the role {role}: there is no number {number}",
-                hint="see 'shardkit map show'",
-            )
-        return endpoints[number]
+        return _endpoint_in(self.map, shard, role, number)
 
     def choose_replica(
         self,
@@ -444,22 +453,22 @@ class Cluster:
 
     def core_engine(self, shard: str, role: Role, number: int = 0, *, asynchronous: bool = False) -> Engine:
         """What a session binds to: an engine, or an async engine's inner one."""
+        view = self.view
         key = (shard, role, number, asynchronous)
-        try:
-            return self._cores[key]
-        except KeyError:
-            pass
-        cores = self._cores  # the map may change meanwhile, and this answer with it
-        engine = (
-            self.async_engine(shard, role, number).sync_engine if asynchronous else self.engine(shard, role, number)
-        )
-        cores[key] = engine
-        return engine
+        known: Engine | None = view.cores.get(key)
+        if known is None:
+            endpoint = _endpoint_in(view.map, shard, role, number)
+            if asynchronous:
+                known = self._engines.asynchronous(shard, role, endpoint, number).sync_engine
+            else:
+                known = self._engines.sync(shard, role, endpoint, number)
+            view.cores[key] = known
+        return known
 
     def helper_of(self, engine: Engine) -> Engine | None:
         """An engine for a word aside to the server of a session's engine, on a connection of its own that gives up
         soon; None for an engine that is not of this cluster."""
-        for (shard, role, number, _), known in list(self._cores.items()):
+        for (shard, role, number, _), known in list(self.view.cores.items()):
             if known is engine:
                 return self._engines.probe(shard, role, self._endpoint(shard, role, number), number)
         return None
@@ -523,6 +532,17 @@ class Cluster:
         self._directory.after_fork()
         self._snapshots.after_fork()
         self._health.after_fork()
+        self._patience.after_fork()
+
+
+def _endpoint_in(shard_map: ShardMap, shard: str, role: Role, number: int) -> Endpoint:
+    endpoints = shard_map.shard(shard).with_role(role)
+    if number >= len(endpoints):
+        raise UnknownTable(
+            f"shard {shard!r} has {len(endpoints)} endpoints with the role {role}: there is no number {number}",
+            hint="see 'shardkit map show'",
+        )
+    return endpoints[number]
 
 
 def _hosts(tables: Iterable[Table], shard_map: ShardMap) -> dict[Table, tuple[str, ...]]:

@@ -393,6 +393,11 @@ def _code(error: BaseException) -> int | None:
     return code if isinstance(code, int) else None
 
 
+def is_down(error: ShardUnreachable) -> bool:
+    """Whether nobody answered, rather than that somebody refused the log-on or the database."""
+    return _code(error.orig or error) not in {*_ACCESS_DENIED, _UNKNOWN_DATABASE}
+
+
 class _Translator:
     """Turns driver errors that mean something to shardkit into its own, and names the shard in all others."""
 

@@ -23,7 +23,7 @@ from shardkit.routing.route import RouteOptions, ScatterPolicy
 from shardkit.session.carrying import current_carrier
 from shardkit.session.flush import Flush
 from shardkit.session.homes import home_of
-from shardkit.session.parallel import run_blocking
+from shardkit.session.parallel import pause, run_blocking
 from shardkit.session.transaction import ClusterTransaction, CommitMode
 from shardkit.snapshots import View
 
@@ -234,6 +234,14 @@ class TransactingSession(Session):
 
     def use_view(self, view: View) -> None:
         """A transaction begins on this map."""
+
+    def wait_for_masters(self, patient: bool) -> None:
+        """Whether the statement at hand waits for a shard without a master to get another one."""
+        self._outermost().patient = patient
+
+    def pause(self, seconds: float) -> None:
+        """Sleep; an event loop goes on meanwhile."""
+        pause(seconds, asynchronous=self.asynchronous)
 
     def run_blocking(self, call: Callable[[], T]) -> T:
         """A call that waits for something other than a database; an event loop goes on meanwhile."""

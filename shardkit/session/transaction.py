@@ -18,7 +18,7 @@ from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.orm.state_changes import _StateChange
 
 from shardkit.cluster import Cluster
-from shardkit.engines import MAP_VERSION_STAMP, ROLLED_BACK, has_rolled_back
+from shardkit.engines import MAP_VERSION_STAMP, ROLLED_BACK, has_rolled_back, is_down
 from shardkit.errors import (
     CommitPending,
     CommitUnknown,
@@ -26,6 +26,7 @@ from shardkit.errors import (
     PartRolledBack,
     RoutingError,
     SecondShardWritten,
+    ShardUnreachable,
     StaleShardMap,
 )
 from shardkit.gtid import Flavour, Position
@@ -64,10 +65,12 @@ class ClusterTransaction(SessionTransaction):
         self._pin: Pin | None = None
         self._written: dict[str, None] = {}  # in order of the first write
         self._on_master: set[str] = set()
-        self._replicas: dict[str, int] = {}  # shard -> the replica that it reads
+        self._replicas: dict[str, tuple[int, Engine]] = {}  # shard -> the replica that it reads
         self._shard_of: dict[Engine | Connection, str] = {}
         self._masters: dict[str, Engine | Connection] = {}
         self._began_empty = True
+        #: whether the statement at hand may wait for a shard to get another master
+        self.patient = True
         #: shards on which this transaction has entered keys into a directory
         self.filed: set[str] = set()
         self._seen: dict[str, tuple[Connection, Seen]] = {}  # on replicas, by shard
@@ -95,6 +98,7 @@ class ClusterTransaction(SessionTransaction):
     def begin_statement(self) -> None:
         """Note whether anything has been sent before this statement: if not, it may be planned again."""
         self._began_empty = not self._connections
+        self.patient = True
 
     # --- endpoints
 
@@ -151,29 +155,38 @@ class ClusterTransaction(SessionTransaction):
         """
         if self._given is not None:
             return self._given_to(shard, master=master)
-        role, number = Role.MASTER, 0
+        engine: Engine | Connection | None = None
         if master:
             self.turn_to_master(shard)
         elif read_from_replica and shard not in self._on_master:
-            chosen = self._replicas.get(shard)
-            if chosen is None and self.view.map.shard(shard).replicas:
-                chosen = self._cluster.choose_replica(
+            engine = self._replica_of(shard, max_lag)
+        if engine is None:
+            # the same one to its end: after a promotion, what was written would be on another server than the rest
+            engine = self._masters.get(shard) or self._master_of(shard)
+            self._masters[shard] = engine
+        self._shard_of[engine] = shard
+        return engine
+
+    def _master_of(self, shard: str) -> Engine:
+        return self._cluster.core_engine(shard, Role.MASTER, asynchronous=self._asynchronous)
+
+    def _replica_of(self, shard: str, max_lag: float | None) -> Engine | None:
+        if shard not in self._replicas:
+            number = None
+            if self.view.map.shard(shard).replicas:
+                number = self._cluster.choose_replica(
                     shard,
                     mark=self._session.mark_for(shard),
                     max_lag=max_lag,
                     asynchronous=self._asynchronous,
                     run_blocking=self._session.run_blocking,
                 )
-            if chosen is None:
+            if number is None:
                 self._on_master.add(shard)
-            else:
-                self._replicas[shard] = chosen
-                role, number = Role.REPLICA, chosen
-        engine = self._cluster.core_engine(shard, role, number, asynchronous=self._asynchronous)
-        self._shard_of[engine] = shard
-        if role is Role.MASTER:
-            self._masters[shard] = engine
-        return engine
+                return None
+            engine = self._cluster.core_engine(shard, Role.REPLICA, number, asynchronous=self._asynchronous)
+            self._replicas[shard] = number, engine
+        return self._replicas[shard][1]
 
     def _given_to(self, shard: str, *, master: bool) -> Connection:
         assert self._given is not None  # noqa: S101 - asked by the caller
@@ -199,11 +212,20 @@ class ClusterTransaction(SessionTransaction):
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         if bind in self._connections:
             return super()._connection_for_bind(bind, execution_options)
-        connection = super()._connection_for_bind(bind, execution_options)
+        unused = not self._connections or (self._began_empty and not self._written)
+        try:
+            connection = super()._connection_for_bind(bind, execution_options)
+        except ShardUnreachable as error:
+            if not unused or not is_down(error) or not self._has_new_master(bind):
+                raise
+            return self._connection_for_bind(self._new_master(bind), execution_options)
         connection.info.pop(ROLLED_BACK, None)
         required = connection.info.get(MAP_VERSION_STAMP, 0)
         if required > self.view.map.version:
-            self._renew_map(required)
+            self._renew_map(required, bind, unused=unused)
+            # only a master that was replaced comes here, before anything was sent
+            self._let_go_of(bind)
+            return self._connection_for_bind(self._new_master(bind), execution_options)
         if self._two_phase is not None:
             self._join_two_phase(bind, connection, self._two_phase)
         shard = self._shard_of.get(bind)
@@ -221,23 +243,56 @@ class ClusterTransaction(SessionTransaction):
     def leave_lost_replicas(self) -> bool:
         """Let go of replicas whose connections were lost, or never came to be; False where there are none."""
         lost = []
-        for shard, number in self._replicas.items():
-            engine = self._cluster.core_engine(shard, Role.REPLICA, number, asynchronous=self._asynchronous)
+        for shard, (number, engine) in self._replicas.items():
             entry = self._connections.get(engine)
             if entry is not None and not entry[0].invalidated:
                 continue
             lost.append(shard)
             self._cluster.eject(shard, number)
-            if entry is not None:
-                for key in (engine, entry[0]):
-                    self._connections.pop(key, None)
-                entry[0].close()
+            self._let_go_of(engine)
         for shard in lost:
             if shard in self._seen:
                 self._tell_what_was_seen(shard, self._seen.pop(shard)[1])
             del self._replicas[shard]
             self.reading.pop((shard, True), None)
         return bool(lost)
+
+    def _let_go_of(self, engine: Engine) -> None:
+        entry = self._connections.pop(engine, None)
+        if entry is not None:
+            self._connections.pop(entry[0], None)
+            entry[0].close()
+
+    # --- a new master
+
+    def _has_new_master(self, bind: Any) -> bool:
+        """Whether the shard of a master that cannot be used has another one now; waits for it."""
+        shard = self._shard_of.get(bind)
+        if shard is None or self._masters.get(shard) is not bind or self._given is not None or not self.patient:
+            return False
+        return self._cluster.await_failover(shard, lambda: self._master_of(shard) is not bind, self._session.pause)
+
+    def _new_master(self, bind: Any) -> Engine:
+        """Go on by the newest map, at the master that it names.
+
+        :raises StaleShardMap: where it has other rows on the shard, too.
+        """
+        shard, before = self._shard_of.pop(bind), self.view.map
+        pin = self._cluster.pin()
+        if (pin.view.map.keyspaces, pin.view.map.moves) != (before.keyspaces, before.moves):
+            pin.release()
+            raise StaleShardMap(
+                f"shard {shard} has another master, and the shard map has changed otherwise, too",
+                hint="roll back and run the transaction again",
+            )
+        if self._pin is not None:
+            self._pin.release()
+        self._pin = pin
+        self._session.use_view(pin.view)
+        engine = self._masters[shard] = self._master_of(shard)
+        self._shard_of[engine] = shard
+        logger.info("shard %s has a new master: the transaction goes on there", shard)
+        return engine
 
     # --- what was written and seen
 
@@ -301,10 +356,25 @@ class ClusterTransaction(SessionTransaction):
         entry = (held, cast("Transaction", two_phase.join(shard, connection, transaction)), *rest)
         self._connections[connection] = self._connections[engine] = cast("Any", entry)
 
-    def _renew_map(self, required: int) -> None:
-        """A server asks for a newer map than this transaction's."""
-        began_with = self.view.map.version
-        self._session.run_blocking(lambda: self._cluster.require(required))
+    def _renew_map(self, required: int, bind: Any, *, unused: bool) -> None:
+        """A server asks for a newer map than this transaction's.
+
+        :param unused: nothing was sent yet: returns if there is a new master in place of this one, at which to go on.
+        """
+        began_with, shard = self.view.map.version, self._shard_of.get(bind)
+        try:
+            self._session.run_blocking(lambda: self._cluster.require(required))
+        except StaleShardMap:  # a promotion asks for a map that is about to be published
+            if (
+                not (unused and self.patient)
+                or shard is None
+                or not self._cluster.await_failover(
+                    shard, lambda: self._cluster.map.version >= required, self._session.pause
+                )
+            ):
+                raise
+        if unused and shard is not None and self._masters.get(shard) is bind is not self._master_of(shard):
+            return
         if self._began_empty and not self._written:
             if self._pin is not None:
                 self._pin.release()
@@ -497,7 +567,7 @@ def position_of_master(connection: Connection) -> Position | None:
     query = position_query("", Role.MASTER, ReplicationKind.RELAY, flavour_of(connection.dialect))
     try:
         return query.read(connection.exec_driver_sql(f"SELECT {query.expression}").scalar())
-    except exc.DBAPIError as error:
+    except (exc.DBAPIError, exc.PendingRollbackError) as error:  # the latter where the connection broke in a rollback
         logger.info("a master could not be asked for its position: %s", error)
         return None
 
