@@ -288,9 +288,11 @@ class RelayError(ShardkitError):
         self.hop = hop
         self.at = at
 
-    def of_hop(self, hop: str) -> Self:
-        """The same error naming its hop, for those found where the hop is not known."""
-        return self if self.hop else type(self)(self.text, hop=hop, at=self.at, hint=self.hint)
+    def of_hop(self, hop: str, *, at: str | None = None) -> Self:
+        """The same error naming its hop and its place, for those found where these are not known."""
+        if self.hop and (self.at or not at):
+            return self
+        return type(self)(self.text, hop=self.hop or hop, at=self.at or at, hint=self.hint)
 
 
 class BadEvent(RelayError):

@@ -226,3 +226,23 @@ def parse_position(flavour: Flavour, text: str) -> Position:
     :raises ValueError: when it is none.
     """
     return MariaDBPosition.parse(text) if flavour is Flavour.MARIADB else MySQLPosition.parse(text)
+
+
+def parse_gtid(flavour: Flavour, text: str) -> Gtid:
+    """Read one transaction's id: ``0-1-100``, or ``uuid:100``.
+
+    :raises ValueError: when it is none, or more than one.
+    """
+    position = parse_position(flavour, text)
+    if isinstance(position, MariaDBPosition):
+        found: list[Gtid] = list(position.domains.values())
+    else:
+        found = [
+            MySQLGtid(source, low)
+            for source, intervals in position.sources.items()
+            for low, high in intervals
+            if low == high
+        ]
+    if len(found) != 1 or str(position) != str(found[0]):
+        raise ValueError(f"{text!r} is not the id of one transaction")
+    return found[0]

@@ -29,10 +29,12 @@ PREFIX = "shardkit_"
 #: Where alembic notes the revision of shardkit's own tables; an application's ``alembic_version`` is left alone.
 VERSION_TABLE = "shardkit_schema_version"
 #: Own tables whose rows belong to one server; the relay leaves them out.
-LOCAL_TABLES = frozenset({VERSION_TABLE, "shardkit_prepared", "shardkit_migration_steps"})
+LOCAL_TABLES = frozenset({VERSION_TABLE, "shardkit_prepared", "shardkit_migration_steps", "shardkit_pause"})
 #: Position rows under this prefix are a master's history and travel; rows of hops do not.
 HISTORY_PREFIX = "history:"
 HOP_PREFIX = "hop:"
+#: A target that is being filled from a snapshot has a row under this prefix and none of its hop.
+SEED_PREFIX = "seed:"
 
 LOCK_TIMEOUT = 60  # seconds
 
@@ -91,6 +93,15 @@ prepared = sa.Table(
     sa.Column("part", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("gtid", ascii_name(128), nullable=False),
     sa.Column("events", sa.LargeBinary, nullable=False),
+)
+
+#: The hops into this database that an operator has paused; `shardkit_cdc.pause`. Rows belong to this server alone.
+pause = sa.Table(
+    "shardkit_pause",
+    metadata,
+    sa.Column("hop", ascii_name(190), primary_key=True, comment="hop:<name>"),
+    sa.Column("paused_by", sa.String(190), nullable=False, comment="user and machine"),
+    sa.Column("paused_at", sa.BigInteger, nullable=False, comment="microseconds since the epoch, UTC, this server's"),
 )
 
 #: What an application's revision has done so far on this server, statement by statement; empty when none is under way.

@@ -157,7 +157,7 @@ class Applier:
             return
         try:
             self._apply_together(run)
-        except Drift:
+        except (Drift, BadEvent):
             if len(run) == 1:
                 raise
             # One of them does not fit: go as far as the data is good, and name the one at fault.
@@ -181,8 +181,11 @@ class Applier:
     def _write(self, rows: Sequence[Rows], where: str) -> None:
         for table in {row.table for row in rows}:
             self._check.check(table, at=where)
-        for payload in payloads(rows, largest=self._largest):
-            self._send(payload, where)
+        try:
+            for payload in payloads(rows, largest=self._largest):
+                self._send(payload, where)
+        except BadEvent as error:
+            raise error.of_hop(self._hop, at=where) from error.__cause__
         self.counts.row_events += len(rows)
 
     def _send(self, payload: bytes, where: str) -> None:
@@ -208,7 +211,7 @@ class Applier:
             f"the target refused row events: {text} ({code})",
             hop=self._hop,
             at=where,
-            hint="`shardkit relay skip` or `shardkit relay reseed`, once it is clear why",
+            hint="`shardkit relay skip --at GTID` or `shardkit relay seed`, once it is clear why",
         )
 
     def _commit(self, after: Position, transactions: int) -> None:

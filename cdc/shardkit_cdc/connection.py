@@ -64,7 +64,7 @@ def connect(
     """
     account = credentials(endpoint)
     try:
-        return (kind or pymysql.Connection)(
+        connection = (kind or pymysql.Connection)(
             host=endpoint.host,
             port=endpoint.port,
             user=account.user,
@@ -73,7 +73,9 @@ def connect(
             charset="utf8mb4",
             autocommit=autocommit,
             connect_timeout=CONNECT_TIMEOUT,
-            read_timeout=read_timeout,
+            # The driver's connect_timeout ends with the TCP handshake: a server that takes the connection and says
+            # nothing (stopped, frozen) would never be given up.
+            read_timeout=read_timeout or CONNECT_TIMEOUT,
             init_command=own_tables.MARK_AS_SYSTEM,
         )
     except pymysql.MySQLError as error:
@@ -83,6 +85,8 @@ def connect(
             f"cannot log on to {endpoint.address}: {error}",
             hint="install the package named, or give the relay an account that authenticates without it",
         ) from None
+    connection._read_timeout = read_timeout  # type: ignore[union-attr]  # noqa: SLF001 - the driver has no setter
+    return connection
 
 
 def connect_failure(error: pymysql.MySQLError, endpoint: Endpoint) -> ShardkitError:

@@ -33,6 +33,8 @@ _SWITCH_INTERVAL = 0.0005  # seconds
 _STANDBY_GRACE = 3.0
 #: Events are made and dropped by the hundred thousand and never in cycles: looking for those costs a third of reading.
 _COLLECT_AFTER = 100_000  # objects
+#: What a hop does when nothing is wrong.
+_WELL = frozenset({State.RUNNING, State.STANDBY})
 _ENDED = frozenset({State.FAILED, State.FENCED, State.STOPPED})
 
 
@@ -102,6 +104,7 @@ class Relay:
         self._running: dict[object, _Running] = {}
         self._lock = threading.Lock()
         self._stopping = False
+        self._current: ShardMap | None = None
         self._changed = threading.Condition()
 
     def start(self) -> None:
@@ -140,8 +143,9 @@ class Relay:
         self._watch.close()
         for each in running:
             each.task.stop()
+        end = time.monotonic() + timeout
         for each in running:
-            each.thread.join(timeout)
+            each.thread.join(max(0.0, end - time.monotonic()))
 
     @property
     def hops(self) -> tuple[Hop, ...]:
@@ -154,8 +158,28 @@ class Relay:
         with self._changed:
             return self._changed.wait_for(self._all_ended, timeout)
 
-    def refused(self, *, timeout: float = 20.0) -> list[ShardkitError]:
+    def unready(self) -> list[str]:
+        """Why this process does not do all that it should, a line each: hops that neither run nor wait for election.
+
+        A paused hop is named too: its target gets older, whoever wants it so.
+        """
+        with self._lock:
+            if self._stopping:
+                return ["stopping"]
+            if self._current is None:
+                return ["starting: the map has not been loaded"]
+        reports = [(hop.spec.name, hop.report.state, hop.report.pause or hop.report.error) for hop in self.hops]
+        return [
+            f"{name}: {why if state is State.PAUSED and why else f'{state.value}: {why}' if why else state.value}"
+            for name, state, why in reports
+            if state not in _WELL
+        ]
+
+    def refused(self, *, timeout: float = 20.0, stop: threading.Event | None = None) -> list[ShardkitError]:
         """Wait for every hop's first attempt; the errors, if not one of them could start.
+
+        :param timeout: seconds to wait at most.
+        :param stop: ends the waiting.
 
         Hops that cannot start while others do are no reason to end: they are tried again, and their state says why.
         """
@@ -168,7 +192,7 @@ class Relay:
 
         end = time.monotonic() + timeout
         with self._changed:
-            while time.monotonic() < end and not all(map(settled, self.hops)):
+            while time.monotonic() < end and not all(map(settled, self.hops)) and not (stop and stop.is_set()):
                 self._changed.wait(0.1)
         errors = [hop.report.error for hop in self.hops]
         # A connection lost while starting is no refusal: the next attempt may well find everything in order.
@@ -228,7 +252,11 @@ class Relay:
 
     def _janitor(self) -> JanitorTask:
         """One for the whole cluster: a branch on one shard may be decided on any other."""
-        return JanitorTask(lambda: self._current.shards, self._credentials, election=self._election("relay", "janitor"))
+        return JanitorTask(
+            lambda: self._current.shards if self._current else {},
+            self._credentials,
+            election=self._election("relay", "janitor"),
+        )
 
     def _election(self, *place: str) -> Election:
         if isinstance(self._store, ZooKeeperMapStore):

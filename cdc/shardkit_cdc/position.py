@@ -57,11 +57,14 @@ def read_row(connection: Connection, key: str) -> HopRow | None:
     return None if found is None else HopRow(*found)
 
 
-def insert_row(connection: Connection, key: str, *, gtid: str, source: str, ddl_origin: str) -> None:
-    """Begin a hop at a position. The caller has made sure that the target holds exactly the data of that position."""
+def insert_row(connection: Connection, key: str, *, gtid: str, source: str, ddl_origin: str, epoch: int = 0) -> None:
+    """Begin a hop at a position. The caller has made sure that the target holds exactly the data of that position.
+
+    :param epoch: above that of every runner before, where there may have been some.
+    """
     values: Mapping[str, str | int] = {
         "hop": key,
-        "epoch": 0,
+        "epoch": epoch,
         "counter": 0,
         "gtid": gtid,
         "source": source,
@@ -83,6 +86,18 @@ def lock_name(database: str, key: str) -> str:
     Unlike a connection id in a row it cannot outlive the connection, nor name another one after a restart.
     """
     return "shardkit:hop:" + hashlib.sha1(f"{database}\0{key}".encode(), usedforsecurity=False).hexdigest()
+
+
+def is_held(connection: Connection, lock: str) -> bool:
+    """Whether a runner's connection holds the hop's lock now."""
+    return _holder(connection, lock) is not None
+
+
+def _holder(connection: Connection, lock: str) -> int | None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT IS_USED_LOCK(%s)", (lock,))
+        found: Sequence[int | None] = cursor.fetchone() or (None,)
+    return found[0]
 
 
 class Claim:
@@ -128,7 +143,7 @@ class Claim:
                 raise Fenced("its position row is gone")
             if expected_epoch is not None and row.epoch != expected_epoch:
                 raise _taken_over(row)
-            _end_old_runner(connection, lock)
+            end_old_runner(connection, lock)
             cursor.execute("SELECT GET_LOCK(%s, %s)", (lock, lock_timeout))
             if cursor.fetchone() != (1,):
                 raise Interrupted(
@@ -212,14 +227,14 @@ def note_error(connection: Connection, key: str, epoch: int, text: str) -> None:
     connection.commit()
 
 
-def _end_old_runner(connection: Connection, lock: str) -> None:
+def end_old_runner(connection: Connection, lock: str) -> None:
+    """Kill the connection that holds a hop's lock; nothing where there is none."""
+    held = _holder(connection, lock)
+    if held is None:
+        return
     with connection.cursor() as cursor:
-        cursor.execute("SELECT IS_USED_LOCK(%s)", (lock,))
-        held: Sequence[int | None] = cursor.fetchone() or (None,)
-        if held[0] is None:
-            return
         try:
-            cursor.execute(f"KILL {int(held[0])}")
+            cursor.execute(f"KILL {int(held)}")
         except pymysql.MySQLError as error:
             if code_of(error) != _NO_SUCH_THREAD:  # it may have ended by itself
                 raise

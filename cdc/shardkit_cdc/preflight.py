@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pymysql
 
-from shardkit.errors import PreconditionFailed
+from shardkit.errors import PositionLost, PreconditionFailed
 from shardkit.gtid import Flavour, Position, parse_position
 from shardkit.topology import Endpoint
 
@@ -156,4 +156,18 @@ def refuse_faults(source: ServerFacts, target: ServerFacts) -> None:
             "tables made without a character set would differ",
             hint=f"on {target.endpoint.address}: ALTER DATABASE `{target.endpoint.database}` "
             f"CHARACTER SET {source.charset[0]} COLLATE {source.charset[1]}",
+        )
+
+
+def refuse_other_log(written: str, source: ServerFacts, target: ServerFacts, *, hop: str) -> None:
+    """:raises PositionLost: when the target's position is not one of this source.
+
+    :param written: the identity that stands beside the position.
+    """
+    if written != source.identity:
+        raise PositionLost(
+            f"the position in {target.endpoint} is one of {written}, but {source.endpoint.address} is "
+            f"{source.identity}",
+            hop=hop,
+            hint="put the old source back into the map, or fill the target anew from this one (shardkit relay seed)",
         )

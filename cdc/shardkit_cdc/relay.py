@@ -37,6 +37,7 @@ from shardkit_cdc.apply import Applier, prepare_session
 from shardkit_cdc.backlog import Backlog
 from shardkit_cdc.connection import connect, server_errors
 from shardkit_cdc.election import Election, Unopposed
+from shardkit_cdc.pause import LOOK_SECONDS, Pause, read_pause
 from shardkit_cdc.position import Claim, HopRow, note_error, read_row
 from shardkit_cdc.preflight import ServerFacts
 from shardkit_cdc.selection import Selected, Selector
@@ -58,6 +59,8 @@ class State(StrEnum):
     STANDBY = "standby"
     STARTING = "starting"
     RUNNING = "running"
+    #: An operator has paused it; it goes on by itself when it is resumed.
+    PAUSED = "paused"
     #: A server is away; tried again by itself.
     RETRYING = "retrying"
     #: A setting, a privilege or a password stands in the way; looked at again by itself.
@@ -122,6 +125,7 @@ class HopReport:
 
     state: State = State.NEW
     error: ShardkitError | None = None
+    pause: Pause | None = None
     position: str = ""
     transactions: int = 0
 
@@ -219,13 +223,15 @@ class Hop:
         self._become(State.FAILED, known)
         return False
 
-    def _become(self, state: State, error: ShardkitError | None = None) -> None:
+    def _become(self, state: State, error: ShardkitError | None = None, pause: Pause | None = None) -> None:
         report = self.report
         if isinstance(error, RelayError):
             error = error.of_hop(self.spec.name)
-        report.state, report.error = state, error
+        report.state, report.pause = state, pause
+        if state is not State.STARTING:  # until the new attempt has come to something, the old one's error stands
+            report.error = error
         level = logging.INFO if error is None else logging.WARNING if state is State.RETRYING else logging.ERROR
-        line = f"{state.value}: {error}" if error else state.value
+        line = f"{state.value}: {error}" if error else str(pause) if pause else state.value
         if state is State.STARTING or line == self._said:
             level = logging.DEBUG  # said once: the same again with every attempt tells nothing
         else:
@@ -249,16 +255,35 @@ class Hop:
 
     def _serve(self, lost: threading.Event) -> None:
         spec = self.spec
-        source = connect(spec.source, self._credentials, autocommit=True)
-        with closing(source), server_errors(spec.source, spec.name, doing="asking it for its settings"):
-            source_facts = preflight.ask(source, spec.source)
         target = connect(spec.target, self._credentials)
         with closing(target):
+            if self._rested(target, lost):
+                return
+            source = connect(spec.source, self._credentials, autocommit=True)
+            with closing(source), server_errors(spec.source, spec.name, doing="asking it for its settings"):
+                source_facts = preflight.ask(source, spec.source)
             with server_errors(spec.target, spec.name, doing="taking the hop over"):
                 stream, claim = self._resume(source_facts, target)
             with closing(stream):
                 applier = Applier(target, spec.target, source_facts.flavour, claim, stream.begin(), hop=spec.name)
-                self._run(stream, applier, source_facts, lost)
+                self._run(stream, applier, source_facts, lost, lambda: self._paused(target, busy=applier.busy))
+
+    def _rested(self, target: Connection, lost: threading.Event) -> bool:
+        """Wait as long as the hop is paused, elected but without a claim; false when it is not."""
+        pause = self._paused(target)
+        if pause is None:
+            return False
+        self._become(State.PAUSED, pause=pause)
+        while not self._stop.wait(LOOK_SECONDS) and not lost.is_set() and self._paused(target) is not None:
+            pass
+        return True
+
+    def _paused(self, target: Connection, *, busy: bool = False) -> Pause | None:
+        with server_errors(self.spec.target, self.spec.name, doing="asking whether the hop is paused"):
+            found = read_pause(target, self.spec.key)
+            if not busy:
+                target.rollback()
+        return found
 
     def _resume(self, source: ServerFacts, target: Connection) -> tuple[BinlogStream, Claim]:
         """Check that the hop can run before anything is changed, then take it over."""
@@ -268,7 +293,7 @@ class Hop:
         preflight.refuse_faults(source, target_facts)
         row = self._position_row(target)
         if row is not None:
-            self._refuse_other_source(row, source)
+            preflight.refuse_other_log(row.source, source, target_facts, hop=spec.name)
         stream = self._open(source.flavour, row.gtid if row else "")
         try:
             form = stream.begin()
@@ -297,15 +322,6 @@ class Hop:
             raise
         return stream, claim
 
-    def _refuse_other_source(self, row: HopRow, source: ServerFacts) -> None:
-        if row.source != source.identity:
-            raise PositionLost(
-                f"the position in {self.spec.target} is one of {row.source}, "
-                f"but {self.spec.source.address} is {source.identity}",
-                hop=self.spec.name,
-                hint="put the old source back into the map, or fill the target anew from this one (relay reseed)",
-            )
-
     def _position_row(self, target: Connection) -> HopRow | None:
         if not own_schema.exists(target):
             return None
@@ -327,7 +343,15 @@ class Hop:
 
     # --- running
 
-    def _run(self, stream: BinlogStream, applier: Applier, source: ServerFacts, lost: threading.Event) -> None:
+    def _run(
+        self,
+        stream: BinlogStream,
+        applier: Applier,
+        source: ServerFacts,
+        lost: threading.Event,
+        paused: Callable[[], Pause | None],
+    ) -> None:
+        """Apply until stopped, paused, or leadership is lost; a big transaction in the middle is then rolled back."""
         spec, options = self.spec, self._options
         backlog = Backlog()
         selector = Selector(spec.source.database, spec.target.database, fold_case=source.folds_names)
@@ -341,7 +365,12 @@ class Hop:
         self._become(State.RUNNING)
         try:
             settle_at = time.monotonic() + options.settle_seconds
+            look_at = 0.0
             while not self._stop.is_set() and not lost.is_set():
+                if time.monotonic() >= look_at:
+                    if paused() is not None:
+                        break
+                    look_at = time.monotonic() + LOOK_SECONDS
                 batch = backlog.take(
                     most_bytes=options.batch_bytes, most_transactions=options.batch_transactions, timeout=0.25
                 )

@@ -171,7 +171,7 @@ class SchemaCheck:
             raise Drift(
                 f"there is no table {table.qualified} on the target, but the log has rows for it",
                 at=at,
-                hint="the target was not filled from this source from the start: fill it anew (relay reseed)",
+                hint="the target was not filled from this source from the start: fill it anew (shardkit relay seed)",
             )
         self._refuse_engine(table, at)
         names = [column.name for column in logged]

@@ -37,6 +37,8 @@ class Link(Protocol):
     @property
     def key(self) -> str: ...
     @property
+    def shard(self) -> str: ...
+    @property
     def source(self) -> Endpoint: ...
     @property
     def target(self) -> Endpoint: ...
@@ -57,8 +59,14 @@ def begin_from_start(
 
     :param log_began: when the oldest log file was begun, seconds since the epoch by the source's clock.
     :param vouched: the operator says that the log holds every table (``--from-start``).
-    :raises PreconditionFailed: when the target is not empty, or the source has tables that are older than its log.
+    :raises PreconditionFailed: when the target is not empty, or is being filled, or the source has tables that are
+        older than its log.
     """
+    if read_row(target, own_tables.SEED_PREFIX + link.shard) is not None:
+        raise PreconditionFailed(
+            f"hop {link.name} has no position yet: {link.target} is being filled, or an attempt to was not finished",
+            hint="let shardkit relay seed end, or run it again",
+        )
     found = user_objects(target, link.target.database)
     if found:
         raise PreconditionFailed(
@@ -72,7 +80,7 @@ def begin_from_start(
         link.key,
         gtid="",
         source=source.identity,
-        ddl_origin=_free_domain(target) if source.flavour is Flavour.MARIADB else str(uuid4()),
+        ddl_origin=new_origin(target, source.flavour),
     )
     target.commit()
 
@@ -108,6 +116,11 @@ def _refuse_older_tables(link: Link, credentials: CredentialSource, log_began: i
             f"hop {link.name} has no position yet, and {link.source} has tables older than its log: {_listed(older)}",
             hint=f"{_SEED}; or, if the log does hold everything, start with --from-start",
         )
+
+
+def new_origin(target: Connection, flavour: Flavour) -> str:
+    """What the schema changes of a new hop are known by in its target's log: a GTID domain, or a UUID."""
+    return _free_domain(target) if flavour is Flavour.MARIADB else str(uuid4())
 
 
 def _free_domain(target: Connection) -> str:

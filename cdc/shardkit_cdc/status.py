@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import pymysql
@@ -13,13 +14,15 @@ import pymysql
 from shardkit import own_tables
 from shardkit.credentials import CredentialSource
 from shardkit.errors import ShardkitError
-from shardkit.gtid import Flavour, Position, parse_position
+from shardkit.gtid import Flavour, parse_position
 from shardkit.topology import Shard
 from shardkit_cdc import own_schema, preflight
 from shardkit_cdc.connection import connect, server_errors
 from shardkit_cdc.daemon import hops_of
-from shardkit_cdc.position import lock_name, read_row
+from shardkit_cdc.pause import read_pause
+from shardkit_cdc.position import HopRow, is_held, lock_name, read_row
 from shardkit_cdc.relay import HopSpec
+from shardkit_cdc.retention import KeptLog, kept_log, position_lost
 
 if TYPE_CHECKING:
     Connection = pymysql.Connection[Any]
@@ -31,13 +34,18 @@ _ANSWER_SECONDS = 5.0
 class HopStatus:
     """One hop, as its two servers show it.
 
-    :param state: ``running`` (a runner holds the hop's lock on the target), ``stopped``, ``failed`` (stopped with an
-        error), ``new`` (never ran), ``unreachable`` (the target does not answer).
+    :param state: ``running`` (a runner holds the hop's lock on the target), ``paused``, ``pausing`` (paused, and the
+        runner has yet to notice), ``stopped``, ``failed`` (stopped with an error), ``needs reseed`` (its position is
+        purged from the source's log), ``new`` (never ran), ``unreachable`` (the target does not answer).
     :param position: how far the target is in the source's log; empty before the first transaction.
     :param lag_seconds: age of the newest heartbeat on the target; None where there is none.
     :param behind: transactions of the source not yet applied; None where the source does not answer.
+    :param retention_left: seconds until the source may purge what the hop needs next, if the hop stood still from now
+        on; None where that cannot be told (no limit in time, no heartbeat, no answer).
     :param runner: who runs it, or ran it last.
     :param error: why it stopped, or why nothing is known.
+    :param paused_by: who paused it; None while it is not paused.
+    :param paused_at: since when, by the target's clock.
     """
 
     hop: str
@@ -49,9 +57,12 @@ class HopStatus:
     position: str = ""
     lag_seconds: float | None = None
     behind: int | None = None
+    retention_left: float | None = None
     epoch: int | None = None
     runner: str = ""
     error: str = ""
+    paused_by: str | None = None
+    paused_at: datetime | None = None
 
 
 def hop_status(shards: Iterable[Shard], credentials: CredentialSource) -> list[HopStatus]:
@@ -76,32 +87,39 @@ def _look(spec: HopSpec, credentials: CredentialSource) -> HopStatus:
         target = connect(spec.target, credentials, autocommit=True, read_timeout=_ANSWER_SECONDS)
         with closing(target), server_errors(spec.target, spec.name, doing="looking at the hop"):
             facts = preflight.ask(target, spec.target)
+            pause = read_pause(target, spec.key)
+            if pause is not None:
+                new = replace(new, state="paused", paused_by=pause.by, paused_at=pause.at)
             row = read_row(target, spec.key) if own_schema.exists(target) else None
             if row is None:
                 return new
-            running = _is_held(target, lock_name(spec.target.database, spec.key))
+            running = is_held(target, lock_name(spec.target.database, spec.key))
             lag = _lag(target, spec.shard)
-            behind = _behind(spec, credentials, facts.flavour, parse_position(facts.flavour, row.gtid))
+        position = parse_position(facts.flavour, row.gtid)
+        log = _log(spec, credentials, facts.flavour)
     except ShardkitError as error:
         return replace(new, state="unreachable", error=str(error))
-    state = "running" if running else "failed" if row.error else "stopped"
+    # A runner reads on past other databases' transactions before it moves the position: what it reads is not lost.
+    lost = not running and log is not None and log.has_lost(position)
     return replace(
         new,
-        state=state,
+        state="needs reseed" if lost else _state(row, running=running, paused=pause is not None),
         position=row.gtid,
         lag_seconds=lag,
-        behind=behind,
+        behind=None if log is None else log.end.ahead_of(position),
+        retention_left=None if log is None or lost else log.seconds_left(lag),
         epoch=row.epoch,
         runner=row.runner,
-        error=row.error,
+        error=str(position_lost(spec.source.address, hop=spec.name)) if lost else row.error,
     )
 
 
-def _is_held(connection: Connection, lock: str) -> bool:
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT IS_USED_LOCK(%s)", (lock,))
-        found = cursor.fetchone()
-    return found is not None and found[0] is not None
+def _state(row: HopRow, *, running: bool, paused: bool) -> str:
+    if running:
+        return "pausing" if paused else "running"
+    if row.error:
+        return "failed"
+    return "paused" if paused else "stopped"
 
 
 def _lag(connection: Connection, shard: str) -> float | None:
@@ -115,10 +133,10 @@ def _lag(connection: Connection, shard: str) -> float | None:
     return None if found is None else max(0.0, float(found[0]))
 
 
-def _behind(spec: HopSpec, credentials: CredentialSource, flavour: Flavour, position: Position) -> int | None:
+def _log(spec: HopSpec, credentials: CredentialSource, flavour: Flavour) -> KeptLog | None:
     try:
         source = connect(spec.source, credentials, autocommit=True, read_timeout=_ANSWER_SECONDS)
         with closing(source), server_errors(spec.source, spec.name, doing="asking how far its log is"):
-            return preflight.end_of_log(source, flavour).ahead_of(position)
-    except ShardkitError:
+            return kept_log(source, flavour)
+    except (ShardkitError, pymysql.MySQLError):
         return None  # the hop's own state says what there is to say; the source has a line of its own elsewhere

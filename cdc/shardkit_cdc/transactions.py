@@ -259,7 +259,9 @@ class Assembler:
         raise self._bad("a transaction without a GTID", hint="set gtid_mode=ON on the source")
 
     def _incident(self, _event: Event) -> None:
-        raise self._bad("the source logged an incident: it lost events", hint="fill the target anew (relay reseed)")
+        raise self._bad(
+            "the source logged an incident: it lost events", hint="fill the target anew (shardkit relay seed)"
+        )
 
     def _bad(self, message: str, *, hint: str | None = None) -> BadEvent:
         return BadEvent(message, at=self.at or None, hint=hint)

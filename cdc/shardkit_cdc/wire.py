@@ -158,7 +158,8 @@ class EventReader:
         if code == _FATAL_READ and ("purged" in lowered or "gtid" in lowered):
             return PositionLost(
                 f"{self._address} cannot go on from this hop's position: {text}",
-                hint="its log was purged or belongs to another history: fill the target anew (relay reseed)",
+                hint="its log was purged or belongs to another history: this target needs a reseed, fill it anew with "
+                "`shardkit relay seed`",
             )
         if code == _FATAL_READ and "same server" not in lowered and "shutdown" not in lowered:
             return BadEvent(f"{self._address} cannot read its own log: {text}")

@@ -8,12 +8,15 @@ import re
 import signal
 import sys
 import threading
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from shardkit.cli.options import map_option, map_store, output_option
 from shardkit.cli.output import Column, Output
+from shardkit.cli.relay_control import pause, resume, skip
+from shardkit.cli.relay_data import seed, verify
 from shardkit.cli.status import relay_note
 
 if TYPE_CHECKING:
@@ -26,6 +29,19 @@ MOST_OF_A_POSITION = 20
 @click.group()
 def relay() -> None:
     """Copy every master's changes to its replicas (query off-loading)."""
+
+
+for _command in (pause, resume, seed, skip, verify):
+    relay.add_command(_command)
+
+
+def _address(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    from shardkit_cdc.health import parse_address
+
+    try:
+        return None if value is None else parse_address(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @relay.command()
@@ -44,8 +60,15 @@ def relay() -> None:
     show_default=True,
     help="How log lines look, on standard error.",
 )
-@click.option("--metrics-port", type=int, metavar="PORT", help="Serve Prometheus metrics on this port of 127.0.0.1.")
-def run(map_source: str, shards: tuple[str, ...], from_start: bool, log_format: str, metrics_port: int | None) -> None:
+@click.option(
+    "--listen",
+    metavar="[HOST:]PORT",
+    callback=_address,
+    help="Serve /livez, /readyz and /metrics there, on 127.0.0.1 where no host is given.",
+)
+def run(
+    map_source: str, shards: tuple[str, ...], from_start: bool, log_format: str, listen: tuple[str, int] | None
+) -> None:
     """Relay until told to stop (Ctrl-C or SIGTERM).
 
     Every hop goes on from the position in its target, so it may be killed and started again at any time. Several
@@ -55,37 +78,40 @@ def run(map_source: str, shards: tuple[str, ...], from_start: bool, log_format: 
     from shardkit.credentials import from_environment
     from shardkit.errors import PreconditionFailed, RelayError
     from shardkit_cdc.daemon import Relay, tune_process
+    from shardkit_cdc.health import HealthServer
     from shardkit_cdc.relay import HopOptions
+    from shardkit_cdc.sd_notify import Supervisor
 
     _log_to_stderr(log_format)
     tune_process()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with map_store(map_source) as store:
+    supervisor = Supervisor()
+    with map_store(map_source) as store, ExitStack() as closing:
         daemon = Relay(
             store,
             from_environment(),
             shards=shards,
             options=HopOptions(from_start=from_start),
         )
+        if listen is not None:
+            health = HealthServer(listen, unready=daemon.unready, registry=daemon.metrics.registry)
+            closing.callback(health.close)
+            logging.getLogger(__name__).info("health and metrics on http://%s:%d", listen[0], health.port)
         daemon.start()
-        try:
-            if metrics_port is not None:
-                from prometheus_client import start_http_server
-
-                start_http_server(metrics_port, addr="127.0.0.1", registry=daemon.metrics.registry)
-            refused = daemon.refused()
-            if refused:
-                first, *others = refused
-                failure = explain(first)
-                more = "".join(f"; {explain(error).message}" for error in others)
-                raise PreconditionFailed(failure.message + more, hint=failure.hint)
-            while not stop.is_set() and not daemon.wait(0.2):
-                pass
-            ended = [hop for hop in daemon.hops if hop.report.error is not None] if not stop.is_set() else []
-        finally:
-            daemon.stop()
+        closing.callback(daemon.stop)
+        closing.callback(supervisor.stopping)
+        refused = daemon.refused(stop=stop)
+        if refused:
+            first, *others = refused
+            failure = explain(first)
+            more = "".join(f"; {explain(error).message}" for error in others)
+            raise PreconditionFailed(failure.message + more, hint=failure.hint)
+        supervisor.ready()
+        while not stop.is_set() and not daemon.wait(0.2):
+            supervisor.alive()
+        ended = [hop for hop in daemon.hops if hop.report.error is not None] if not stop.is_set() else []
     if ended:
         raise RelayError(_summed_up(ended), hint=ended[0].report.error.hint if ended[0].report.error else None)
 
@@ -125,6 +151,7 @@ def status(map_source: str, shards: tuple[str, ...], out: Output) -> int:
             "state",
             Column("lag s", right=True),
             Column("behind", right=True),
+            "log kept",
             Column("position", whole=True),
         ],
         [
@@ -134,6 +161,7 @@ def status(map_source: str, shards: tuple[str, ...], out: Output) -> int:
                 "not started" if hop.state == "new" else hop.state,
                 None if hop.lag_seconds is None else f"{hop.lag_seconds:.2f}",
                 hop.behind,
+                _span(hop.retention_left),
                 short_position(hop.position),
             ]
             for hop in hops
@@ -144,9 +172,21 @@ def status(map_source: str, shards: tuple[str, ...], out: Output) -> int:
     if not hops:
         out.note("no shard has a staging database or replicas that the relay fills")
     for hop in hops:
+        if hop.paused_at is not None:
+            out.note(f"{hop.hop}: paused by {hop.paused_by} since {hop.paused_at.isoformat(timespec='seconds')}")
         if hop.error:
             out.warning(f"{hop.hop}: {hop.error}")
-    return 1 if any(hop.state in {"failed", "unreachable"} for hop in hops) else 0
+    return 1 if any(hop.state in {"failed", "needs reseed", "unreachable"} for hop in hops) else 0
+
+
+def _span(seconds: float | None) -> str | None:
+    """``29 d 4 h``, ``3 h 12 min``, ``4 min``: cut, not rounded up."""
+    if seconds is None:
+        return None
+    minutes = int(seconds // 60)
+    if minutes >= 24 * 60:
+        return f"{minutes // (24 * 60)} d {minutes // 60 % 24} h"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def short_position(position: str) -> str:

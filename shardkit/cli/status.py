@@ -146,7 +146,8 @@ def _show(map_source: str, out: Output, databases: Sequence[EndpointStatus]) -> 
     for database in databases:
         if database.error:
             out.warning(database.error)
-    return 0 if all(database.reachable and database.relay != "failed" for database in databases) else 1
+    unwell = {"failed", "needs reseed"}
+    return 0 if all(database.reachable and database.relay not in unwell for database in databases) else 1
 
 
 def _clients_line(clients: Sequence[ClientState], current: int) -> str:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import pymysql
 from pymysql.constants import ER
@@ -23,12 +22,12 @@ from shardkit.rebalance.failpoint import reach
 from shardkit.rebalance.servers import Server
 from shardkit.rebalance.tables import Table, quoted
 from shardkit.rebalance.throttle import ChunkSize, Throttle
+from shardkit.rowtext import Key as Key
+from shardkit.rowtext import plain_literal, statements
+from shardkit.rowtext import show_key as show_key
 
 #: Bytes of one INSERT statement, unless the target's max_allowed_packet is smaller.
 STATEMENT_BYTES = 2 * 1024 * 1024
-
-#: A primary key as SQL literals.
-Key: TypeAlias = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,23 +118,6 @@ def read_chunk(source: Server, table: Table, where: str, after: Key | None, limi
         rows.append(row)
         keys.append(tuple(names.decode().split("\x1f")))
     return Chunk(rows, keys, time.monotonic() - started)
-
-
-def show_key(table: Table, key: Key) -> str:
-    """A primary key for people."""
-    return ", ".join(f"{name}={_plain(value)}" for name, value in zip(table.primary, key, strict=True))
-
-
-def _plain(literal: str) -> str:
-    """A literal of `Column.key_literal` as people write it."""
-    introducer, mark, digits = literal.rpartition("X'")
-    if not mark:
-        return literal
-    raw = bytes.fromhex(digits.rstrip("'"))
-    try:
-        return repr(raw.decode("utf-8")) if introducer else f"0x{raw.hex()}"
-    except UnicodeDecodeError:
-        return f"0x{raw.hex()}"
 
 
 @dataclass(frozen=True)
@@ -230,21 +212,6 @@ class Copy:
         )
 
 
-def statements(table: Table, rows: Iterable[bytes], most: int) -> Iterator[bytes]:
-    """INSERT statements of at most ``most`` bytes each; a row that is larger gets one of its own."""
-    head = table.insert_head.encode()
-    part: list[bytes] = []
-    size = len(head)
-    for row in rows:
-        if part and size + len(row) + 1 > most:
-            yield head + b",".join(part)
-            part, size = [], len(head)
-        part.append(row)
-        size += len(row) + 1
-    if part:
-        yield head + b",".join(part)
-
-
 def find_clash(source: Server, target: Server, table: Table, keys: Sequence[Key]) -> list[str]:
     """Pairs of rows, one among these of the source and one of the target, that share a unique value; a few of them."""
     found: list[str] = []
@@ -273,7 +240,7 @@ def find_clash(source: Server, target: Server, table: Table, keys: Sequence[Key]
                 theirs = show_key(table, tuple(map(str, row[len(columns) :])))
                 mine = ours.get(row[: len(columns)])
                 mine_text = "a row" if mine is None else f"the row {show_key(table, tuple(map(str, mine)))}"
-                value = ", ".join(_plain(str(part)) for part in row[: len(columns)])
+                value = ", ".join(plain_literal(str(part)) for part in row[: len(columns)])
                 found.append(
                     f"{mine_text} of {source.shard} and the row {theirs} of {target.shard} share {value} in {name}"
                 )

@@ -1,0 +1,476 @@
+"""Filling a hop's target from a consistent snapshot of its source, so that the hop goes on right after it.
+
+The rows travel as the source's own literals (`shardkit.rowtext`), in the order of the primary key, while the source
+goes on working. What the seed writes is in the target's log like all else: a staging database's log stays complete, so
+replicas of it may be seeded or begin there as before.
+
+A target that is being filled has a row ``seed:<shard>`` in its position table and no row of its hop; the transaction
+that ends the seed exchanges them. So no hop runs on half of the data, and an attempt that was cut short is known as
+such: the next one begins anew.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Protocol
+
+import pymysql
+
+from shardkit import own_tables
+from shardkit.credentials import CredentialSource
+from shardkit.errors import Fenced, Interrupted, PartlyApplied, PreconditionFailed
+from shardkit.gtid import Position
+from shardkit.rowtext import quoted
+from shardkit.topology import Endpoint
+from shardkit_cdc import own_schema, preflight, schema_copy
+from shardkit_cdc.connection import code_of, connect, server_errors, text_of
+from shardkit_cdc.database import Database
+from shardkit_cdc.position import LOCK_TIMEOUT, end_old_runner, insert_row, lock_name, read_row
+from shardkit_cdc.preflight import ServerFacts
+from shardkit_cdc.relay import HopSpec
+from shardkit_cdc.schema_copy import Definition
+from shardkit_cdc.snapshot import PATIENCE, Snapshot, take_snapshot
+from shardkit_cdc.start import new_origin, user_objects
+from shardkit_cdc.tables import Table, read_tables
+
+#: Bytes of one INSERT statement, unless the target's max_allowed_packet is smaller.
+STATEMENT_BYTES = 1 << 20
+#: Statements of one transaction.
+_STATEMENTS = 8
+#: Statements that are read ahead.
+_AHEAD = 4
+#: How often a snapshot is taken again because somebody changed the schema around it.
+_ATTEMPTS = 5
+_CHANGED = frozenset({1054, 1146, 1412})  # unknown column, no such table, table definition has changed
+
+
+class Progress(Protocol):
+    """Told how far the copy is; from several threads."""
+
+    def begin(self, table: str, estimate: int) -> None: ...
+    def advance(self, table: str, rows: int) -> None: ...
+    def end(self, table: str) -> None: ...
+
+
+class _Silent:
+    def begin(self, table: str, estimate: int) -> None: ...
+    def advance(self, table: str, rows: int) -> None: ...
+    def end(self, table: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a target holds before it is filled.
+
+    :param objects: tables, views and routines in it.
+    :param unfinished: an earlier seed was cut short.
+    :param filled: a hop of this shard has a position in it.
+    :param runner: who runs the hop into it now; empty for nobody.
+    """
+
+    objects: tuple[str, ...]
+    unfinished: bool
+    filled: bool
+    runner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seeded:
+    """What a seed has done.
+
+    :param position: of the source's log; the hop goes on from there.
+    :param seconds: in all.
+    :param held: seconds for which the source's commits waited.
+    """
+
+    hop: str
+    source: str
+    target: str
+    tables: int
+    rows: int
+    bytes: int
+    position: str
+    seconds: float
+    held: float
+
+
+def seed(
+    spec: HopSpec,
+    credentials: CredentialSource,
+    *,
+    jobs: int = 1,
+    confirm: Callable[[Found], None] | None = None,
+    progress: Progress | None = None,
+    patience: float = PATIENCE,
+) -> Seeded:
+    """Fill the hop's target.
+
+    :param jobs: tables copied at the same time.
+    :param confirm: called before anything is changed where the target is not empty; raises to stop. Without it such a
+        target is refused.
+    :param patience: seconds to wait for a moment without prepared XA branches.
+    :raises PreconditionFailed: when something stands in the way; the target is as it was, or marked as half filled.
+    :raises PartlyApplied: when it was cut short; the same call begins anew.
+    """
+    seeding = _Seed(spec, credentials, jobs, progress or _Silent(), patience)
+    try:
+        with ExitStack() as stack:
+            return seeding.run(stack, confirm)
+    except Interrupted as error:
+        raise PartlyApplied(f"the seed was cut short: {error.text}", hint=_AGAIN) from error
+    except pymysql.MySQLError as error:
+        raise PartlyApplied(
+            f"the seed of {spec.target} failed: {text_of(error)} ({code_of(error)})", hint=_AGAIN
+        ) from error
+
+
+_AGAIN = "run the same command again: it empties the target and begins anew"
+
+
+class _Seed:
+    def __init__(
+        self, spec: HopSpec, credentials: CredentialSource, jobs: int, progress: Progress, patience: float
+    ) -> None:
+        self._spec = spec
+        self._credentials = credentials
+        self._jobs = jobs
+        self._progress = progress
+        self._patience = patience
+        self._mark = own_tables.SEED_PREFIX + spec.shard
+        self._token = secrets.token_hex(16)
+        self._stop = threading.Event()
+        self._epoch = 0  # above that of every runner that has served the target before
+
+    def run(self, stack: ExitStack, confirm: Callable[[Found], None] | None) -> Seeded:
+        began = time.monotonic()
+        spec = self._spec
+        facts = self._preflight()
+        target = stack.enter_context(closing(self._database(spec.target)))
+        found = self._look(target)
+        if found.objects or found.filled or found.unfinished:
+            if confirm is None:
+                raise PreconditionFailed(f"{spec.target} is not empty", hint="empty it first")
+            confirm(found)
+        own_schema.upgrade(spec.target, self._credentials)
+        self._take_over(target)
+        schema_copy.drop_all(target)
+        definitions, tables, snapshot = self._snapshot()
+        stack.callback(snapshot.close)
+        history = self._history(snapshot.sessions[0], snapshot.position, facts)
+        schema_copy.create(target, definitions, schema_copy.BEFORE_ROWS)
+        copied = self._copy_rows(snapshot, target, tables)
+        schema_copy.create(target, definitions, schema_copy.AFTER_ROWS)
+        self._finish(target, facts, snapshot.position, history)
+        return Seeded(
+            hop=spec.name,
+            source=spec.source.address,
+            target=spec.target.address,
+            tables=len([table for table in tables if not table.own]),
+            rows=sum(rows for rows, _ in copied),
+            bytes=sum(size for _, size in copied),
+            position=str(snapshot.position),
+            seconds=time.monotonic() - began,
+            held=snapshot.held,
+        )
+
+    def _database(self, endpoint: Endpoint, *, binary: bool = False) -> Database:
+        return Database(endpoint, self._credentials, hop=self._spec.name, binary=binary)
+
+    # --- before anything is changed
+
+    def _preflight(self) -> ServerFacts:
+        spec, facts = self._spec, []
+        for endpoint in (spec.source, spec.target):
+            connection = connect(endpoint, self._credentials, autocommit=True)
+            with closing(connection), server_errors(endpoint, spec.name, doing="asking it for its settings"):
+                facts.append(preflight.ask(connection, endpoint))
+        preflight.refuse_faults(facts[0], facts[1])
+        with closing(self._database(self._spec.source)) as source:
+            self._refuse_engines(source)
+        return facts[0]
+
+    def _refuse_engines(self, source: Database) -> None:
+        """A snapshot shows tables with transactions only, and so does the relay."""
+        plain = source.rows(
+            "SELECT t.table_name, t.engine FROM information_schema.tables t JOIN information_schema.engines e "
+            "USING (engine) WHERE t.table_schema = DATABASE() AND e.transactions <> 'YES' "
+            "AND t.table_type <> 'SEQUENCE'"
+        )
+        if plain:
+            raise PreconditionFailed(
+                f"{source.endpoint} keeps {plain[0][0]} in {plain[0][1]}, which has no transactions",
+                hint=f"on the source: ALTER TABLE {quoted(plain[0][0])} ENGINE=InnoDB",
+            )
+
+    def _look(self, target: Database) -> Found:
+        """:raises PreconditionFailed: for a target with tables that no relay of this shard has put there."""
+        spec = self._spec
+        objects = tuple(sorted(user_objects(target.connection, spec.target.database)))
+        row = mark = None
+        if own_schema.exists(target.connection):
+            row, mark = read_row(target.connection, spec.key), read_row(target.connection, self._mark)
+        if objects and row is None and mark is None:
+            names = ", ".join(objects[:3]) + (f" and {len(objects) - 3} more" if len(objects) > 3 else "")
+            raise PreconditionFailed(
+                f"{spec.target} holds {names}, and nothing says that the relay of {spec.shard} has put them there",
+                hint=f"if nobody needs them, DROP DATABASE `{spec.target.database}` and create it again; "
+                "else give the target another name in the shard map",
+            )
+        held = target.value("SELECT IS_USED_LOCK(%s)", lock_name(spec.target.database, spec.key)) is not None
+        return Found(objects, mark is not None, row is not None, row.runner if held and row else "")
+
+    # --- the target becomes ours
+
+    def _take_over(self, target: Database) -> None:
+        """Hold the target against hops and other seeds for as long as the connection lives, and mark it."""
+        spec = self._spec
+        if target.value("SELECT GET_LOCK(%s, 0)", lock_name(spec.target.database, self._mark)) != 1:
+            raise PreconditionFailed(
+                f"another `shardkit relay seed` is filling {spec.target}", hint="let it end, or end it"
+            )
+        lock = lock_name(spec.target.database, spec.key)
+        end_old_runner(target.connection, lock)
+        if target.value("SELECT GET_LOCK(%s, %s)", lock, LOCK_TIMEOUT) != 1:
+            raise PreconditionFailed(
+                f"the hop's runner has not let go of {spec.target} within {LOCK_TIMEOUT} s",
+                hint="stop the relay, or wait until its big transaction is rolled back, then run this again",
+            )
+        rows = (read_row(target.connection, key) for key in (spec.key, self._mark))
+        self._epoch = max((row.epoch + 1 for row in rows if row is not None), default=0)
+        with target.transaction():
+            # Apart from the histories, which travel on: the relay takes or leaves a whole row event.
+            target.run("DELETE FROM shardkit_position WHERE hop NOT LIKE %s", own_tables.HISTORY_PREFIX + "%")
+            for table in read_tables(target).values():
+                if table.own and table.name not in own_tables.LOCAL_TABLES - {own_tables.prepared.name}:
+                    target.run(f"DELETE FROM {quoted(table.name)}")
+            insert_row(target.connection, self._mark, gtid="", source=self._token, ddl_origin="", epoch=self._epoch)
+
+    # --- the snapshot
+
+    def _snapshot(self) -> tuple[tuple[Definition, ...], list[Table], Snapshot]:
+        """A snapshot, and the schema that its data has: the same before and after it was taken."""
+        spec = self._spec
+        with closing(self._database(self._spec.source)) as source:
+            for _ in range(_ATTEMPTS):
+                before = schema_copy.read_definitions(source)
+                tables = read_tables(source)
+                schema_copy.refuse_foreign_names(before, spec.source.database, spec.target.database)
+                snapshot = take_snapshot(
+                    spec.source, self._credentials, hop=spec.name, sessions=self._jobs, patience=self._patience
+                )
+                try:
+                    unchanged = schema_copy.same(before, schema_copy.read_definitions(source))
+                except BaseException:
+                    snapshot.close()
+                    raise
+                if unchanged:
+                    return before, [table.with_history for table in tables.values()], snapshot
+                snapshot.close()
+        raise PartlyApplied(
+            f"the schema of {spec.source} changes all the time: no snapshot of it", hint="wait for the migration to end"
+        )
+
+    def _history(self, source: Database, position: Position, facts: ServerFacts) -> tuple[str, str]:
+        """The master's position that the snapshot has, and whose log it is a position of."""
+        if self._spec.reads_master:
+            return str(position), facts.identity
+        key = own_tables.HISTORY_PREFIX + self._spec.shard
+        row = read_row(source.connection, key) if own_schema.exists(source.connection) else None
+        if row is None:
+            raise PreconditionFailed(
+                f"{self._spec.source} has no position of its master: no relay has filled it yet",
+                hint="seed the staging database first (shardkit relay seed --staging), then its replicas",
+            )
+        return row.gtid, row.source
+
+    # --- rows
+
+    def _copy_rows(self, snapshot: Snapshot, target: Database, tables: Sequence[Table]) -> list[tuple[int, int]]:
+        """Copy every table, the largest first, by as many threads as there are sessions; rows and bytes of each."""
+        local = own_tables.LOCAL_TABLES | {own_tables.position.name}
+        wanted = [table for table in tables if table.name not in local]
+        self._refuse_missing(target, wanted)
+        waiting: queue.SimpleQueue[Table] = queue.SimpleQueue()
+        for table in sorted(wanted, key=lambda table: -table.estimate):
+            waiting.put(table)
+
+        def work(source: Database) -> list[tuple[int, int]]:
+            copied = []
+            with (
+                closing(self._database(self._spec.target, binary=True)) as writer,
+                closing(self._database(self._spec.source)) as beside,
+            ):
+                if any(table.kind == "SYSTEM VERSIONED" for table in wanted):
+                    writer.run("SET SESSION system_versioning_insert_history = ON")
+                while not self._stop.is_set():
+                    try:
+                        table = waiting.get_nowait()
+                    except queue.Empty:
+                        break
+                    copied.append(self._copy(table, source, writer, beside))
+            return copied
+
+        with ThreadPoolExecutor(len(snapshot.sessions), thread_name_prefix="shardkit-seed") as pool:
+            futures = [pool.submit(work, source) for source in snapshot.sessions]
+            try:
+                done, running = wait(futures, return_when=FIRST_EXCEPTION)
+                if running:
+                    self._stop.set()
+                    for future in done:
+                        future.result()  # what went wrong, before what is only stopped because of it
+                return [each for future in futures for each in future.result()]
+            finally:
+                self._stop.set()
+
+    def _refuse_missing(self, target: Database, wanted: Sequence[Table]) -> None:
+        there = read_tables(target)
+        missing = [table.name for table in wanted if table.own and table.name not in there]
+        if missing:
+            raise PreconditionFailed(
+                f"{self._spec.source} has {missing[0]}, which this shardkit does not know", hint="upgrade shardkit here"
+            )
+
+    def _copy(self, table: Table, source: Database, writer: Database, beside: Database) -> tuple[int, int]:
+        """One table. The source's definition of it has to be the snapshot's all the time."""
+        if not table.own:
+            self._progress.begin(table.name, table.estimate)
+        packet = int(writer.value("SELECT @@max_allowed_packet"))
+        rows = size = 0
+        try:
+            with closing(_ahead(_parts(source, table, min(STATEMENT_BYTES, packet // 2)), self._stop)) as parts:
+                while True:
+                    done = self._write(table, writer, parts, packet)
+                    rows, size = rows + done[0], size + done[1]
+                    if not table.own:
+                        self._progress.advance(table.name, done[0])
+                    if done[2]:
+                        break
+        except pymysql.MySQLError as error:
+            if code_of(error) not in _CHANGED:
+                raise
+            raise self._changed(table) from error
+        now = read_tables(beside).get(table.name)
+        if now is None or (now.born, now.shape) != (table.born, table.shape):
+            raise self._changed(table)
+        if not table.own:
+            self._progress.end(table.name)
+        return (0, 0) if table.own else (rows, size)
+
+    def _write(
+        self, table: Table, writer: Database, parts: Iterator[tuple[int, bytes]], packet: int
+    ) -> tuple[int, int, bool]:
+        """One transaction; its rows, their bytes, and whether they were the last ones."""
+        rows = size = count = 0
+        with writer.transaction():
+            for count, (number, statement) in enumerate(parts, 1):
+                if len(statement) >= packet:
+                    raise PreconditionFailed(
+                        f"a row of {table.name} takes {len(statement):,} bytes as a statement, more than "
+                        f"max_allowed_packet of {writer} ({packet:,})",
+                        hint="raise max_allowed_packet on both servers to three times the largest row, then run this "
+                        "again",
+                    )
+                writer.run(statement)
+                rows, size = rows + number, size + len(statement)
+                if count == _STATEMENTS:
+                    break
+                if self._stop.is_set():
+                    raise Interrupted("another table could not be copied")
+        return rows, size, count < _STATEMENTS
+
+    def _changed(self, table: Table) -> PartlyApplied:
+        return PartlyApplied(
+            f"somebody changed the table {table.name} on {self._spec.source} while it was copied",
+            hint="wait for the migration to end, then run the same command again",
+        )
+
+    # --- the end
+
+    def _finish(self, target: Database, facts: ServerFacts, position: Position, history: tuple[str, str]) -> None:
+        spec = self._spec
+        gtid, source = history
+        with target.transaction():
+            if target.run("DELETE FROM shardkit_position WHERE hop = %s AND source = %s", self._mark, self._token) != 1:
+                raise Fenced(f"another seed has taken {spec.target} over", hop=spec.name)
+            insert_row(
+                target.connection,
+                spec.key,
+                gtid=str(position),
+                source=facts.identity,
+                ddl_origin=new_origin(target.connection, facts.flavour),
+                epoch=self._epoch,
+            )
+            insert_row(
+                target.connection, own_tables.HISTORY_PREFIX + spec.shard, gtid=gtid, source=source, ddl_origin=""
+            )
+
+
+def _parts(source: Database, table: Table, most: int) -> Iterator[tuple[int, bytes]]:
+    """INSERT statements with every row of the table, and the number of rows in each."""
+    head = table.insert_head.encode()
+    part: list[bytes] = []
+    size = len(head)
+    for number, (line,) in enumerate(source.stream(f"SELECT {table.row_expression} FROM {table.walk}"), 1):
+        if line is None:
+            raise PreconditionFailed(
+                f"row {number} of {table.name} does not fit into the max_allowed_packet of {source} as an SQL literal",
+                hint="raise max_allowed_packet on both servers to three times the largest row, then run this again",
+            )
+        row = line if isinstance(line, bytes) else line.encode()
+        if part and size + len(row) + 1 > most:
+            yield len(part), head + b",".join(part)
+            part, size = [], len(head)
+        part.append(row)
+        size += len(row) + 1
+    if part:
+        yield len(part), head + b",".join(part)
+
+
+def _ahead(parts: Iterator[tuple[int, bytes]], stop: threading.Event) -> Generator[tuple[int, bytes]]:
+    """The same, read by a thread of its own while the consumer writes."""
+    ready: queue.Queue[tuple[int, bytes] | BaseException | None] = queue.Queue(_AHEAD)
+    ended = threading.Event()
+
+    def put(item: tuple[int, bytes] | BaseException | None) -> bool:
+        while not (ended.is_set() or stop.is_set()):
+            try:
+                ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def read() -> None:
+        try:
+            for part in parts:
+                if not put(part):
+                    return
+            put(None)
+        except BaseException as error:  # noqa: BLE001 - raised again by the consumer
+            put(error)
+
+    thread = threading.Thread(target=read, name="shardkit-seed-read", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                item = ready.get(timeout=0.2)
+            except queue.Empty:
+                if stop.is_set():
+                    raise Interrupted("another table could not be copied") from None
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,229 @@
+"""``shardkit relay seed`` and ``verify``: fill a target from a snapshot; compare it with its source."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from shardkit.cli.options import map_option, map_store, output_option, yes_option
+from shardkit.cli.output import Column, Output, count
+from shardkit.cli.progress import Progress, Task
+
+if TYPE_CHECKING:
+    from shardkit.shardmap import ShardMap
+    from shardkit_cdc.relay import HopSpec
+    from shardkit_cdc.seed import Found
+    from shardkit_cdc.verify import Verdict
+
+_BYTES = 1 << 20
+
+
+@click.command()
+@click.argument("endpoint", required=False)
+@map_option
+@click.option("--shard", required=True, metavar="SHARD", help="Whose copy it is.")
+@click.option("--staging", is_flag=True, help="Fill the shard's staging database.")
+@click.option("--replica", type=click.IntRange(1), metavar="N", help="Fill the N-th replica that the map names.")
+@click.option(
+    "--from",
+    "origin",
+    type=click.Choice(["staging", "master"]),
+    help="Where the data comes from; by default where the relay of this target reads.",
+)
+@click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Tables copied at once.")
+@yes_option
+@output_option
+def seed(
+    out: Output,
+    endpoint: str | None,
+    map_source: str,
+    shard: str,
+    staging: bool,
+    replica: int | None,
+    origin: str | None,
+    jobs: int,
+    yes: bool,
+) -> None:
+    """Fill a staging database or a replica from a snapshot of its source; the relay goes on right after it.
+
+    ENDPOINT (mysql://host/database) may be one that the map does not name yet. The source is not locked, save for
+    milliseconds while the snapshot is taken. A target that the relay has filled before is emptied, after asking; one
+    with other tables is refused. A seed that was cut short is begun anew by the same command.
+    """
+    from shardkit.credentials import from_environment
+    from shardkit_cdc.seed import seed as run
+
+    if (endpoint is not None) + staging + (replica is not None) != 1:
+        raise click.UsageError("name one target: ENDPOINT, --staging or --replica N")
+    with map_store(map_source) as store:
+        current = store.load()
+    spec = _target(current, shard, endpoint, staging, replica, origin)
+    with out.progress() as progress:
+        done = run(
+            spec,
+            from_environment(),
+            jobs=jobs,
+            confirm=lambda found: _ask(out, spec, found, yes),
+            progress=_Bars(progress),
+        )
+    out.result({"seeded": done})
+    pace = f"{done.rows / max(done.seconds, 0.001):,.0f} rows/s"
+    out.note(f"the source's commits waited for {done.held * 1000:.0f} ms")
+    out.done(
+        f"filled {spec.target}: {count(done.tables)} tables, {count(done.rows)} rows, {done.bytes / _BYTES:,.1f} MiB "
+        f"in {done.seconds:.1f} s ({pace}); the relay goes on from {done.position}"
+    )
+
+
+def _target(
+    current: ShardMap, name: str, endpoint: str | None, staging: bool, replica: int | None, origin: str | None
+) -> HopSpec:
+    """The hop whose target is to be filled."""
+    from shardkit.errors import PreconditionFailed, UnknownTable
+    from shardkit.topology import Endpoint, ReplicationKind, Role
+    from shardkit_cdc.relay import HopSpec
+
+    shard = current.shards.get(name)
+    if shard is None:
+        raise UnknownTable(
+            f"the shard map has no shard {name}", hint=f"its shards are {', '.join(sorted(current.shards))}"
+        )
+    if shard.replication is not ReplicationKind.RELAY or shard.master.dialect != "mysql":
+        raise PreconditionFailed(f"the relay does not fill the copies of {name}", hint="set replication: relay")
+    if staging:
+        if shard.staging is None:
+            raise PreconditionFailed(f"{name} has no staging database", hint="name it in the shard map: staging: ...")
+        target = shard.staging
+    elif replica is not None:
+        if replica > len(shard.replicas):
+            raise PreconditionFailed(
+                f"{name} has {len(shard.replicas)} replicas", hint="name it in the shard map, or give its ENDPOINT"
+            )
+        target = shard.replicas[replica - 1]
+    else:
+        try:
+            target = Endpoint.parse(endpoint or "")
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+        for other in current.shards.values():
+            for role, used in other.endpoints():
+                if used == target and (other.name != name or role is Role.MASTER):
+                    raise PreconditionFailed(f"{target} is the {role.value} of {other.name}: not to be overwritten")
+    source = shard.master if shard.staging is None or target == shard.staging else shard.staging
+    if origin is not None and source is not {"staging": shard.staging, "master": shard.master}[origin]:
+        raise PreconditionFailed(
+            f"the relay of {target} reads {source}: it could not go on from a position of the {origin}",
+            hint="leave out --from",
+        )
+    role = Role.STAGING if target == shard.staging else Role.REPLICA
+    return HopSpec(name, source, target, role, source == shard.master)
+
+
+def _ask(out: Output, spec: HopSpec, found: Found, yes: bool) -> None:
+    from shardkit.topology import Role
+
+    plan = []
+    if found.runner:
+        plan.append(f"the hop {spec.name}, run by {found.runner}, is stopped")
+    if found.unfinished:
+        plan.append("an earlier seed of it was not finished")
+    plan.append(f"{spec.target} is emptied: {len(found.objects)} tables, views and routines")
+    if spec.role is Role.STAGING:
+        plan.append("replicas that follow it are emptied and filled with it")
+    plan.append(f"it is filled from {spec.source}")
+    out.confirm("Empty it and fill it anew?", yes=yes, plan=plan)
+
+
+class _Bars:
+    """Progress of the copy, a bar for each table."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, Task] = {}
+
+    def begin(self, table: str, estimate: int) -> None:
+        self._tasks[table] = self._progress.task(f"copy {table}", total=estimate or None)
+
+    def advance(self, table: str, rows: int) -> None:
+        task = self._tasks[table]
+        task.advance(rows)
+        if task.pace.total is not None and task.pace.done > task.pace.total:
+            task.expect(task.pace.done)  # the server's estimate was too low
+
+    def end(self, table: str) -> None:
+        task = self._tasks.pop(table)
+        task.expect(task.pace.done)
+        task.finish()
+
+
+@click.command()
+@map_option
+@click.option("--shard", "shards", multiple=True, metavar="SHARD", help="This shard only; may be repeated.")
+@click.option("--repair", is_flag=True, help="Write the source's rows over those that differ, after asking.")
+@yes_option
+@output_option
+def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, yes: bool) -> int:
+    """Compare every staging database and replica with the server that its relay reads, while both work.
+
+    Names the rows that are missing, extra or different. Exit code 3 when there are any, and they were not repaired; 1
+    when rows changed too fast to be compared.
+    """
+    from shardkit.credentials import from_environment
+    from shardkit.errors import UnknownTable
+    from shardkit_cdc.daemon import hops_of
+    from shardkit_cdc.repair import repair as mend
+    from shardkit_cdc.verify import verify as compare
+
+    with map_store(map_source) as store:
+        current = store.load()
+    unknown = set(shards) - set(current.shards)
+    if unknown:
+        raise UnknownTable(
+            f"the shard map has no shard {', '.join(sorted(unknown))}",
+            hint=f"its shards are {', '.join(sorted(current.shards))}",
+        )
+    specs = [spec for name, shard in current.shards.items() if not shards or name in shards for spec in hops_of(shard)]
+    verdicts: list[Verdict] = []
+    repaired = 0
+    for spec in specs:
+        with out.progress() as progress:
+            task = progress.task(f"compare {spec.name}")
+            done: dict[str, int] = {}
+
+            def report(table: str, rows: int, task: Task = task, done: dict[str, int] = done) -> None:
+                done[table] = rows
+                task.at(sum(done.values()))
+
+            verdict = compare(spec, from_environment(), report=report)
+            task.finish()
+        verdicts.append(verdict)
+        if repair and verdict.differences:
+            out.confirm(
+                f"Make {len(verdict.differences)} rows of {spec.target} like those of {spec.source}?",
+                yes=yes,
+                plan=[str(each) for each in verdict.differences],
+            )
+            # At once: what follows this target gets the rows through its log, and is compared after that.
+            repaired += mend(spec, from_environment(), verdict.differences)
+    differing = sum(len(verdict.differences) for verdict in verdicts)
+    out.result({"hops": verdicts, "differences": differing, "repaired": repaired})
+    out.table(
+        ["hop", *(Column(name, right=True) for name in ("tables", "rows", "seconds", "differences"))],
+        [
+            (each.hop, count(each.tables), count(each.rows), f"{each.seconds:.1f}", count(len(each.differences)))
+            for each in verdicts
+        ],
+    )
+    for each in verdicts:
+        for difference in each.differences:
+            out.line(f"{each.hop}: {difference}", style="red")
+        for name in each.undecided:
+            out.warning(f"{each.hop}: {name} changed too fast to be compared")
+    if not specs:
+        out.note("no shard has a staging database or replicas that the relay fills")
+    if repaired:
+        out.done(f"repaired {count(repaired)} rows")
+    if differing > repaired:
+        return 3
+    return 1 if any(each.undecided for each in verdicts) else 0
