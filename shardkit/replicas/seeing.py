@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from sqlalchemy import Connection
+from sqlalchemy.sql.elements import BindParameter, Grouping, Label, TextClause, UnaryExpression
 from sqlalchemy.sql.selectable import Select
 
 from shardkit.drivers import POSITION_COLUMN
@@ -18,6 +19,7 @@ from shardkit.replicas.positions import PositionQuery
 
 #: Where a connection keeps what its transaction sees.
 SEEING: Final = "shardkit_seeing"
+_LEVEL: Final = "shardkit_isolation_level"
 _SELECT: Final = "SELECT "
 _DISTINCT: Final = "SELECT DISTINCT "
 #: Isolation levels in which a transaction sees one state of the data from its first read to its end.
@@ -63,8 +65,10 @@ def watch(connection: Connection, query: PositionQuery) -> Seen:
     level = (
         connection._execution_options.get("isolation_level")  # noqa: SLF001 - its public reader copies all of them
         or dialect._on_connect_isolation_level  # noqa: SLF001 - has no public reader
-        or dialect.default_isolation_level
+        or connection.info.get(_LEVEL)
     )
+    if level is None:  # once for each connection: an application's own handlers may have set it
+        level = connection.info[_LEVEL] = dialect.get_isolation_level(connection.connection.dbapi_connection)
     seen = Seen(query, each=level not in _ONE_SNAPSHOT)
     connection.info[SEEING] = seen
     return seen
@@ -131,10 +135,28 @@ def _is_stream(context: Any) -> bool:
 def _takes_a_column(context: Any, statement: str) -> bool:
     """Whether a further column may stand in front: a plain SELECT that SQLAlchemy has written."""
     compiled = None if context is None else context.compiled
-    if compiled is None or not statement.startswith(_SELECT):
-        return False
+    if compiled is None or not statement.startswith(_SELECT) or statement != context.statement:
+        return False  # the last: a handler of the application has changed it
     known: bool | None = compiled.__dict__.get(POSITION_COLUMN)
     if known is None:
-        known = type(compiled.statement) is Select and not compiled.statement._prefixes  # noqa: SLF001 - no public reader
+        known = _has_room(compiled)
         setattr(compiled, POSITION_COLUMN, known)
     return known
+
+
+def _has_room(compiled: Any) -> bool:
+    select: Any = compiled.statement
+    if type(select) is not Select:
+        return False
+    final = getattr(compiled.compile_state, "statement", select)  # what the ORM has made of it
+    return not any(
+        each._prefixes or any(map(_may_be_a_number, (*each._order_by_clauses, *each._group_by_clauses)))  # noqa: SLF001 - no public reader
+        for each in {id(each): each for each in (select, final) if isinstance(each, Select)}.values()
+    )
+
+
+def _may_be_a_number(clause: Any) -> bool:
+    """Whether a term of ORDER BY or GROUP BY may name a column by its number, which a further column would shift."""
+    while isinstance(clause, UnaryExpression | Label | Grouping):
+        clause = clause.element
+    return isinstance(clause, TextClause | BindParameter) or bool(getattr(clause, "is_literal", False))

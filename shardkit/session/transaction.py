@@ -29,7 +29,7 @@ from shardkit.errors import (
     ShardUnreachable,
     StaleShardMap,
 )
-from shardkit.gtid import Flavour, Position
+from shardkit.gtid import Position
 from shardkit.replicas.positions import Told, flavour_of, position_query
 from shardkit.replicas.seeing import Seen, unwatch, watch
 from shardkit.replicas.token import Mark
@@ -149,7 +149,7 @@ class ClusterTransaction(SessionTransaction):
     ) -> Engine | Connection:
         """The endpoint of a shard for one statement.
 
-        A shard's reads stay on one replica until the transaction needs its master, and then on the master.
+        A shard's reads stay on one replica until the transaction uses its master, and then on the master.
 
         :raises RoutingError: when the session was given connections, and none to this shard.
         """
@@ -158,12 +158,13 @@ class ClusterTransaction(SessionTransaction):
         engine: Engine | Connection | None = None
         if master:
             self.turn_to_master(shard)
-        elif read_from_replica and shard not in self._on_master:
+        elif read_from_replica and shard not in self._on_master and shard not in self._masters:
             engine = self._replica_of(shard, max_lag)
         if engine is None:
             # the same one to its end: after a promotion, what was written would be on another server than the rest
             engine = self._masters.get(shard) or self._master_of(shard)
             self._masters[shard] = engine
+            self.reading.pop((shard, True), None)  # what is read from now on is no older than what the master shows
         self._shard_of[engine] = shard
         return engine
 
@@ -231,6 +232,10 @@ class ClusterTransaction(SessionTransaction):
         shard = self._shard_of.get(bind)
         if shard in self._replicas and self._masters.get(shard) is not bind:
             self._watch(shard, connection)
+        else:
+            driver: Any = connection.connection.driver_connection
+            if getattr(driver, "committed", None) is not None:
+                driver.committed = None  # of whoever had this connection before
         return connection
 
     def _watch(self, shard: str, connection: Connection) -> None:
@@ -303,8 +308,8 @@ class ClusterTransaction(SessionTransaction):
             if seen.known:
                 yield shard, Mark(self._epoch(shard), seen.position), False
         for shard, connection in self._masters_to_ask().items():
-            position = None if self._asynchronous else position_of_master(connection)
-            yield shard, Mark(self._epoch(shard), position), True
+            asked = self._session.reads_replicas and not self._asynchronous
+            yield shard, Mark(self._epoch(shard), position_of_master(connection) if asked else None), True
 
     def _tell_what_was_seen(self, shard: str, seen: Seen) -> None:
         if seen.known:
@@ -330,14 +335,16 @@ class ClusterTransaction(SessionTransaction):
                 self._told.add(shard)
 
     def _tell_what_masters_showed(self) -> None:
-        """Where a session that reads replicas has read a master: what it saw is no older than the master is now."""
+        """Where a master was read: what was seen there is no newer than the master is now. A session that reads masters
+        does not ask: whoever reads replicas afterwards, on its word, begins on the master."""
         for shard, connection in self._masters_to_ask().items():
             before = self._session.carried(shard)
-            mark = Mark(self._epoch(shard), position_of_master(connection))
+            position = position_of_master(connection) if self._session.reads_replicas else None
+            mark = Mark(self._epoch(shard), position)
             self._session.raise_token(shard, mark, all_of_it=True, instead_of=before)
 
     def _masters_to_ask(self) -> dict[str, Connection]:
-        if not self._session.reads_replicas or self._given is not None:
+        if self._given is not None:
             return {}
         found = {}
         for shard, engine in self._masters.items():
@@ -546,14 +553,13 @@ def position_of_commit(connection: Connection, shard: str, epoch: int, *, asks: 
     driver: Any = connection.connection.driver_connection
     flavour = flavour_of(connection.dialect)
     query = position_query(shard, Role.MASTER, ReplicationKind.RELAY, flavour)
-    mariadb = flavour is Flavour.MARIADB
     if getattr(driver, "tells", False):
         gtid, driver.committed = driver.committed, None
         return None if gtid is None else Told(shard, epoch, query, gtid, all_of_it=True)
     if not asks:
         return None
     try:
-        gtid = connection.exec_driver_sql(f"SELECT {'@@last_gtid' if mariadb else query.expression}").scalar()
+        gtid = connection.exec_driver_sql(f"SELECT {query.expression}").scalar()
     except exc.DBAPIError as error:
         logger.info("the position of a commit is not known: %s", error)
         gtid = None
@@ -561,8 +567,11 @@ def position_of_commit(connection: Connection, shard: str, epoch: int, *, asks: 
 
 
 def position_of_master(connection: Connection) -> Position | None:
-    """How far a master's log is; None where it cannot be asked."""
+    """How far a master's log is; None where it cannot be asked, as while it sends the rows of a stream."""
     if connection.closed or connection.invalidated:
+        return None
+    driver: Any = connection.connection.driver_connection
+    if getattr(getattr(driver, "_result", None), "unbuffered_active", False):
         return None
     query = position_query("", Role.MASTER, ReplicationKind.RELAY, flavour_of(connection.dialect))
     try:
