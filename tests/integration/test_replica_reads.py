@@ -136,6 +136,107 @@ def test_a_transaction_stays_on_one_replica(replicated: ReplicatedShop) -> None:
             assert len(answers | {session.get_one(User, replicated.user).name}) == 1
 
 
+def test_what_was_read_on_the_master_is_not_older_on_a_replica_afterwards(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    replicated.catch_up()
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    name = select(User.name).where(User.id == replicated.user)
+    on_master = name.execution_options(shardkit_read_from="master")
+    with shardkit.sessionmaker(replicated.cluster)() as session:
+        assert session.scalar(name) != "master"
+        assert [session.scalar(each) for each in (on_master, name)] == ["master", "master"]
+    with shardkit.sessionmaker(replicated.cluster)() as session:
+        assert [session.scalar(each) for each in (on_master, name, on_master, name)] == ["master"] * 4
+
+
+def test_a_session_that_reads_masters_hands_that_on(replicated: ReplicatedShop) -> None:
+    if replicated.shop.kind == "sqlite":
+        pytest.skip("SQLite has no positions")
+    replicated.beat(0, 0)
+    replicated.catch_up()
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    name = select(User.name).where(User.id == replicated.user)
+    with shardkit.sessionmaker(replicated.cluster, read_from="master")() as session:
+        assert session.scalar(name) == "master"
+        while_open = session.token
+        session.commit()
+        assert session.scalar(name, execution_options={"shardkit_read_from": "replica"}) == "master"
+        tokens = while_open, session.token
+    for token in tokens:
+        with shardkit.sessionmaker(replicated.cluster)(token=token) as session:
+            assert session.scalar(name) == "master"
+
+
+def test_an_earlier_user_of_a_connection_does_not_lower_the_token(replicated: ReplicatedShop) -> None:
+    if replicated.shop.kind == "sqlite":
+        pytest.skip("SQLite has no positions")
+    engine = replicated.cluster.engine("shop-0")
+    engine.dispose()
+    with engine.begin() as connection:  # leaves its position on the one connection of the pool
+        connection.execute(sa.update(User).where(User.id == replicated.user).values(age=1))
+    replicated.beat(0, 0)
+    replicated.catch_up()
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    replicated.shop.execute(replicated.shop.masters["shop-0"], f"UPDATE users SET age=2 WHERE id={replicated.user}")
+    name = select(User.name).where(User.id == replicated.user)
+    with shardkit.sessionmaker(replicated.cluster)() as session:
+        assert session.scalar(name, execution_options={"shardkit_read_from": "master"}) == "master"
+        session.commit()
+        session.execute(sa.update(User).where(User.id == replicated.user, User.name == "nobody").values(age=9))
+        session.commit()
+        assert session.scalar(name) == "master"  # the replicas do not have the second update
+
+
+@pytest.mark.parametrize("form", ["order", "group", "handler"])
+def test_columns_by_number_and_changed_texts_are_as_they_were(replicated: ReplicatedShop, form: str) -> None:
+    replicated.beat(0, 0)
+    replicated.catch_up()
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    users = replicated.shop.users_on("shop-0", 3)
+    for replica in replicated.replicas:
+        for user in users[1:]:
+            replicated.shop.execute(replica, f"INSERT INTO users (id, name) VALUES ({user}, 'other {user}')")
+    everyone = User.id.in_(users)
+    statement = {
+        "order": select(User.id).where(everyone).order_by(sa.text("1 desc")),
+        "group": select(User.id).where(everyone).group_by(sa.text("1")).order_by(User.id.desc()),
+        "handler": select(User.id).where(everyone).order_by(User.id.desc()),
+    }[form]
+    seen = []
+
+    def change(_: object, __: object, text: str, parameters: object, *___: object) -> tuple[str, object]:
+        seen.append(text)
+        return text.replace("SELECT ", "SELECT ALL ", 1), parameters
+
+    if form == "handler":
+        for number in (0, 1):
+            engine = replicated.cluster.engine("shop-0", "replica", number)
+            sa.event.listen(engine, "before_cursor_execute", change, retval=True, insert=True)
+    for _ in range(2):
+        with shardkit.sessionmaker(replicated.cluster)() as session:
+            options = {"shardkit_shard": "shop-0"}
+            for _ in range(2):  # the first statement of a transaction also asks for the position
+                found = session.scalars(statement, execution_options=options).all()
+                assert found == sorted(users, reverse=True)
+    assert bool(seen) == (form == "handler")
+
+
+def test_the_token_may_be_asked_for_in_a_stream(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    users = replicated.shop.users_on("shop-0", 3)
+    for user in users[1:]:
+        replicated.shop.execute(
+            replicated.shop.masters["shop-0"], f"INSERT INTO users (id, name) VALUES ({user}, 'other')"
+        )
+    statement = select(User.id).where(User.id.in_(users)).execution_options(yield_per=1, shardkit_shard="shop-0")
+    with shardkit.sessionmaker(replicated.cluster)() as session:
+        found = []
+        for user in session.scalars(statement, execution_options={"shardkit_read_from": "master"}):
+            found.append(user)
+            assert session.token or replicated.shop.kind == "sqlite"
+    assert sorted(found) == sorted(users)
+
+
 def test_a_scattered_read_uses_replicas_where_there_are_some(replicated: ReplicatedShop) -> None:
     replicated.beat(0, 0)
     wait_until(lambda: replicated.fresh() == {0, 1})
