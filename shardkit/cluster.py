@@ -23,6 +23,7 @@ from shardkit.engines import ASYNC_DRIVERS, Engines, EngineSettings, GivenEngine
 from shardkit.errors import (
     CrossShardJoin,
     MissingKey,
+    NoFreshReplica,
     PreconditionFailed,
     ShardMapError,
     ShardUnreachable,
@@ -32,8 +33,10 @@ from shardkit.errors import (
 from shardkit.ids import IdGenerator, lease_for
 from shardkit.mapstore import MapStore, open_store
 from shardkit.partition import key_text
-from shardkit.replicas.balance import choose
+from shardkit.patience import Patience
+from shardkit.replicas.balance import Spill, choose
 from shardkit.replicas.health import Replica, ReplicaHealth
+from shardkit.replicas.token import Mark
 from shardkit.routing.rawsql import no_tables
 from shardkit.routing.route import Route, RouteOptions
 from shardkit.routing.texts import writes_rows
@@ -43,6 +46,12 @@ from shardkit.telemetry import RouterMetrics
 from shardkit.topology import Endpoint, Role
 
 logger = logging.getLogger(__name__)
+
+#: Why a read that replicas should serve goes to the master.
+_FALLBACKS = {
+    "lag": "no replica is near enough",
+    "token": "no replica has yet what the session has written or seen",
+}
 
 T = TypeVar("T")
 
@@ -57,6 +66,9 @@ def create_cluster(
     engine_options: Mapping[str, Any] | None = None,
     async_engine_options: Mapping[str, Any] | None = None,
     max_lag: float = 1.0,
+    causal_wait: float = 0.05,
+    master_read_share: float = 1.0,
+    failover_wait: float = 10.0,
     store_timeout: float = 10.0,
     metadata: MetaData | None = None,
     metrics: RouterMetrics | None = None,
@@ -73,6 +85,13 @@ def create_cluster(
     :param async_engine_options: the same for asyncio sessions, whose driver takes other ``connect_args``; the same ones
         by default.
     :param max_lag: seconds; a replica further behind gets no reads.
+    :param causal_wait: seconds that a read waits for a replica to have what the session has written or seen, before it
+        goes to the master.
+    :param master_read_share: how much of what replicas should read may go to the masters when no replica can serve it,
+        from 0 to 1, over the last ten seconds; past it such reads raise `NoFreshReplica`, so that replicas which lag do
+        not take their master down. 1: all of it.
+    :param failover_wait: seconds that a new transaction waits for the map to name another master, when it cannot reach
+        the master of a shard that has replicas or a staging database. At most a hundred wait at once. 0: none.
     :param store_timeout: seconds that reaching the map's store may take.
     :param metadata: the application's tables (``Base.metadata``): it says of what type the keys in raw SQL are, without
         which they pin nothing.
@@ -86,7 +105,17 @@ def create_cluster(
         credentials or from_environment(), driver, async_driver, dict(engine_options or {}), async_engine_options
     )
     try:
-        return Cluster(store, settings, given=engines, max_lag=max_lag, metadata=metadata, metrics=metrics)
+        return Cluster(
+            store,
+            settings,
+            given=engines,
+            max_lag=max_lag,
+            causal_wait=causal_wait,
+            master_read_share=master_read_share,
+            failover_wait=failover_wait,
+            metadata=metadata,
+            metrics=metrics,
+        )
     except BaseException:
         store.close()
         raise
@@ -103,6 +132,9 @@ class Cluster:
         *,
         given: GivenEngines | None = None,
         max_lag: float = 1.0,
+        causal_wait: float = 0.05,
+        master_read_share: float = 1.0,
+        failover_wait: float = 10.0,
         metadata: MetaData | None = None,
         metrics: RouterMetrics | None = None,
     ) -> None:
@@ -115,12 +147,15 @@ class Cluster:
         self._check_given(given or {})
         self._credentials = settings.credentials
         self._engines = Engines(settings, given, self.refresh_soon)
-        self._cores: dict[tuple[str, Role, int, bool], Engine] = {}
         self._health = ReplicaHealth(
             self._all_replicas,
             lambda replica: self._engines.probe(replica[0], Role.REPLICA, replica[2], replica[1]),
+            lambda shard: self.map.shard(shard),
             max_lag,
         )
+        self._causal_wait = causal_wait
+        self._spill = Spill(master_read_share)
+        self._patience = Patience(failover_wait)
         self._ids = IdGenerator(lambda: lease_for(store))
         self._random = Random()  # noqa: S311 - spreads load; no secret
         self._refreshing = threading.Event()
@@ -209,7 +244,6 @@ class Cluster:
             self._engines.renew()  # before the store is told that this process runs on the new map
         if self._snapshots.accept(self._directory.bound(new)):
             self._engines.keep(new.shards.values())
-            self._cores = {}
             logger.info("the shard map of %s is at version %d", new.cluster, new.version)
 
     def require(self, version: int) -> None:
@@ -222,6 +256,16 @@ class Cluster:
                 f"a server asks for version {version} of the shard map; {self._store.source} gives {self.map.version}",
                 hint="check that this process reaches the map store, and that it names the right one",
             )
+
+    def await_failover(self, shard: str, come: Callable[[], bool], pause: Callable[[float], None]) -> bool:
+        """Wait up to ``failover_wait`` for what a promotion of the shard will bring; False where it does not come.
+
+        :param pause: sleeps; an event loop goes on meanwhile.
+        """
+        here = self.map.shard(shard)
+        if here.staging is None and not here.replicas:
+            return come()  # nobody can take its master's place
+        return self._patience.wait(come, pause)
 
     def locate(self, table: str, **key: Any) -> Placement:
         """Where the rows with this key live: ``cluster.locate("orders", user_id=42)``.
@@ -332,25 +376,58 @@ class Cluster:
         return self._engines.asynchronous(shard, Role(role), self._endpoint(shard, Role(role), number), number)
 
     def _endpoint(self, shard: str, role: Role, number: int) -> Endpoint:
-        endpoints = self.map.shard(shard).with_role(role)
-        if number >= len(endpoints):
-            raise UnknownTable(
-                f"shard {shard!r} has {len(endpoints)} endpoints with the role {role}: there is no number {number}",
-                hint="see 'shardkit map show'",
-            )
-        return endpoints[number]
+        return _endpoint_in(self.map, shard, role, number)
 
-    def choose_replica(self, shard: str, *, asynchronous: bool = False) -> int | None:
-        """The number of a replica that may serve reads now; None where there is none, so that the master has to."""
+    def choose_replica(
+        self,
+        shard: str,
+        *,
+        mark: Mark | None = None,
+        max_lag: float | None = None,
+        asynchronous: bool = False,
+        run_blocking: Callable[[Callable[[], list[Replica]]], list[Replica]] = lambda call: call(),
+    ) -> int | None:
+        """The number of a replica that may serve reads now; None where there is none, so that the master has to.
+
+        :param mark: what the replica has to have applied.
+        :param max_lag: seconds; the cluster's unless given.
+        :param run_blocking: runs the call that may wait for a replica to apply what the mark asks for.
+        :raises NoFreshReplica: where there is none, and the master has been asked for too many reads already.
+        """
         replicas = self._replicas_of(shard)
         if not replicas:
             return None
-        chosen = choose(
-            self._health.fresh(replicas),
-            lambda replica: self._in_flight(replica, asynchronous=asynchronous),
-            self._random,
-        )
-        return None if chosen is None else chosen[1]
+        able = fresh = self._health.fresh(replicas, max_lag)
+        if mark is not None and fresh:
+            able = self._health.covering(fresh, mark)
+            if not able and mark.position is not None and mark.epoch == self.map.shard(shard).epoch:
+                able = run_blocking(lambda: self._health.wait_for(fresh, mark, self._causal_wait))
+        chosen = choose(able, lambda replica: self._in_flight(replica, asynchronous=asynchronous), self._random)
+        if chosen is None:
+            self._fall_back(shard, "token" if fresh else "lag")
+            return None
+        self._spill.on_replica()
+        self.metrics.replica_reads.labels(shard).inc()
+        return chosen[1]
+
+    def eject(self, shard: str, number: int) -> None:
+        """Give a replica no reads until it has been asked again and answers: its connection was lost."""
+        self.metrics.lost_replicas.labels(shard).inc()
+        logger.warning("replica %d of shard %s was lost in the middle of a read", number, shard)
+        for replica in self._replicas_of(shard):
+            if replica[1] == number:
+                self._health.eject(replica)
+
+    def _fall_back(self, shard: str, reason: str) -> None:
+        self.metrics.master_reads.labels(shard, reason).inc()
+        logger.info("shard %s is read on its master: %s", shard, _FALLBACKS[reason])
+        if not self._spill.to_master():
+            raise NoFreshReplica(
+                f"no replica of shard {shard} can serve this read ({_FALLBACKS[reason]}), and its master serves as "
+                "many such reads as it may",
+                shard=shard,
+                hint="see 'shardkit status'; or raise master_read_share= of create_cluster",
+            )
 
     def _replicas_of(self, shard: str) -> list[Replica]:
         return [(shard, number, endpoint) for number, endpoint in enumerate(self.map.shard(shard).replicas)]
@@ -376,22 +453,22 @@ class Cluster:
 
     def core_engine(self, shard: str, role: Role, number: int = 0, *, asynchronous: bool = False) -> Engine:
         """What a session binds to: an engine, or an async engine's inner one."""
+        view = self.view
         key = (shard, role, number, asynchronous)
-        try:
-            return self._cores[key]
-        except KeyError:
-            pass
-        cores = self._cores  # the map may change meanwhile, and this answer with it
-        engine = (
-            self.async_engine(shard, role, number).sync_engine if asynchronous else self.engine(shard, role, number)
-        )
-        cores[key] = engine
-        return engine
+        known: Engine | None = view.cores.get(key)
+        if known is None:
+            endpoint = _endpoint_in(view.map, shard, role, number)
+            if asynchronous:
+                known = self._engines.asynchronous(shard, role, endpoint, number).sync_engine
+            else:
+                known = self._engines.sync(shard, role, endpoint, number)
+            view.cores[key] = known
+        return known
 
     def helper_of(self, engine: Engine) -> Engine | None:
         """An engine for a word aside to the server of a session's engine, on a connection of its own that gives up
         soon; None for an engine that is not of this cluster."""
-        for (shard, role, number, _), known in list(self._cores.items()):
+        for (shard, role, number, _), known in list(self.view.cores.items()):
             if known is engine:
                 return self._engines.probe(shard, role, self._endpoint(shard, role, number), number)
         return None
@@ -455,6 +532,17 @@ class Cluster:
         self._directory.after_fork()
         self._snapshots.after_fork()
         self._health.after_fork()
+        self._patience.after_fork()
+
+
+def _endpoint_in(shard_map: ShardMap, shard: str, role: Role, number: int) -> Endpoint:
+    endpoints = shard_map.shard(shard).with_role(role)
+    if number >= len(endpoints):
+        raise UnknownTable(
+            f"shard {shard!r} has {len(endpoints)} endpoints with the role {role}: there is no number {number}",
+            hint="see 'shardkit map show'",
+        )
+    return endpoints[number]
 
 
 def _hosts(tables: Iterable[Table], shard_map: ShardMap) -> dict[Table, tuple[str, ...]]:

@@ -15,8 +15,10 @@ from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
+from shardkit import drivers
 from shardkit.credentials import CredentialSource
 from shardkit.errors import BucketClosed, PreconditionFailed, ShardUnreachable
+from shardkit.replicas import seeing
 from shardkit.topology import Endpoint, Role, Shard
 
 #: Engines that the application has already: (shard, role) -> engine. With several replicas the roles are ``replica-0``,
@@ -210,6 +212,9 @@ class Engines:
         else:
             event.listen(core, "connect", _stamp)
             event.listen(core, "do_connect", _connect)
+            if role.startswith(Role.REPLICA):
+                event.listen(core, "before_cursor_execute", seeing.before, retval=True)
+                event.listen(core, "after_cursor_execute", seeing.after)
             event.listen(core, "reset", _set_back)
         event.listen(core, "handle_error", _Translator(shard, role, endpoint, self._on_refusal))
 
@@ -307,7 +312,7 @@ def _add_crc32_once(connection: Any, record: Any, _proxy: Any) -> None:
 def _connect(dialect: Dialect, _record: Any, arguments: Any, options: Any) -> Any:
     """Connect, and say what to install where the server's way of checking passwords needs it."""
     try:
-        return dialect.connect(*arguments, **options)
+        return drivers.connect(dialect, arguments, options)
     except RuntimeError as error:
         if "cryptography" not in str(error):
             raise
@@ -386,6 +391,11 @@ def _code(error: BaseException) -> int | None:
     """The server's error number, where the driver's error carries one."""
     code = error.args[0] if error.args else None
     return code if isinstance(code, int) else None
+
+
+def is_down(error: ShardUnreachable) -> bool:
+    """Whether nobody answered, rather than that somebody refused the log-on or the database."""
+    return _code(error.orig or error) not in {*_ACCESS_DENIED, _UNKNOWN_DATABASE}
 
 
 class _Translator:

@@ -129,6 +129,17 @@ class NoFreshReplica(ShardError):
     """Every replica is too far behind and the master may take no more reads."""
 
 
+class InvalidToken(ShardkitError):
+    """A text that should be a token is none, or not one that we signed."""
+
+
+class StaleReadError(ShardkitError):
+    """An object that was read from a replica is not as its row is on the master: writing it would undo a change.
+
+    Retryable: roll back, read again, and write.
+    """
+
+
 class StaleShardMap(ShardkitError):
     """The statement's bucket has moved, or is moving. Retryable: the map has been refreshed.
 

@@ -165,6 +165,7 @@ class _Checker:
             staging,
             tuple(replica for replica in replicas if replica is not None),
             ReplicationKind(written.replication),
+            written.epoch,
         )
 
     def _endpoint(self, path: Path, url: str) -> Endpoint | None:

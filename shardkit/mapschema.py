@@ -89,6 +89,7 @@ class WrittenShard(_Schema):
     staging: str | None = None
     replicas: list[str] = Field(default_factory=list)
     replication: Literal["relay", "native"] = "relay"
+    epoch: Annotated[int, Field(ge=0)] = 0
 
 
 class WrittenMove(_Schema):
@@ -176,6 +177,8 @@ def _shard_fields(shard: Shard) -> Iterator[tuple[str, Any]]:
         yield "replicas", [replica.url for replica in shard.replicas]
     if shard.replication is not ReplicationKind.RELAY:
         yield "replication", str(shard.replication)
+    if shard.epoch:
+        yield "epoch", shard.epoch
 
 
 # JSON has neither dates nor keys that are not strings, and a key 42 must never come back as "42": it is another key.

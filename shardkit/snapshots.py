@@ -23,10 +23,12 @@ class View:
     :ivar planner: plans statements on this map.
     :ivar only: the one shard of a cluster that has no other; see `ShardMap.only`.
     :ivar homes: kept by sessions: where the objects of each mapped class live.
+    :ivar cores: kept by clusters: the engines of this map's endpoints. They come with the map, so that nobody has a new
+        map and an old master.
     :ivar tokens: kept by sessions: whether objects of these tables carry their shard in their identity.
     """
 
-    __slots__ = ("homes", "map", "only", "planner", "tokens")
+    __slots__ = ("cores", "homes", "map", "only", "planner", "tokens")
 
     def __init__(self, shard_map: ShardMap, dialect_name: str, tables: Tables = no_tables) -> None:
         self.map = shard_map
@@ -34,6 +36,7 @@ class View:
         self.only = shard_map.only
         self.homes: dict[Any, Any] = {}
         self.tokens: dict[tuple[str, ...], bool] = {}
+        self.cores: dict[Any, Any] = {}
 
 
 class Pin:

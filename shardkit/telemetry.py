@@ -41,6 +41,25 @@ class RouterMetrics:
             registry=self.registry,
         )
 
+        self.replica_reads = Counter(
+            "shardkit_router_replica_transactions",
+            "Transactions that read a shard on one of its replicas.",
+            ("shard",),
+            registry=self.registry,
+        )
+        self.lost_replicas = Counter(
+            "shardkit_router_lost_replicas",
+            "Connections to replicas that were lost in the middle of a read, which then went elsewhere.",
+            ("shard",),
+            registry=self.registry,
+        )
+        self.master_reads = Counter(
+            "shardkit_router_master_fallbacks",
+            "Transactions that would have read a shard on a replica, and read its master: no_replica, lag, token.",
+            ("shard", "reason"),
+            registry=self.registry,
+        )
+
 
 class RelayMetrics:
     """What the relay counts, per hop.

@@ -100,13 +100,17 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One logical database: a master, an optional staging database, and any number of replicas."""
+    """One logical database: a master, an optional staging database, and any number of replicas.
+
+    :param epoch: counts the masters that it has had: positions of different epochs cannot be compared.
+    """
 
     name: str
     master: Endpoint
     staging: Endpoint | None = None
     replicas: tuple[Endpoint, ...] = field(default=())
     replication: ReplicationKind = ReplicationKind.RELAY
+    epoch: int = 0
 
     def endpoints(self) -> Iterator[tuple[Role, Endpoint]]:
         """Every endpoint with its role, master first."""

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 import pymysql
 import pytest
 
+from shardkit.gtid import Flavour, Position, parse_position
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit.topology import Role
-from shardkit_cdc.gtid import Flavour, Position, parse_position
 from shardkit_cdc.heartbeat import Heartbeat
 from shardkit_cdc.relay import Hop, HopOptions, HopSpec, State
 

@@ -15,10 +15,10 @@ import pymysql
 
 from shardkit import own_tables
 from shardkit.errors import BadEvent, Drift, RelayError
+from shardkit.gtid import Flavour, Gtid, Position
 from shardkit.topology import Endpoint
 from shardkit_cdc.connection import DENIED, PASSING, READ_ONLY, code_of, server_errors, text_of
 from shardkit_cdc.events import Format
-from shardkit_cdc.gtid import Flavour, Gtid, Position
 from shardkit_cdc.payload import binlog_statement, largest_payload, payloads
 from shardkit_cdc.position import Claim
 from shardkit_cdc.schema import SchemaCheck

@@ -11,9 +11,9 @@ import pymysql
 from pymysql.cursors import SSCursor
 
 from shardkit.credentials import CredentialSource
+from shardkit.gtid import Flavour
 from shardkit.topology import Endpoint
 from shardkit_cdc.connection import connect, server_errors
-from shardkit_cdc.gtid import Flavour
 
 Row: TypeAlias = tuple[Any, ...]
 

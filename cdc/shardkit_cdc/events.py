@@ -13,7 +13,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from shardkit.errors import BadEvent
-from shardkit_cdc.gtid import MariaDBGtid, MySQLGtid
+from shardkit.gtid import MariaDBGtid, MySQLGtid
 
 # The event kinds that the relay knows (enum Log_event_type). Plain integers: they are compared for every event.
 QUERY = 2

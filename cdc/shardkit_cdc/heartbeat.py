@@ -80,8 +80,17 @@ class Heartbeat:
         own_schema.upgrade(self._master, self._credentials)
         with closing(connection), server_errors(self._master, self.shard, doing="writing the heartbeat"):
             while not self._stop.is_set() and not lost.is_set():
-                beat(connection, self.shard)
+                if not _is_closed(connection):
+                    beat(connection, self.shard)
                 self._stop.wait(self._interval)
+
+
+def _is_closed(connection: Connection) -> bool:
+    """Whether somebody has closed this master to writes: then its log is to have an end, whatever our own rights."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT @@global.read_only")
+        found = cursor.fetchone()
+    return found is not None and found[0] not in {0, "OFF"}
 
 
 def beat(connection: Connection, shard: str) -> None:

@@ -16,8 +16,8 @@ import pymysql
 
 from shardkit import own_tables
 from shardkit.errors import Fenced, Interrupted
+from shardkit.gtid import Flavour, Position, parse_position
 from shardkit_cdc.connection import code_of
-from shardkit_cdc.gtid import Flavour, Position, parse_position
 
 if TYPE_CHECKING:
     Connection = pymysql.Connection[Any]

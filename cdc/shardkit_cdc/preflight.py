@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pymysql
 
 from shardkit.errors import PositionLost, PreconditionFailed
+from shardkit.gtid import Flavour, Position, parse_position
 from shardkit.topology import Endpoint
-from shardkit_cdc.gtid import Flavour, Position, parse_position
 
 if TYPE_CHECKING:
     Connection = pymysql.Connection[Any]

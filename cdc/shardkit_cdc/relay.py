@@ -29,6 +29,7 @@ from shardkit.errors import (
     ShardkitError,
     Unreachable,
 )
+from shardkit.gtid import Flavour, parse_position
 from shardkit.telemetry import RelayMetrics
 from shardkit.topology import Endpoint, Role
 from shardkit_cdc import own_schema, preflight
@@ -36,7 +37,6 @@ from shardkit_cdc.apply import Applier, prepare_session
 from shardkit_cdc.backlog import Backlog
 from shardkit_cdc.connection import connect, server_errors
 from shardkit_cdc.election import Election, Unopposed
-from shardkit_cdc.gtid import Flavour, parse_position
 from shardkit_cdc.pause import LOOK_SECONDS, Pause, read_pause
 from shardkit_cdc.position import Claim, HopRow, note_error, read_row
 from shardkit_cdc.preflight import ServerFacts

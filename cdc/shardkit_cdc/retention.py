@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pymysql
 
 from shardkit.errors import PositionLost
+from shardkit.gtid import Flavour, Position, parse_position
 from shardkit_cdc.connection import DENIED, code_of
-from shardkit_cdc.gtid import Flavour, Position, parse_position
 from shardkit_cdc.preflight import end_of_log
 
 if TYPE_CHECKING:

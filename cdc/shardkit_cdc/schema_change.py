@@ -14,8 +14,8 @@ import pymysql
 
 from shardkit import own_tables
 from shardkit.errors import BadEvent, Drift
+from shardkit.gtid import Flavour, Gtid, MariaDBPosition
 from shardkit_cdc.connection import DENIED, PASSING, READ_ONLY, code_of, text_of
-from shardkit_cdc.gtid import Flavour, Gtid, MariaDBPosition
 from shardkit_cdc.position import Claim
 from shardkit_cdc.query import Query, SessionState
 from shardkit_cdc.selection import SchemaChange

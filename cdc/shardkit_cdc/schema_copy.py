@@ -10,10 +10,10 @@ import pymysql
 
 from shardkit import own_tables
 from shardkit.errors import PreconditionFailed
+from shardkit.gtid import Flavour
 from shardkit.rowtext import quoted
 from shardkit_cdc.connection import code_of, text_of
 from shardkit_cdc.database import Database
-from shardkit_cdc.gtid import Flavour
 
 #: Made in this order; the triggers after the rows, so that they do not fire for them.
 BEFORE_ROWS = ("SEQUENCE", "TABLE")

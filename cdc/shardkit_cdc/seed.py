@@ -26,12 +26,12 @@ import pymysql
 from shardkit import own_tables
 from shardkit.credentials import CredentialSource
 from shardkit.errors import Fenced, Interrupted, PartlyApplied, PreconditionFailed
+from shardkit.gtid import Position
 from shardkit.rowtext import quoted
 from shardkit.topology import Endpoint
 from shardkit_cdc import own_schema, preflight, schema_copy
 from shardkit_cdc.connection import code_of, connect, server_errors, text_of
 from shardkit_cdc.database import Database
-from shardkit_cdc.gtid import Position
 from shardkit_cdc.position import LOCK_TIMEOUT, end_old_runner, insert_row, lock_name, read_row
 from shardkit_cdc.preflight import ServerFacts
 from shardkit_cdc.relay import HopSpec

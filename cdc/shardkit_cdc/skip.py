@@ -18,9 +18,9 @@ import pymysql
 from shardkit import own_tables
 from shardkit.credentials import CredentialSource
 from shardkit.errors import PreconditionFailed
+from shardkit.gtid import Flavour, Gtid, Position, parse_gtid, parse_position
 from shardkit_cdc import own_schema, preflight, schema_change
 from shardkit_cdc.connection import connect, server_errors
-from shardkit_cdc.gtid import Flavour, Gtid, Position, parse_gtid, parse_position
 from shardkit_cdc.position import Claim, HopRow, is_held, lock_name, read_row
 from shardkit_cdc.relay import HopSpec
 from shardkit_cdc.retention import kept_log, position_lost

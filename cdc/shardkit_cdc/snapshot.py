@@ -25,9 +25,9 @@ import pymysql
 
 from shardkit.credentials import CredentialSource
 from shardkit.errors import Interrupted, PreconditionFailed
+from shardkit.gtid import Flavour, Position
 from shardkit.topology import Endpoint
 from shardkit_cdc.database import Database
-from shardkit_cdc.gtid import Flavour, Position
 from shardkit_cdc.preflight import end_of_log
 
 #: Seconds that the lock may take to be given: writers wait behind it for as long.

@@ -16,10 +16,10 @@ import pymysql
 from shardkit import own_tables
 from shardkit.credentials import CredentialSource
 from shardkit.errors import PreconditionFailed
+from shardkit.gtid import Flavour, MariaDBPosition
 from shardkit.topology import Endpoint
 from shardkit_cdc import own_schema
 from shardkit_cdc.connection import connect
-from shardkit_cdc.gtid import Flavour, MariaDBPosition
 from shardkit_cdc.position import insert_row, read_row
 from shardkit_cdc.preflight import ServerFacts
 

@@ -14,11 +14,11 @@ import pymysql
 from shardkit import own_tables
 from shardkit.credentials import CredentialSource
 from shardkit.errors import ShardkitError
+from shardkit.gtid import Flavour, parse_position
 from shardkit.topology import Shard
 from shardkit_cdc import own_schema, preflight
 from shardkit_cdc.connection import connect, server_errors
 from shardkit_cdc.daemon import hops_of
-from shardkit_cdc.gtid import Flavour, parse_position
 from shardkit_cdc.pause import read_pause
 from shardkit_cdc.position import HopRow, is_held, lock_name, read_row
 from shardkit_cdc.relay import HopSpec

@@ -15,10 +15,10 @@ import pymysql
 
 from shardkit.credentials import CredentialSource
 from shardkit.errors import Interrupted
+from shardkit.gtid import Flavour, MySQLPosition, Position
 from shardkit.topology import Endpoint
 from shardkit_cdc.connection import connect, server_errors
 from shardkit_cdc.events import Event, Format
-from shardkit_cdc.gtid import Flavour, MySQLPosition, Position
 from shardkit_cdc.wire import PIECE_BYTES, EventReader
 
 _COM_BINLOG_DUMP = 0x12

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from shardkit.errors import BadEvent
+from shardkit.gtid import Flavour, Gtid, Position, parse_gtid
 from shardkit_cdc import events, query
 from shardkit_cdc.events import Event
-from shardkit_cdc.gtid import Flavour, Gtid, Position, parse_gtid
 from shardkit_cdc.query import Query
 from shardkit_cdc.selection import Selector
 from shardkit_cdc.stream import BinlogStream

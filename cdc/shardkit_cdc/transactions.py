@@ -13,9 +13,9 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from shardkit.errors import BadEvent
+from shardkit.gtid import Flavour, Gtid
 from shardkit_cdc import events, query, statement
 from shardkit_cdc.events import Event, GroupStart
-from shardkit_cdc.gtid import Flavour, Gtid
 from shardkit_cdc.query import Query
 from shardkit_cdc.statement import Effect
 from shardkit_cdc.table_map import TableMap

@@ -21,11 +21,11 @@ import pymysql
 
 from shardkit.credentials import CredentialSource
 from shardkit.errors import Interrupted, PreconditionFailed
+from shardkit.gtid import Flavour, Position, parse_position
 from shardkit.rowtext import Key, quoted, show_key
 from shardkit_cdc import own_schema
 from shardkit_cdc.connection import code_of
 from shardkit_cdc.database import Database
-from shardkit_cdc.gtid import Flavour, Position, parse_position
 from shardkit_cdc.position import read_row
 from shardkit_cdc.preflight import end_of_log
 from shardkit_cdc.relay import HopSpec

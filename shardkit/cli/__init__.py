@@ -15,6 +15,7 @@ _ENTRIES = {
     "directory": Entry("shardkit.cli.directory", "directory", "Which bucket keys are in, where a table says so."),
     "explain": Entry("shardkit.cli.explain", "explain", "Where a statement would run, and why."),
     "relay": Entry("shardkit.cli.relay", "relay", "Copy every master's changes to its replicas."),
+    "shard": Entry("shardkit.cli.shard", "shard", "Every shard's databases, and a new master for one."),
     "rebalance": Entry("shardkit.cli.rebalance", "rebalance", "Move buckets between shards."),
     "doctor": Entry("shardkit.cli.doctor", "doctor", "Look for what is unwell, and cure it."),
     "migrate": Entry("shardkit.cli.migrate", "migrate", "Alembic over every shard."),

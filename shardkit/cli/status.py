@@ -34,6 +34,9 @@ class EndpointStatus:
     :param seconds: to connect and to ask.
     :param lag_seconds: how far its data are behind the master's; None for masters, and where nobody relays.
     :param relay: the state of the hop that fills it; None where there is none.
+    :param selects: the SELECTs that its server has run since it was started, whoever sent them.
+    :param reads_per_second: of them, since the look before; None at the first.
+    :param share_of_reads: of the reads of its shard's master and replicas, from 0 to 1.
     """
 
     shard: str
@@ -48,26 +51,62 @@ class EndpointStatus:
     behind: int | None = None
     position: str | None = None
     error: str | None = None
+    selects: int | None = None
+    reads_per_second: float | None = None
+    share_of_reads: float | None = None
 
 
 @click.command()
+@click.option(
+    "--watch",
+    type=click.FloatRange(min=0.2),
+    is_flag=False,
+    flag_value=2.0,
+    metavar="[SECONDS]",
+    help="Look again every so many seconds (2), with the reads since the last look. Ends with Ctrl-C.",
+)
 @map_option
 @output_option
-def status(map_source: str, out: Output) -> int:
+def status(watch: float | None, map_source: str, out: Output) -> int:
     """Every shard's databases: role, reachable or not, lag; and the map that processes run on.
 
     Exit code 1 when a database does not answer or a relay hop has failed.
     """
+    if watch is None:
+        return _look_and_show(map_source, out)
+    if out.as_json:
+        raise click.UsageError("--json prints one document: leave --watch away, and run it again and again")
+    before: Look | None = None
+    while True:
+        with map_store(map_source) as store:
+            databases = look(store.load(), _credentials(store.load()))
+        now = Look(time.monotonic(), databases)
+        click.clear()  # nothing where this is no terminal
+        _show(map_source, out, databases if before is None else with_reads(before, now))
+        before = now
+        time.sleep(watch)
+
+
+def _credentials(shard_map: ShardMap) -> CredentialSource:
     from shardkit.credentials import from_environment
 
+    credentials = from_environment()
+    for shard in shard_map.shards.values():
+        credentials(shard.master)  # without a user there is nothing to ask for, and one error says so
+    return credentials
+
+
+def _look_and_show(map_source: str, out: Output) -> int:
+    with map_store(map_source) as store:
+        shard_map = store.load()
+    return _show(map_source, out, look(shard_map, _credentials(shard_map)))
+
+
+def _show(map_source: str, out: Output, databases: Sequence[EndpointStatus]) -> int:
     with map_store(map_source) as store:
         shard_map = store.load()
         source = store.source
         clients = store.clients()
-    credentials = from_environment()
-    for shard in shard_map.shards.values():
-        credentials(shard.master)  # without a user there is nothing to ask for, and one error says so
-    databases = look(shard_map, credentials)
     out.result(
         {
             "source": source,
@@ -80,6 +119,9 @@ def status(map_source: str, out: Output) -> int:
     )
     out.line(f"cluster {shard_map.cluster}, map version {shard_map.version} ({source})", style="bold")
     out.line(_clients_line(clients, shard_map.version))
+    for client in clients:
+        if client.version < shard_map.version:
+            out.line(f"  {client.host}, process {client.pid}: map version {client.version}")
     servers = Counter(server_name(database.version) for database in databases if database.version is not None)
     if len(servers) == 1:
         out.line(f"servers: {next(iter(servers))}")
@@ -91,9 +133,11 @@ def status(map_source: str, out: Output) -> int:
         Column("lag s", right=True),
         Column("behind", right=True),
     ]
+    reads = any(database.reads_per_second is not None for database in databases)
+    heads += [Column("reads/s", right=True), Column("share", right=True)] if reads else []
     out.table(
         heads if len(servers) <= 1 else [*heads, "server"],
-        [_row(database, server=len(servers) > 1) for database in databases],
+        [_row(database, reads=reads, server=len(servers) > 1) for database in databases],
     )
     for move in shard_map.moves:
         out.line(f"job {move.job} moves {len(move.buckets)} buckets of {move.keyspace}: {move.source} -> {move.target}")
@@ -115,10 +159,10 @@ def _clients_line(clients: Sequence[ClientState], current: int) -> str:
     return f"{line}, {behind} on an older map" if behind else f"{line}, all on this map"
 
 
-def _row(database: EndpointStatus, *, server: bool) -> tuple[object, ...]:
+def _row(database: EndpointStatus, *, reads: bool, server: bool) -> tuple[object, ...]:
     relay = None if database.relay is None else relay_state(database.relay)
     state = "unreachable" if not database.reachable else "up" if relay is None else f"up, {relay}"
-    row = (
+    row: tuple[object, ...] = (
         database.shard,
         database.role,
         Endpoint.parse(database.endpoint).address,
@@ -126,7 +170,48 @@ def _row(database: EndpointStatus, *, server: bool) -> tuple[object, ...]:
         None if database.lag_seconds is None else f"{database.lag_seconds:.2f}",
         database.behind,
     )
+    if reads:
+        rate, share = database.reads_per_second, database.share_of_reads
+        row = (*row, None if rate is None else f"{rate:,.0f}", None if share is None else f"{share:.0%}")
     return (*row, database.version and server_name(database.version)) if server else row
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was seen at one look.
+
+    :param at: on this process's monotonic clock.
+    """
+
+    at: float
+    databases: Sequence[EndpointStatus]
+
+
+def with_reads(before: Look, now: Look) -> list[EndpointStatus]:
+    """The later look, with the reads since the earlier one. A server that was started anew has none to tell."""
+    counted = {database.endpoint: database.selects for database in before.databases}
+    reads: dict[str, int] = {}
+    for database in now.databases:
+        earlier = counted.get(database.endpoint)
+        if database.selects is not None and earlier is not None and database.selects >= earlier:
+            reads[database.endpoint] = database.selects - earlier
+    serving = [database for database in now.databases if database.role != Role.STAGING]
+    total = Counter[str]()
+    for database in serving:
+        total[database.shard] += reads.get(database.endpoint, 0)
+    seconds = max(0.001, now.at - before.at)
+    return [
+        database
+        if database.endpoint not in reads
+        else replace(
+            database,
+            reads_per_second=round(reads[database.endpoint] / seconds, 1),
+            share_of_reads=reads[database.endpoint] / total[database.shard]
+            if database in serving and total[database.shard]
+            else None,
+        )
+        for database in now.databases
+    ]
 
 
 def server_name(version: str) -> str:
@@ -201,11 +286,16 @@ def _ask(place: _Place, engines: Engines, hop: HopStatus | None) -> EndpointStat
     shown = EndpointStatus(place.shard, str(place.role), str(place.endpoint), reachable=False)
     began = time.monotonic()
     try:
-        version, writable = _answer(place, engines)
+        version, writable, selects = _answer(place, engines)
     except (ShardkitError, SQLAlchemyError) as error:
         return replace(shown, error=str(error))
     shown = replace(
-        shown, reachable=True, version=version, writable=writable, seconds=round(time.monotonic() - began, 4)
+        shown,
+        reachable=True,
+        version=version,
+        writable=writable,
+        seconds=round(time.monotonic() - began, 4),
+        selects=selects,
     )
     if hop is None:
         return shown
@@ -219,8 +309,8 @@ def _ask(place: _Place, engines: Engines, hop: HopStatus | None) -> EndpointStat
     )
 
 
-def _answer(place: _Place, engines: Engines) -> tuple[str, bool]:
-    """The server's version, and whether it takes writes."""
+def _answer(place: _Place, engines: Engines) -> tuple[str, bool, int | None]:
+    """The server's version, whether it takes writes, and how many SELECTs it has run."""
     from shardkit.errors import PreconditionFailed
 
     endpoint = place.endpoint
@@ -228,6 +318,7 @@ def _answer(place: _Place, engines: Engines) -> tuple[str, bool]:
         raise PreconditionFailed(f"there is no file {endpoint.database}", hint="check the path in the shard map")
     with engines.sync(place.shard, place.role, endpoint, place.number).connect() as connection:
         if endpoint.dialect == "sqlite":
-            return f"SQLite {connection.exec_driver_sql('SELECT sqlite_version()').scalar_one()}", True
+            return f"SQLite {connection.exec_driver_sql('SELECT sqlite_version()').scalar_one()}", True, None
         version, read_only = connection.exec_driver_sql("SELECT VERSION(), @@read_only").one()
-        return str(version), not read_only
+        _, selects = connection.exec_driver_sql("SHOW GLOBAL STATUS LIKE 'Com_select'").one()
+        return str(version), not read_only, int(selects)

@@ -56,7 +56,7 @@ def migration_lock(connection: sa.Connection, kind: LockKind, *, shard: str, wai
         with _file_lock(Path(f"{connection.engine.url.database}.migrate-{kind}.lock"), shard, wait):
             yield
         return
-    name = _lock_name(kind, str(connection.engine.url.database))
+    name = lock_name(kind, str(connection.engine.url.database))
     taken = connection.scalar(sa.text("SELECT GET_LOCK(:name, :wait)"), {"name": name, "wait": wait})
     if taken != 1:
         holder = _holder(connection, name)
@@ -72,7 +72,8 @@ def migration_lock(connection: sa.Connection, kind: LockKind, *, shard: str, wai
             connection.rollback()
 
 
-def _lock_name(kind: LockKind, database: str) -> str:
+def lock_name(kind: LockKind, database: str) -> str:
+    """The user lock of a database."""
     # user locks are the server's, not the database's: several shards may live on one server
     name = f"shardkit.migrate.{kind}.{database}"
     if len(name) <= LOCK_NAME_LENGTH:

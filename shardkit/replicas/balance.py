@@ -1,7 +1,10 @@
-"""Which of several fresh replicas serves a read."""
+"""Which of several fresh replicas serves a read, and how many reads may go to the master where none does."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import TypeVar
@@ -21,3 +24,49 @@ def choose(candidates: Sequence[T], in_flight: Callable[[T], int], random: Rando
         return candidates[0]
     first, second = random.sample(candidates, 2)
     return first if in_flight(first) <= in_flight(second) else second
+
+
+class Spill:
+    """How much of what replicas should read may go to the masters instead: their backlog must not take those down.
+
+    :param share: of the reads of the last seconds, from 0 to 1; 1 is no limit.
+    """
+
+    def __init__(self, share: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._share = share
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._slots: deque[list[float]] = deque()  # [second, reads, of them spilled]
+
+    def on_replica(self) -> None:
+        """A read that went to a replica."""
+        if self._share < 1:
+            with self._lock:
+                self._slot()[1] += 1
+
+    def to_master(self) -> bool:
+        """A read that no replica can serve: whether the master may."""
+        if self._share >= 1:
+            return True
+        with self._lock:
+            slot = self._slot()
+            reads = sum(each[1] for each in self._slots) + 1
+            spilled = sum(each[2] for each in self._slots) + 1
+            allowed = spilled <= max(_ALWAYS, self._share * reads)
+            slot[1] += 1
+            slot[2] += allowed
+            return allowed
+
+    def _slot(self) -> list[float]:
+        second = int(self._clock())
+        while self._slots and self._slots[0][0] <= second - _SPILL_SECONDS:
+            self._slots.popleft()
+        if not self._slots or self._slots[-1][0] != second:
+            self._slots.append([second, 0, 0])
+        return self._slots[-1]
+
+
+#: The reads that `Spill` counts are those of so many seconds.
+_SPILL_SECONDS = 10
+#: So many of them may always spill: of a few reads a share says nothing.
+_ALWAYS = 5

@@ -8,15 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, literal_column, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from shardkit.errors import ShardkitError
-from shardkit.own_tables import applied_position, heartbeat
+from shardkit.own_tables import heartbeat, now_microseconds
 from shardkit.replicas.lag import Reading, is_fresh
-from shardkit.topology import Endpoint
+from shardkit.replicas.positions import flavour_of, position_query
+from shardkit.replicas.token import Mark
+from shardkit.topology import Endpoint, Role, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ POLL_SECONDS = 0.2
 STALE_AFTER = 2.0
 #: Looks at the same time, so that a server that hangs does not hold up the others.
 _PARALLEL = 8
+
+#: Seconds between two looks at a replica that a reader waits for.
+_HURRY = 0.002
 
 #: A replica: its shard, its number among the shard's replicas, its endpoint.
 Replica = tuple[str, int, Endpoint]
@@ -38,6 +42,7 @@ class ReplicaHealth:
 
     :param replicas: the replicas of the current map.
     :param engine_of: the engine to ask one with.
+    :param shard_of: the shard of this name in the current map.
     :param max_lag: seconds.
     """
 
@@ -45,11 +50,13 @@ class ReplicaHealth:
         self,
         replicas: Callable[[], Iterable[Replica]],
         engine_of: Callable[[Replica], Engine],
+        shard_of: Callable[[str], Shard],
         max_lag: float,
         interval: float = POLL_SECONDS,
     ) -> None:
         self._replicas = replicas
         self._engine_of = engine_of
+        self._shard_of = shard_of
         self._max_lag = max_lag
         self._interval = interval
         self._readings: dict[Replica, Reading] = {}
@@ -82,20 +89,64 @@ class ReplicaHealth:
         """The last look at a replica."""
         return self._readings.get(replica)
 
-    def fresh(self, replicas: Sequence[Replica]) -> list[Replica]:
-        """Those of these replicas that may serve reads now."""
+    def fresh(self, replicas: Sequence[Replica], max_lag: float | None = None) -> list[Replica]:
+        """Those of these replicas that may serve reads now.
+
+        :param max_lag: seconds that this reader allows; the cluster's unless given.
+        """
         self.start()
         now = time.monotonic()
-        return [replica for replica in replicas if replica in self._fresh and self._judge(replica, now)]
+        if max_lag is not None:
+            return [replica for replica in replicas if self._judge(replica, now, max_lag, was_fresh=True)]
+        return [replica for replica in replicas if replica in self._fresh and self._judge(replica, now, self._max_lag)]
 
-    def _judge(self, replica: Replica, now: float) -> bool:
+    def _judge(self, replica: Replica, now: float, max_lag: float, *, was_fresh: bool | None = None) -> bool:
         return is_fresh(
             self._readings.get(replica),
-            was_fresh=replica in self._fresh,
-            max_lag=self._max_lag,
+            was_fresh=replica in self._fresh if was_fresh is None else was_fresh,
+            max_lag=max_lag,
             now=now,
             stale_after=STALE_AFTER,
         )
+
+    def covering(self, replicas: Sequence[Replica], mark: Mark) -> list[Replica]:
+        """Those of these replicas that have what the mark asks for, for all that is known here: maybe more have."""
+        found = []
+        for replica in replicas:
+            reading = self._readings.get(replica)
+            if reading is not None and mark.covered_by(reading.epoch, reading.position):
+                found.append(replica)
+        return found
+
+    def wait_for(self, replicas: Sequence[Replica], mark: Mark, timeout: float) -> list[Replica]:
+        """Wait until one of these replicas has what the mark asks for; those that have, none after the timeout.
+
+        :param timeout: seconds.
+        """
+        end = time.monotonic() + timeout
+        turn = 0
+        while not (found := self.covering(replicas, mark)) and (left := end - time.monotonic()) > 0:
+            replica = replicas[turn % len(replicas)]
+            turn += 1
+            with self._lock:
+                free = replica not in self._asked
+                if free:
+                    self._asked.add(replica)
+            if free:
+                self._look(replica)
+                if not self.covering([replica], mark):
+                    time.sleep(min(_HURRY, left))
+            else:
+                with self._seen:
+                    self._seen.wait(min(_HURRY * 5, left))
+        return found
+
+    def eject(self, replica: Replica) -> None:
+        """Take a replica out until it answers again."""
+        self._fresh.discard(replica)
+        before = self._readings.get(replica)
+        if before is not None and not before.error:
+            self._readings[replica] = Reading(None, None, time.monotonic(), error="its connection was lost")
 
     def wait(self, timeout: float = 5.0) -> bool:
         """Wait until every replica of the map has been looked at once, and say whether all are fresh."""
@@ -113,8 +164,10 @@ class ReplicaHealth:
         with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="shardkit-lag") as pool:
             while not self._closed.wait(self._interval if self._readings else 0):
                 for replica in list(self._replicas()):
-                    if replica not in self._asked:  # else its last look still hangs
+                    with self._lock:
+                        free = replica not in self._asked  # else its last look still hangs
                         self._asked.add(replica)
+                    if free:
                         try:
                             pool.submit(self._look, replica)
                         except RuntimeError:  # the interpreter is ending
@@ -123,12 +176,12 @@ class ReplicaHealth:
     def _look(self, replica: Replica) -> None:
         began = time.monotonic()
         try:
-            reading = _read(self._engine_of(replica), replica[0], began)
+            reading = _read(self._engine_of(replica), self._shard_of(replica[0]), began)
         except (SQLAlchemyError, ShardkitError, OSError) as error:
             reading = Reading(None, None, began, error=str(getattr(error, "orig", None) or error))
         before = self._readings.get(replica)
         self._readings[replica] = reading
-        if self._judge(replica, time.monotonic()):
+        if self._judge(replica, time.monotonic(), self._max_lag):
             self._fresh.add(replica)
         else:
             self._fresh.discard(replica)
@@ -139,12 +192,16 @@ class ReplicaHealth:
             self._seen.notify_all()
 
 
-def _read(engine: Engine, shard: str, began: float) -> Reading:
+def _read(engine: Engine, shard: Shard, began: float) -> Reading:
+    beat = select(heartbeat.c.written_at).where(heartbeat.c.shard == shard.name).scalar_subquery()
     with engine.connect() as connection:
         if engine.dialect.name == "sqlite":  # same machine, same clock
-            written = connection.scalar(select(heartbeat.c.written_at).where(heartbeat.c.shard == shard))
+            written = connection.scalar(select(beat))
             lag = None if written is None else time.time() - written / 1e6
             return Reading(lag, None, began)
-        row: Any = connection.execute(applied_position(shard)).one()
-    lag = None if row.written_at is None else max(0.0, (row.now - row.written_at) / 1e6)
-    return Reading(lag, row.position, began)
+        query = position_query(shard.name, Role.REPLICA, shard.replication, flavour_of(engine.dialect))
+        position, written, now = connection.execute(
+            select(literal_column(query.expression), beat, now_microseconds())
+        ).one()
+    lag = None if written is None else max(0.0, (now - written) / 1e6)
+    return Reading(lag, query.read(position), began, epoch=shard.epoch)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardkit.gtid import Position
+
 #: A replica that was out comes back once its lag is under this part of the limit: no flapping at the limit itself.
 BACK_UNDER = 0.8
 
@@ -14,15 +16,17 @@ class Reading:
 
     :param lag: seconds since the newest heartbeat that the replica holds was written; None: it holds none, which
         counts as infinitely far behind.
-    :param position: the master position that its data has reached, where the relay notes one.
+    :param position: the position in its master's log that its data has reached at least; None where it has none.
+    :param epoch: of the shard, whose master's log the position is of.
     :param taken_at: when, on this process's monotonic clock.
     :param error: why it could not be asked; empty when it could.
     """
 
     lag: float | None
-    position: str | None
+    position: Position | None
     taken_at: float
     error: str = ""
+    epoch: int = 0
 
 
 def is_fresh(reading: Reading | None, *, was_fresh: bool, max_lag: float, now: float, stale_after: float) -> bool:

@@ -13,6 +13,7 @@ from sqlalchemy.ext import asyncio as sa_asyncio
 from shardkit.cluster import Cluster
 from shardkit.errors import ShardkitError
 from shardkit.routing.route import ScatterPolicy
+from shardkit.session.asynchronous import AsyncClusterSession
 from shardkit.session.session import ClusterSession
 from shardkit.session.transacting import GivenConnections, ReadFrom
 from shardkit.session.transaction import CommitMode
@@ -25,17 +26,18 @@ _told: WeakSet[Cluster] = WeakSet()
 def sessionmaker(
     cluster: Cluster,
     *,
-    read_from: ReadFrom = "master",
+    read_from: ReadFrom = "replica",
     transactions: str = "atomic",
     scatter: ScatterPolicy = "allow",
     connections: GivenConnections | None = None,
+    recheck: bool = True,
     class_: type[orm.Session] = ClusterSession,
     **session_options: Any,
 ) -> orm.sessionmaker[ClusterSession]:
     """A `sqlalchemy.orm.sessionmaker` whose sessions go to the shards of a cluster.
 
-    :param read_from: ``master``, or ``replica``: reads go to a replica that is fresh enough, as long as the transaction
-        has not written to that shard.
+    :param read_from: ``replica``: reads go to a replica that is near enough and has all that this session has written
+        and seen (`ClusterSession.token`), until the transaction writes to that shard; or ``master``.
     :param transactions: what a transaction that writes to several shards does. ``atomic``: it is committed on all of
         them or on none, by two-phase commit; SQLite has none, and falls back to best_effort. ``best_effort``: shards
         commit one after the other, a failure between them raises `PartialCommit`. ``single``: writing to a second
@@ -45,6 +47,8 @@ def sessionmaker(
         shard without one cannot be used. A transaction that has begun on one of them before stays its owner's, as
         ``join_transaction_mode=`` says; several of them are committed as under best_effort. For tests that roll back
         (`shardkit.testing.rollback`).
+    :param recheck: whether objects that were read from a replica are compared with their rows on the master before they
+        are written; without, an acknowledged change that the replica had not yet can be lost.
     :param class_: a `sqlalchemy.orm.Session` subclass of the application.
     :param session_options: as for `sqlalchemy.orm.sessionmaker`: ``expire_on_commit=``, ``info=``, ...
     :raises ShardkitError: for an option that a cluster's sessions cannot have.
@@ -57,6 +61,7 @@ def sessionmaker(
         transactions=_possible(cluster, transactions),
         scatter=scatter,
         connections=connections,
+        recheck=recheck,
         **session_options,
     )
 
@@ -64,11 +69,12 @@ def sessionmaker(
 def async_sessionmaker(
     cluster: Cluster,
     *,
-    read_from: ReadFrom = "master",
+    read_from: ReadFrom = "replica",
     transactions: str = "atomic",
     scatter: ScatterPolicy = "allow",
     connections: GivenConnections | None = None,
-    class_: type[sa_asyncio.AsyncSession] = sa_asyncio.AsyncSession,
+    recheck: bool = True,
+    class_: type[sa_asyncio.AsyncSession] = AsyncClusterSession,
     sync_session_class: type[orm.Session] = ClusterSession,
     **session_options: Any,
 ) -> sa_asyncio.async_sessionmaker[sa_asyncio.AsyncSession]:
@@ -82,6 +88,7 @@ def async_sessionmaker(
         transactions=_possible(cluster, transactions),
         scatter=scatter,
         connections=connections,
+        recheck=recheck,
         asynchronous=True,
         **session_options,
     )

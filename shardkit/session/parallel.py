@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
@@ -88,6 +89,14 @@ def runner_for(
     if any(connection.dialect.name == "sqlite" for connection in connections):
         return run_in_turn
     return run_in_tasks if asynchronous else run_in_threads
+
+
+def pause(seconds: float, *, asynchronous: bool) -> None:
+    """Sleep, without stopping an event loop."""
+    if asynchronous:
+        await_only(asyncio.sleep(seconds))
+    else:
+        time.sleep(seconds)
 
 
 def run_blocking(call: Callable[[], T], *, asynchronous: bool) -> T:

@@ -108,6 +108,7 @@ def _connected(
     session: RoutedSession, prepared: Sequence[Any], *, partial_ok: bool
 ) -> tuple[list[_Part], list[_Missing]]:
     parts, missing = [], []
+    session.wait_for_masters(not partial_ok)
     for statement, parameters, options, bind_arguments, shard in prepared:
         try:
             connection = session.connection_to_read(bind_arguments)

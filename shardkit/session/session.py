@@ -20,6 +20,7 @@ from sqlalchemy.orm import InstanceState
 from shardkit.session.flush import Flush
 from shardkit.session.homes import home_of
 from shardkit.session.moving import move
+from shardkit.session.rechecking import recheck
 from shardkit.session.statements import RoutedSession
 from shardkit.session.transacting import Target
 from shardkit.session.transaction import CommitMode
@@ -44,6 +45,11 @@ class ClusterSession(RoutedSession):
         :raises RoutingError: for an object that cannot be moved, before anything is written.
         """
         move(self, instance, key)
+
+    def merge(self, instance: Any, *, load: bool = True, options: Any = None) -> Any:
+        """As `sqlalchemy.orm.Session.merge`; the rows to merge into are read on their masters."""
+        with self.reading_masters():
+            return super().merge(instance, load=load, options=options)
 
     def _follow_keys(self) -> None:
         """After a rollback has given moved objects their old keys back."""
@@ -72,6 +78,9 @@ class ClusterSession(RoutedSession):
         try:
             flush.prepare(self._new, set(self._dirty_states).difference(self._deleted), self._deleted)
             self.admit_writes(flush.touched)
+            written = [*self._dirty_states, *self._deleted]
+            if stale := self.to_recheck(state for state in written if state not in flush.unchanged):
+                recheck(self, stale)
         except BaseException:
             self._deactivate()
             raise

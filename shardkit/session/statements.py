@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Executable, Insert, Result, Select, Table
 from sqlalchemy import inspect as sa_inspect
-from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.orm import Mapper, ORMExecuteState
 from sqlalchemy.sql import coercions, roles
 from sqlalchemy.sql.base import CompileState
@@ -40,7 +40,9 @@ from shardkit.snapshots import View
 #: The bind argument that says where a statement goes, once that is decided.
 TARGET = "shardkit_target"
 #: What is said of a statement and holds for the subqueries that run before it.
-_OF_SUBQUERIES = ("shardkit_read_from", "shardkit_scatter", "autoflush")
+_OF_SUBQUERIES = ("shardkit_read_from", "shardkit_max_lag", "shardkit_scatter", "autoflush")
+#: What is said of a statement and holds for the loaders of its objects' relationships.
+_OF_LOADERS = ("shardkit_read_from", "shardkit_max_lag", "shardkit_scatter")
 _ORM_SELECT: Any = CompileState.plugins["orm", "select"]
 
 
@@ -121,6 +123,16 @@ class RoutedSession(IdentitySession):
             if identity_of(options) is not None:
                 raise  # whoever chose the shard has to choose again
             return self._plan_and_run(statement, params, options, bind_arguments, parent, scalar)
+        except DBAPIError:
+            if not self._left_lost_replicas():
+                raise
+            # nothing of its answer has been given away: another replica gives it, or the master
+            return self._plan_and_run(statement, params, options, bind_arguments, parent, scalar)
+
+    def _left_lost_replicas(self) -> bool:
+        """Whether this transaction has just lost a replica, and may go on elsewhere."""
+        root = self._root
+        return root is not None and self._transaction is root and root.leave_lost_replicas()
 
     def _plan_and_run(
         self,
@@ -135,6 +147,7 @@ class RoutedSession(IdentitySession):
         transaction.begin_statement()
         view = transaction.view
         route_options, from_replica, run = self._route_options, self._from_replica, self._run
+        max_lag: float | None = None
         if options or statement._execution_options or self.execution_options:
             token = identity_of(options)
             if token is not None:  # get() and refresh of an object whose shard is known
@@ -147,12 +160,14 @@ class RoutedSession(IdentitySession):
                 if (given := _first_said("shardkit_read_from", said)) is not None:
                     from_replica = _replica(given)
                 run = self._runner(_first_said("shardkit_deadline", said))
-                target = Target(existing(view, token), statement._for_update_arg is not None, from_replica)
+                max_lag = checked_lag(_first_said("shardkit_max_lag", said))
+                target = Target(existing(view, token), statement._for_update_arg is not None, from_replica, max_lag)
                 return run(statement, params, options, bind_arguments, target, parent, scalar)
             combined = self._merged_options(statement, options)
             if "shardkit_read_from" in combined:
                 from_replica = _replica(combined["shardkit_read_from"])
             run = self._runner(combined.get("shardkit_deadline"))
+            max_lag = checked_lag(combined.get("shardkit_max_lag"))
             route_options = RouteOptions.from_execution_options(combined, policy=route_options.policy)
             if "identity_token" in options and PARENT_LOAD in options:
                 # of the statement that this loader belongs to: related rows may live elsewhere
@@ -175,12 +190,12 @@ class RoutedSession(IdentitySession):
             statement = self._fed(route.first, params, self._merged_options(statement, options))
             return self._route(statement, params, options, bind_arguments, parent, scalar)
         if len(route.shards) != 1 or route.merge is not None:
-            answer = self._run_on_several(route, view, options, bind_arguments, parent, from_replica)
+            answer = self._run_on_several(route, view, options, bind_arguments, parent, (from_replica, max_lag))
             return answer.scalar() if scalar else answer
         shard = route.shards[0]
         if route.alternatives:
             shard = self._stay(transaction, route)
-        target = Target(shard, route.writes or route.locking, from_replica)
+        target = Target(shard, route.writes or route.locking, from_replica, max_lag)
         if statement._propagate_attrs and tokened(view, route):
             options = with_token(options, shard, route.kind)
         if route.shard_statements:
@@ -269,7 +284,7 @@ class RoutedSession(IdentitySession):
         inherited: Mapping[str, Any] = EMPTY_DICT
         if (context := options.get(PARENT_LOAD)) is not None:
             outer = {**context.query._execution_options, **context.execution_options}
-            inherited = {name: outer[name] for name in ("shardkit_read_from", "shardkit_scatter") if name in outer}
+            inherited = {name: outer[name] for name in _OF_LOADERS if name in outer}
         return {**self.execution_options, **inherited, **statement._execution_options, **options}
 
     def _stay(self, transaction: ClusterTransaction, route: Route) -> str:
@@ -296,7 +311,7 @@ class RoutedSession(IdentitySession):
         options: Mapping[str, Any],
         bind_arguments: Mapping[str, Any] | None,
         parent: ORMExecuteState | None,
-        from_replica: bool,
+        reading: tuple[bool, float | None],
     ) -> Any:
         if route.warning:
             warnings.warn(route.warning, ScatterWarning, stacklevel=5)
@@ -313,7 +328,7 @@ class RoutedSession(IdentitySession):
             return with_token(given, shard, route.kind) if carry_shard else given
 
         def target_for(shard: str) -> Target:
-            return Target(shard, route.writes or route.locking, from_replica)
+            return Target(shard, route.writes or route.locking, *reading)
 
         def arguments_for(shard: str) -> dict[str, Any]:
             return {**(bind_arguments or {}), TARGET: target_for(shard)}
@@ -373,7 +388,9 @@ class RoutedSession(IdentitySession):
             target = self._target_without_route(mapper, clause, shardkit_shard, shardkit_key)
             if target.master and self._transaction is not None:
                 self.admit_writes((target.shard,))
-        return self._outermost().bind_for(target.shard, master=target.master, read_from_replica=target.replica)
+        return self._outermost().bind_for(
+            target.shard, master=target.master, read_from_replica=target.replica, max_lag=target.max_lag
+        )
 
     def _target_without_route(
         self, mapper: Any, clause: Any, shard: str | None, key: Mapping[str, Any] | None
@@ -451,6 +468,18 @@ def _secondaries_on(view: View, mapper: Mapper[Any], home: Home) -> bool:
 def _first_said(name: str, given: Iterable[Mapping[str, Any]]) -> Any:
     """An execution option, of those who say it the first; None where nobody does."""
     return next((options[name] for options in given if name in options), None)
+
+
+def checked_lag(seconds: Any) -> float | None:
+    """What the execution option ``shardkit_max_lag`` says.
+
+    :raises RoutingError: for what is no number of seconds.
+    """
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+        raise RoutingError(f"shardkit_max_lag is {seconds!r}", hint="give a number of seconds")
+    return float(seconds)
 
 
 def _replica(read_from: str) -> bool:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 from weakref import WeakSet
 
@@ -16,10 +17,13 @@ from sqlalchemy.orm import InstanceState, Session, SessionTransaction, SessionTr
 
 from shardkit.cluster import Cluster
 from shardkit.errors import ShardkitError, TransactionError
+from shardkit.replicas.positions import Told
+from shardkit.replicas.token import Mark, Token
 from shardkit.routing.route import RouteOptions, ScatterPolicy
+from shardkit.session.carrying import current_carrier
 from shardkit.session.flush import Flush
 from shardkit.session.homes import home_of
-from shardkit.session.parallel import run_blocking
+from shardkit.session.parallel import pause, run_blocking
 from shardkit.session.transaction import ClusterTransaction, CommitMode
 from shardkit.snapshots import View
 
@@ -34,11 +38,17 @@ class Target(NamedTuple):
 
     :param master: it changes or locks rows.
     :param replica: it may read from a replica.
+    :param max_lag: seconds that such a replica may be behind; None: as the cluster says.
     """
 
     shard: str
     master: bool
     replica: bool
+    max_lag: float | None = None
+
+
+#: Positions are read once so many have been told, or when they are asked for.
+_MOST_TOLD = 32
 
 
 class TransactingSession(Session):
@@ -53,9 +63,15 @@ class TransactingSession(Session):
         scatter: ScatterPolicy = "allow",
         asynchronous: bool = False,
         connections: GivenConnections | None = None,
+        token: Token | None = None,
+        recheck: bool = True,
         **options: Any,
     ) -> None:
         self.cluster = cluster
+        self._token = token or Token()
+        self._carrier = current_carrier()
+        self._told: list[Told] = []
+        self._recheck = recheck
         self.asynchronous = asynchronous
         self.commit_mode = CommitMode(transactions)
         self.connections = None if connections is None else _checked(connections, cluster)
@@ -69,6 +85,7 @@ class TransactingSession(Session):
         self._flush_at_work: Flush | None = None
         self._map_version = 0
         self._unplaced: WeakSet[InstanceState[Any]] = WeakSet()
+        self._from_replicas: WeakSet[InstanceState[Any]] = WeakSet()
         super().__init__(**options)
 
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:
@@ -80,6 +97,70 @@ class TransactingSession(Session):
             )
         origin = SessionTransactionOrigin.BEGIN if begin else SessionTransactionOrigin.AUTOBEGIN
         return ClusterTransaction(self, origin)
+
+    @property
+    def token(self) -> Token:
+        """What this session has written and seen: another session that is given it sees nothing older.
+
+        Under asyncio, a transaction that has read a master should be ended first: until then its token asks for the
+        master.
+        """
+        self._take_in()
+        token = self._token if self._carrier is None else self._token.merged(self._carrier.token)
+        if self._root is not None and self._transaction is not None:
+            for shard, mark, all_of_it in self._root.seen_so_far():
+                token = (Token.replaced if all_of_it else Token.raised)(token, shard, mark)
+        return token
+
+    def mark_for(self, shard: str) -> Mark | None:
+        """What a read of this shard has to show; None: anything will do."""
+        if not self._told and not self._token and self._carrier is None:
+            return None  # the usual case
+        return self.token.mark(shard)
+
+    def tell(self, told: Told) -> None:
+        """Take note of what was written or seen; read when it is asked for."""
+        self._told.append(told)
+        if self._carrier is not None or len(self._told) > _MOST_TOLD:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        told, self._told = self._told, []
+        for each in told:
+            self.raise_token(each.shard, each.mark, all_of_it=each.all_of_it)
+
+    def raise_token(self, shard: str, mark: Mark, *, all_of_it: bool, instead_of: Mark | None = None) -> None:
+        """Take note of what was written or seen.
+
+        :param all_of_it: whether the mark covers everything that this session has written and seen on the shard.
+        :param instead_of: what the work that this session belongs to had noted before; covered, too, in that case.
+        """
+        if self._told:
+            self._take_in()
+        take = Token.replaced if all_of_it else Token.raised
+        self._token = take(self._token, shard, mark)
+        if self._carrier is not None:
+            self._carrier.change(
+                lambda token: (take if token.marks.get(shard) is instead_of else Token.raised)(token, shard, mark)
+            )
+
+    def carried(self, shard: str) -> Mark | None:
+        """What the work that this session belongs to has noted of a shard."""
+        return None if self._carrier is None else self._carrier.token.marks.get(shard)
+
+    @property
+    def reads_replicas(self) -> bool:
+        """Whether this session reads from replicas unless told otherwise."""
+        return self._from_replica
+
+    @contextmanager
+    def reading_masters(self) -> Iterator[None]:
+        """Meanwhile nothing is read from replicas, unless a statement says so."""
+        before, self._from_replica = self._from_replica, False
+        try:
+            yield
+        finally:
+            self._from_replica = before
 
     def begun(self, transaction: ClusterTransaction) -> None:
         """Take a new outermost transaction."""
@@ -116,8 +197,30 @@ class TransactingSession(Session):
         if not turning:
             return
         for state in self.identity_map.all_states():
-            if not state.modified and not turning.isdisjoint(self._shards_of(state, transaction.view)):
+            if turning.isdisjoint(self._shards_of(state, transaction.view)):
+                continue
+            if state.modified or state in self._deleted:
+                self._from_replicas.add(state)
+            else:
                 state._expire(state.dict, self.identity_map._modified)
+
+    def keep_in_mind(self, shards: Collection[str], view: View) -> None:
+        """A transaction ends that has read these shards on replicas: what stays loaded may be behind the masters."""
+        if self.expire_on_commit:
+            return
+        for state in self.identity_map.all_states():
+            if not self._from_replicas.isdisjoint((state,)) or not state.dict:
+                continue
+            if not set(shards).isdisjoint(self._shards_of(state, view)):
+                self._from_replicas.add(state)
+
+    def to_recheck(self, states: Iterable[InstanceState[Any]]) -> list[InstanceState[Any]]:
+        """Those of these objects whose values came from a replica; they are not asked for again."""
+        if not self._recheck or not self._from_replicas:
+            return []
+        found = [state for state in states if state in self._from_replicas]
+        self._from_replicas.difference_update(found)
+        return found
 
     def _shards_of(self, state: InstanceState[Any], view: View) -> tuple[str, ...]:
         token = None if state.key is None else state.key[2]
@@ -131,6 +234,14 @@ class TransactingSession(Session):
 
     def use_view(self, view: View) -> None:
         """A transaction begins on this map."""
+
+    def wait_for_masters(self, patient: bool) -> None:
+        """Whether the statement at hand waits for a shard without a master to get another one."""
+        self._outermost().patient = patient
+
+    def pause(self, seconds: float) -> None:
+        """Sleep; an event loop goes on meanwhile."""
+        pause(seconds, asynchronous=self.asynchronous)
 
     def run_blocking(self, call: Callable[[], T]) -> T:
         """A call that waits for something other than a database; an event loop goes on meanwhile."""

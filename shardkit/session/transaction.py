@@ -18,7 +18,7 @@ from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.orm.state_changes import _StateChange
 
 from shardkit.cluster import Cluster
-from shardkit.engines import MAP_VERSION_STAMP, ROLLED_BACK, has_rolled_back
+from shardkit.engines import MAP_VERSION_STAMP, ROLLED_BACK, has_rolled_back, is_down
 from shardkit.errors import (
     CommitPending,
     CommitUnknown,
@@ -26,11 +26,16 @@ from shardkit.errors import (
     PartRolledBack,
     RoutingError,
     SecondShardWritten,
+    ShardUnreachable,
     StaleShardMap,
 )
+from shardkit.gtid import Position
+from shardkit.replicas.positions import Told, flavour_of, position_query
+from shardkit.replicas.seeing import Seen, unwatch, watch
+from shardkit.replicas.token import Mark
 from shardkit.session.twophase import TwoPhaseTransaction, two_phase_for
 from shardkit.snapshots import Pin, View
-from shardkit.topology import Role
+from shardkit.topology import ReplicationKind, Role
 
 if TYPE_CHECKING:
     from shardkit.session.transacting import TransactingSession
@@ -60,12 +65,17 @@ class ClusterTransaction(SessionTransaction):
         self._pin: Pin | None = None
         self._written: dict[str, None] = {}  # in order of the first write
         self._on_master: set[str] = set()
-        self._replicas: dict[str, int] = {}  # shard -> the replica that it reads
+        self._replicas: dict[str, tuple[int, Engine]] = {}  # shard -> the replica that it reads
         self._shard_of: dict[Engine | Connection, str] = {}
         self._masters: dict[str, Engine | Connection] = {}
         self._began_empty = True
+        #: whether the statement at hand may wait for a shard to get another master
+        self.patient = True
         #: shards on which this transaction has entered keys into a directory
         self.filed: set[str] = set()
+        self._seen: dict[str, tuple[Connection, Seen]] = {}  # on replicas, by shard
+        self._told: set[str] = set()  # shards whose commit's position is known
+        self._closed = False
         #: (shard, whether from a replica) -> the connection that such reads go on
         self.reading: dict[tuple[str, bool], Connection] = {}
         self._given = session.connections
@@ -88,6 +98,7 @@ class ClusterTransaction(SessionTransaction):
     def begin_statement(self) -> None:
         """Note whether anything has been sent before this statement: if not, it may be planned again."""
         self._began_empty = not self._connections
+        self.patient = True
 
     # --- endpoints
 
@@ -133,32 +144,50 @@ class ClusterTransaction(SessionTransaction):
                 "committed",
             )
 
-    def bind_for(self, shard: str, *, master: bool, read_from_replica: bool) -> Engine | Connection:
+    def bind_for(
+        self, shard: str, *, master: bool, read_from_replica: bool, max_lag: float | None = None
+    ) -> Engine | Connection:
         """The endpoint of a shard for one statement.
 
-        A shard's reads stay on one replica until the transaction needs its master, and then on the master.
+        A shard's reads stay on one replica until the transaction uses its master, and then on the master.
 
         :raises RoutingError: when the session was given connections, and none to this shard.
         """
         if self._given is not None:
             return self._given_to(shard, master=master)
-        role, number = Role.MASTER, 0
+        engine: Engine | Connection | None = None
         if master:
             self.turn_to_master(shard)
-        elif read_from_replica and shard not in self._on_master:
-            chosen = self._replicas.get(shard)
-            if chosen is None:
-                chosen = self._cluster.choose_replica(shard, asynchronous=self._asynchronous)
-            if chosen is None:
-                self._on_master.add(shard)
-            else:
-                self._replicas[shard] = chosen
-                role, number = Role.REPLICA, chosen
-        engine = self._cluster.core_engine(shard, role, number, asynchronous=self._asynchronous)
-        self._shard_of[engine] = shard
-        if role is Role.MASTER:
+        elif read_from_replica and shard not in self._on_master and shard not in self._masters:
+            engine = self._replica_of(shard, max_lag)
+        if engine is None:
+            # the same one to its end: after a promotion, what was written would be on another server than the rest
+            engine = self._masters.get(shard) or self._master_of(shard)
             self._masters[shard] = engine
+            self.reading.pop((shard, True), None)  # what is read from now on is no older than what the master shows
+        self._shard_of[engine] = shard
         return engine
+
+    def _master_of(self, shard: str) -> Engine:
+        return self._cluster.core_engine(shard, Role.MASTER, asynchronous=self._asynchronous)
+
+    def _replica_of(self, shard: str, max_lag: float | None) -> Engine | None:
+        if shard not in self._replicas:
+            number = None
+            if self.view.map.shard(shard).replicas:
+                number = self._cluster.choose_replica(
+                    shard,
+                    mark=self._session.mark_for(shard),
+                    max_lag=max_lag,
+                    asynchronous=self._asynchronous,
+                    run_blocking=self._session.run_blocking,
+                )
+            if number is None:
+                self._on_master.add(shard)
+                return None
+            engine = self._cluster.core_engine(shard, Role.REPLICA, number, asynchronous=self._asynchronous)
+            self._replicas[shard] = number, engine
+        return self._replicas[shard][1]
 
     def _given_to(self, shard: str, *, master: bool) -> Connection:
         assert self._given is not None  # noqa: S101 - asked by the caller
@@ -184,14 +213,147 @@ class ClusterTransaction(SessionTransaction):
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         if bind in self._connections:
             return super()._connection_for_bind(bind, execution_options)
-        connection = super()._connection_for_bind(bind, execution_options)
+        unused = not self._connections or (self._began_empty and not self._written)
+        try:
+            connection = super()._connection_for_bind(bind, execution_options)
+        except ShardUnreachable as error:
+            if not unused or not is_down(error) or not self._has_new_master(bind):
+                raise
+            return self._connection_for_bind(self._new_master(bind), execution_options)
         connection.info.pop(ROLLED_BACK, None)
         required = connection.info.get(MAP_VERSION_STAMP, 0)
         if required > self.view.map.version:
-            self._renew_map(required)
+            self._renew_map(required, bind, unused=unused)
+            # only a master that was replaced comes here, before anything was sent
+            self._let_go_of(bind)
+            return self._connection_for_bind(self._new_master(bind), execution_options)
         if self._two_phase is not None:
             self._join_two_phase(bind, connection, self._two_phase)
+        shard = self._shard_of.get(bind)
+        if shard in self._replicas and self._masters.get(shard) is not bind:
+            self._watch(shard, connection)
+        else:
+            driver: Any = connection.connection.driver_connection
+            if getattr(driver, "committed", None) is not None:
+                driver.committed = None  # of whoever had this connection before
         return connection
+
+    def _watch(self, shard: str, connection: Connection) -> None:
+        """From now on note what is seen on a replica."""
+        if connection.dialect.name != "sqlite":
+            kind, flavour = self.view.map.shard(shard).replication, flavour_of(connection.dialect)
+            seen = watch(connection, position_query(shard, Role.REPLICA, kind, flavour))
+            self._seen[shard] = (connection, seen)
+
+    def leave_lost_replicas(self) -> bool:
+        """Let go of replicas whose connections were lost, or never came to be; False where there are none."""
+        lost = []
+        for shard, (number, engine) in self._replicas.items():
+            entry = self._connections.get(engine)
+            if entry is not None and not entry[0].invalidated:
+                continue
+            lost.append(shard)
+            self._cluster.eject(shard, number)
+            self._let_go_of(engine)
+        for shard in lost:
+            if shard in self._seen:
+                self._tell_what_was_seen(shard, self._seen.pop(shard)[1])
+            del self._replicas[shard]
+            self.reading.pop((shard, True), None)
+        return bool(lost)
+
+    def _let_go_of(self, engine: Engine) -> None:
+        entry = self._connections.pop(engine, None)
+        if entry is not None:
+            self._connections.pop(entry[0], None)
+            entry[0].close()
+
+    # --- a new master
+
+    def _has_new_master(self, bind: Any) -> bool:
+        """Whether the shard of a master that cannot be used has another one now; waits for it."""
+        shard = self._shard_of.get(bind)
+        if shard is None or self._masters.get(shard) is not bind or self._given is not None or not self.patient:
+            return False
+        return self._cluster.await_failover(shard, lambda: self._master_of(shard) is not bind, self._session.pause)
+
+    def _new_master(self, bind: Any) -> Engine:
+        """Go on by the newest map, at the master that it names.
+
+        :raises StaleShardMap: where it has other rows on the shard, too.
+        """
+        shard, before = self._shard_of.pop(bind), self.view.map
+        pin = self._cluster.pin()
+        if (pin.view.map.keyspaces, pin.view.map.moves) != (before.keyspaces, before.moves):
+            pin.release()
+            raise StaleShardMap(
+                f"shard {shard} has another master, and the shard map has changed otherwise, too",
+                hint="roll back and run the transaction again",
+            )
+        if self._pin is not None:
+            self._pin.release()
+        self._pin = pin
+        self._session.use_view(pin.view)
+        engine = self._masters[shard] = self._master_of(shard)
+        self._shard_of[engine] = shard
+        logger.info("shard %s has a new master: the transaction goes on there", shard)
+        return engine
+
+    # --- what was written and seen
+
+    def seen_so_far(self) -> Iterator[tuple[str, Mark, bool]]:
+        """What has been read: positions of replicas, and of masters as they are now (None under asyncio, where nothing
+        can be asked in passing: the end of the transaction will tell). With whether that covers all that was seen."""
+        for shard, (_, seen) in self._seen.items():
+            if seen.known:
+                yield shard, Mark(self._epoch(shard), seen.position), False
+        for shard, connection in self._masters_to_ask().items():
+            asked = self._session.reads_replicas and not self._asynchronous
+            yield shard, Mark(self._epoch(shard), position_of_master(connection) if asked else None), True
+
+    def _tell_what_was_seen(self, shard: str, seen: Seen) -> None:
+        if seen.known:
+            self._session.tell(Told(shard, self._epoch(shard), seen.query, seen.text, all_of_it=False))
+
+    def _epoch(self, shard: str) -> int:
+        return self.view.map.shard(shard).epoch
+
+    def _tell_what_was_committed(self, pending: CommitPending | None) -> None:
+        for shard in self._written:
+            engine = self._masters.get(shard)
+            entry = None if engine is None else self._connections.get(engine)
+            if entry is None or entry[0].dialect.name == "sqlite" or self._given is not None:
+                continue
+            connection = entry[0]
+            if pending is not None and shard in pending.shards:
+                self._session.raise_token(shard, Mark(self._epoch(shard), None), all_of_it=True)
+                continue
+            asks = bool(self.view.map.shard(shard).replicas)
+            told = position_of_commit(connection, shard, self._epoch(shard), asks=asks)
+            if told is not None:
+                self._session.tell(told)
+                self._told.add(shard)
+
+    def _tell_what_masters_showed(self) -> None:
+        """Where a master was read: what was seen there is no newer than the master is now. A session that reads masters
+        does not ask: whoever reads replicas afterwards, on its word, begins on the master."""
+        for shard, connection in self._masters_to_ask().items():
+            before = self._session.carried(shard)
+            position = position_of_master(connection) if self._session.reads_replicas else None
+            mark = Mark(self._epoch(shard), position)
+            self._session.raise_token(shard, mark, all_of_it=True, instead_of=before)
+
+    def _masters_to_ask(self) -> dict[str, Connection]:
+        if self._given is not None:
+            return {}
+        found = {}
+        for shard, engine in self._masters.items():
+            entry = None if isinstance(engine, Connection) else self._connections.get(engine)
+            if entry is None or shard in self._told or entry[0].dialect.name == "sqlite":
+                continue
+            if self.view.map.shard(shard).replicas:
+                found[shard] = entry[0]
+        return found
 
     def _join_two_phase(self, engine: Engine, connection: Connection, two_phase: TwoPhaseTransaction) -> None:
         shard = self._shard_of[engine]
@@ -201,10 +363,25 @@ class ClusterTransaction(SessionTransaction):
         entry = (held, cast("Transaction", two_phase.join(shard, connection, transaction)), *rest)
         self._connections[connection] = self._connections[engine] = cast("Any", entry)
 
-    def _renew_map(self, required: int) -> None:
-        """A server asks for a newer map than this transaction's."""
-        began_with = self.view.map.version
-        self._session.run_blocking(lambda: self._cluster.require(required))
+    def _renew_map(self, required: int, bind: Any, *, unused: bool) -> None:
+        """A server asks for a newer map than this transaction's.
+
+        :param unused: nothing was sent yet: returns if there is a new master in place of this one, at which to go on.
+        """
+        began_with, shard = self.view.map.version, self._shard_of.get(bind)
+        try:
+            self._session.run_blocking(lambda: self._cluster.require(required))
+        except StaleShardMap:  # a promotion asks for a map that is about to be published
+            if (
+                not (unused and self.patient)
+                or shard is None
+                or not self._cluster.await_failover(
+                    shard, lambda: self._cluster.map.version >= required, self._session.pause
+                )
+            ):
+                raise
+        if unused and shard is not None and self._masters.get(shard) is bind is not self._master_of(shard):
+            return
         if self._began_empty and not self._written:
             if self._pin is not None:
                 self._pin.release()
@@ -241,6 +418,7 @@ class ClusterTransaction(SessionTransaction):
                 self._prepare_impl()
         pending = self._commit_connections()
         self._session.committed = True
+        self._tell_what_was_committed(pending)
         self._state = SessionTransactionState.COMMITTED
         self.session.dispatch.after_commit(self.session)
         self._remove_snapshot()
@@ -341,6 +519,15 @@ class ClusterTransaction(SessionTransaction):
     def close(self, invalidate: bool = False) -> None:
         """End the transaction and let go of its map."""
         try:
+            if not self._closed:
+                self._closed = True
+                for shard, (_, seen) in self._seen.items():
+                    self._tell_what_was_seen(shard, seen)
+                self._tell_what_masters_showed()
+                if self._replicas or self._seen:
+                    self._session.keep_in_mind({*self._replicas, *self._seen}, self.view)
+                for connection, _ in self._seen.values():
+                    unwatch(connection)
             super().close(invalidate)
         finally:
             if self._pin is not None:
@@ -353,6 +540,45 @@ def _unknown(shard: str, error: exc.DBAPIError, *, others: bool) -> CommitUnknow
         f"the answer to COMMIT on shard {shard} was lost{rest or ': it may or may not be durable'} ({error.orig})",
         hint="look for the rows on that shard before running the transaction again",
     )
+
+
+def position_of_commit(connection: Connection, shard: str, epoch: int, *, asks: bool) -> Told | None:
+    """The position of the transaction that has just been committed here; None where it wrote nothing.
+
+    It covers all that was seen before: servers number transactions in the order in which they commit them, and replicas
+    commit them in that order.
+
+    :param asks: whether to ask a server that does not tell.
+    """
+    driver: Any = connection.connection.driver_connection
+    flavour = flavour_of(connection.dialect)
+    query = position_query(shard, Role.MASTER, ReplicationKind.RELAY, flavour)
+    if getattr(driver, "tells", False):
+        gtid, driver.committed = driver.committed, None
+        return None if gtid is None else Told(shard, epoch, query, gtid, all_of_it=True)
+    if not asks:
+        return None
+    try:
+        gtid = connection.exec_driver_sql(f"SELECT {query.expression}").scalar()
+    except exc.DBAPIError as error:
+        logger.info("the position of a commit is not known: %s", error)
+        gtid = None
+    return Told(shard, epoch, query, gtid, all_of_it=True)
+
+
+def position_of_master(connection: Connection) -> Position | None:
+    """How far a master's log is; None where it cannot be asked, as while it sends the rows of a stream."""
+    if connection.closed or connection.invalidated:
+        return None
+    driver: Any = connection.connection.driver_connection
+    if getattr(getattr(driver, "_result", None), "unbuffered_active", False):
+        return None
+    query = position_query("", Role.MASTER, ReplicationKind.RELAY, flavour_of(connection.dialect))
+    try:
+        return query.read(connection.exec_driver_sql(f"SELECT {query.expression}").scalar())
+    except (exc.DBAPIError, exc.PendingRollbackError) as error:  # the latter where the connection broke in a rollback
+        logger.info("a master could not be asked for its position: %s", error)
+        return None
 
 
 class _Ended:

@@ -18,12 +18,12 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 from shardkit.errors import PreconditionFailed
+from shardkit.gtid import Flavour, parse_position
 from shardkit.testing import LocalMariaDB, LocalMySQL
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit.topology import Role
 from shardkit_cdc import own_schema
 from shardkit_cdc.daemon import tune_process
-from shardkit_cdc.gtid import Flavour, parse_position
 from shardkit_cdc.relay import Hop, HopSpec, State
 
 TRANSACTIONS = 20_000

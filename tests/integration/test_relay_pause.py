@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from shardkit import own_tables
+from shardkit.gtid import Flavour
 from shardkit.shardmap import ShardMap
 from shardkit.topology import Shard
 from shardkit_cdc import own_schema
-from shardkit_cdc.gtid import Flavour
 from shardkit_cdc.heartbeat import Heartbeat
 from shardkit_cdc.pause import LOOK_SECONDS, pause, read_pause, resume
 from shardkit_cdc.relay import State

@@ -9,10 +9,10 @@ import pytest
 
 from shardkit.credentials import CredentialSource, fixed
 from shardkit.errors import BadEvent, Drift, PreconditionFailed, Unreachable
+from shardkit.gtid import Flavour
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit.testing.ports import free_port
 from shardkit.topology import Endpoint, Role
-from shardkit_cdc.gtid import Flavour
 from shardkit_cdc.relay import Hop, HopSpec, State
 from tests.relay_chain import Chain, wait_for
 

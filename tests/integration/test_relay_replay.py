@@ -9,9 +9,9 @@ import pymysql
 import pytest
 
 from shardkit.errors import Drift, PreconditionFailed
+from shardkit.gtid import Flavour
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit.topology import Role
-from shardkit_cdc.gtid import Flavour
 from shardkit_cdc.relay import Hop, HopSpec, State
 from tests.relay_chain import Chain, wait_for
 

@@ -16,9 +16,9 @@ import pytest
 
 from shardkit.credentials import fixed
 from shardkit.errors import PartlyApplied, PreconditionFailed
+from shardkit.gtid import Flavour
 from shardkit.shardmap import ShardMap
 from shardkit.testing.database import LocalDatabaseServer
-from shardkit_cdc.gtid import Flavour
 from shardkit_cdc.relay import State
 from shardkit_cdc.seed import Found, Seeded, seed
 from tests.integration.test_relay_replay import COLUMNS, GENERATED, PECULIAR

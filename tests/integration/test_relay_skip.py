@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from shardkit.errors import Fenced, PositionLost, PreconditionFailed
+from shardkit.gtid import Flavour
 from shardkit.shardmap import ShardMap
 from shardkit_cdc import skip as skipping
-from shardkit_cdc.gtid import Flavour
 from shardkit_cdc.position import Claim
 from shardkit_cdc.relay import State
 from shardkit_cdc.skip import Skippable, look

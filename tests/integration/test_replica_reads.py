@@ -11,10 +11,12 @@ import sqlalchemy as sa
 from sqlalchemy import func, select
 
 import shardkit
-from shardkit import own_tables
-from shardkit.cluster import Cluster
+from shardkit import drivers, own_tables
+from shardkit.cluster import Cluster, create_cluster
+from shardkit.errors import NoFreshReplica, RoutingError, StaleReadError
+from shardkit.mapstore import MemoryMapStore
 from shardkit.topology import Endpoint
-from tests.integration.conftest import Shop, empty
+from tests.integration.conftest import FLAVOUR, Shop, empty
 from tests.integration.shop import Base, User
 from tests.integration.test_cluster import wait_until
 
@@ -48,6 +50,20 @@ class ReplicatedShop:
                     replica, f"INSERT INTO shardkit_heartbeat (shard, beat, written_at) VALUES ('shop-0', 1, {written})"
                 )
         self.cluster.health.wait()
+
+    def catch_up(self) -> None:
+        """Have each replica say that it has all of its master's log; nothing to do on SQLite, which has none."""
+        if self.shop.kind == "sqlite":
+            return
+        variable = "gtid_binlog_pos" if FLAVOUR == "mariadb" else "gtid_executed"
+        ((position,),) = self.shop.execute(self.shop.masters["shop-0"], f"SELECT @@global.{variable}")
+        for replica in self.replicas:
+            self.shop.execute(replica, "DELETE FROM shardkit_position")
+            self.shop.execute(
+                replica,
+                "INSERT INTO shardkit_position VALUES ('history:shop-0', 0, 0, "
+                f"'{position}', 'master', '', 0, '', '', 0, '', 0)",
+            )
 
     def fresh(self) -> set[int]:
         """The replicas that may serve reads now."""
@@ -83,17 +99,19 @@ def _replicated(shop: Shop, tmp_path: Path, request: pytest.FixtureRequest, max_
     yield ReplicatedShop(shop, replicas, max_lag)
 
 
-def test_reads_go_to_a_replica_only_where_asked(replicated: ReplicatedShop) -> None:
+def test_reads_go_to_replicas_unless_told_otherwise(replicated: ReplicatedShop) -> None:
     replicated.beat(0, 0)
     wait_until(lambda: replicated.fresh() == {0, 1})
     with shardkit.sessionmaker(replicated.cluster)() as session:
-        assert session.get_one(User, replicated.user).name == "master"
-    assert replicated.read().startswith("replica")
+        assert session.get_one(User, replicated.user).name.startswith("replica")
     assert replicated.read(shardkit_read_from="master") == "master"
-    with shardkit.sessionmaker(replicated.cluster)() as session:
+    masters = shardkit.sessionmaker(replicated.cluster, read_from="master")
+    with masters() as session:
+        assert session.get_one(User, replicated.user).name == "master"
+    with masters() as session:
         statement = select(User.name).where(User.id == replicated.user).execution_options(shardkit_read_from="replica")
         assert session.scalars(statement).one().startswith("replica")
-    with shardkit.sessionmaker(replicated.cluster)() as session:
+    with masters() as session:
         found = session.get_one(User, replicated.user, execution_options={"shardkit_read_from": "replica"})
         assert found.name.startswith("replica")
 
@@ -118,6 +136,108 @@ def test_a_transaction_stays_on_one_replica(replicated: ReplicatedShop) -> None:
             assert len(answers | {session.get_one(User, replicated.user).name}) == 1
 
 
+def test_what_was_read_on_the_master_is_not_older_on_a_replica_afterwards(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    replicated.catch_up()
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    name = select(User.name).where(User.id == replicated.user)
+    on_master = name.execution_options(shardkit_read_from="master")
+    with shardkit.sessionmaker(replicated.cluster)() as session:
+        assert session.scalar(name) != "master"
+        assert [session.scalar(each) for each in (on_master, name)] == ["master", "master"]
+    with shardkit.sessionmaker(replicated.cluster)() as session:
+        assert [session.scalar(each) for each in (on_master, name, on_master, name)] == ["master"] * 4
+
+
+def test_a_session_that_reads_masters_hands_that_on(replicated: ReplicatedShop) -> None:
+    if replicated.shop.kind == "sqlite":
+        pytest.skip("SQLite has no positions")
+    replicated.beat(0, 0)
+    replicated.catch_up()
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    name = select(User.name).where(User.id == replicated.user)
+    with shardkit.sessionmaker(replicated.cluster, read_from="master")() as session:
+        assert session.scalar(name) == "master"
+        while_open = session.token
+        session.commit()
+        assert session.scalar(name, execution_options={"shardkit_read_from": "replica"}) == "master"
+        tokens = while_open, session.token
+    for token in tokens:
+        with shardkit.sessionmaker(replicated.cluster)(token=token) as session:
+            assert session.scalar(name) == "master"
+
+
+def test_an_earlier_user_of_a_connection_does_not_lower_the_token(replicated: ReplicatedShop) -> None:
+    if replicated.shop.kind == "sqlite":
+        pytest.skip("SQLite has no positions")
+    engine = replicated.cluster.engine("shop-0")
+    engine.dispose()
+    with engine.begin() as connection:  # leaves its position on the one connection of the pool
+        connection.execute(sa.update(User).where(User.id == replicated.user).values(age=1))
+    replicated.beat(0, 0)
+    replicated.catch_up()
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    replicated.shop.execute(replicated.shop.masters["shop-0"], f"UPDATE users SET age=2 WHERE id={replicated.user}")
+    name = select(User.name).where(User.id == replicated.user)
+    with shardkit.sessionmaker(replicated.cluster)() as session:
+        assert session.scalar(name, execution_options={"shardkit_read_from": "master"}) == "master"
+        session.commit()
+        session.execute(sa.update(User).where(User.id == replicated.user, User.name == "nobody").values(age=9))
+        session.commit()
+        assert session.scalar(name) == "master"  # the replicas do not have the second update
+
+
+@pytest.mark.parametrize("form", ["order", "group", "handler"])
+def test_columns_by_number_and_changed_texts_are_as_they_were(
+    replicated: ReplicatedShop, form: str, request: pytest.FixtureRequest
+) -> None:
+    replicated.beat(0, 0)
+    replicated.catch_up()
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    users = replicated.shop.users_on("shop-0", 3)
+    for replica in replicated.replicas:
+        for user in users[1:]:
+            replicated.shop.execute(replica, f"INSERT INTO users (id, name) VALUES ({user}, 'other {user}')")
+    everyone = User.id.in_(users)
+    statement = {
+        "order": select(User.id).where(everyone).order_by(sa.text("1 desc")),
+        "group": select(User.id).where(everyone).group_by(sa.text("1")).order_by(User.id.desc()),
+        "handler": select(User.id).where(everyone).order_by(User.id.desc()),
+    }[form]
+    seen = []
+
+    def change(_: object, __: object, text: str, parameters: object, *___: object) -> tuple[str, object]:
+        seen.append(text)
+        return text.replace("SELECT users", "SELECT ALL users", 1), parameters
+
+    if form == "handler":  # one of all engines, which comes before those of one
+        sa.event.listen(sa.Engine, "before_cursor_execute", change, retval=True)
+        request.addfinalizer(lambda: sa.event.remove(sa.Engine, "before_cursor_execute", change))
+    for _ in range(2):
+        with shardkit.sessionmaker(replicated.cluster)() as session:
+            options = {"shardkit_shard": "shop-0"}
+            for _ in range(2):  # the first statement of a transaction also asks for the position
+                found = session.scalars(statement, execution_options=options).all()
+                assert found == sorted(users, reverse=True)
+    assert bool(seen) == (form == "handler")
+
+
+def test_the_token_may_be_asked_for_in_a_stream(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    users = replicated.shop.users_on("shop-0", 3)
+    for user in users[1:]:
+        replicated.shop.execute(
+            replicated.shop.masters["shop-0"], f"INSERT INTO users (id, name) VALUES ({user}, 'other')"
+        )
+    statement = select(User.id).where(User.id.in_(users)).execution_options(yield_per=1, shardkit_shard="shop-0")
+    with shardkit.sessionmaker(replicated.cluster)() as session:
+        found = []
+        for user in session.scalars(statement, execution_options={"shardkit_read_from": "master"}):
+            found.append(user)
+            assert session.token or replicated.shop.kind == "sqlite"
+    assert sorted(found) == sorted(users)
+
+
 def test_a_scattered_read_uses_replicas_where_there_are_some(replicated: ReplicatedShop) -> None:
     replicated.beat(0, 0)
     wait_until(lambda: replicated.fresh() == {0, 1})
@@ -134,14 +254,141 @@ def test_a_scattered_read_uses_replicas_where_there_are_some(replicated: Replica
 def test_after_a_write_that_shard_is_read_on_its_master(replicated: ReplicatedShop) -> None:
     replicated.beat(0, 0)
     wait_until(lambda: replicated.fresh() == {0, 1})
-    with shardkit.sessionmaker(replicated.cluster, read_from="replica")() as session:
+    with shardkit.sessionmaker(replicated.cluster, read_from="replica", recheck=False)() as session:
         user = session.get_one(User, replicated.user)
         assert user.name.startswith("replica")
         user.age = 30
         session.flush()
         assert session.scalars(select(User.name).where(User.id == replicated.user)).one() == "master"
         session.rollback()
+        if replicated.shop.kind == "server":  # what the master has shown is not there yet
+            assert session.scalars(select(User.name).where(User.id == replicated.user)).one() == "master"
+            session.rollback()
+        replicated.catch_up()
         assert session.scalars(select(User.name).where(User.id == replicated.user)).one().startswith("replica")
+
+
+@pytest.mark.parametrize("write", ["update", "delete"])
+def test_an_object_that_a_replica_showed_otherwise_is_not_written(replicated: ReplicatedShop, write: str) -> None:
+    """The master's row was changed meanwhile, and that was acknowledged."""
+    replicated.beat(0, 0)
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    with shardkit.sessionmaker(replicated.cluster, read_from="replica")() as session:
+        user = session.get_one(User, replicated.user)
+        assert user.name.startswith("replica")
+        if write == "update":
+            user.age = 30
+        else:
+            session.delete(user)
+        with pytest.raises(StaleReadError, match="name was not yet as on the master"):
+            session.commit()
+        session.rollback()
+        merged = session.merge(User(id=replicated.user, name="master", age=30))  # reads the master
+        assert merged.name == "master"
+        session.commit()
+    assert replicated.shop.rows("shop-0", "users", "name, age") == [("master", 30)]
+
+
+def test_an_object_that_is_as_on_the_master_is_written(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    for replica in replicated.replicas:
+        replicated.shop.execute(replica, "UPDATE users SET name = 'master'")
+    kept = shardkit.sessionmaker(replicated.cluster, read_from="replica", expire_on_commit=False)
+    with kept() as session:
+        user = session.get_one(User, replicated.user)
+        user.age = 31
+        session.commit()
+        replicated.catch_up()
+        other = session.scalars(select(User.name)).all()  # of another transaction
+        assert other == ["master"]
+        user.age = 32
+        session.commit()
+    assert replicated.shop.rows("shop-0", "users", "age") == [(32,)]
+
+
+def test_what_stays_loaded_after_a_commit_is_checked_too(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    kept = shardkit.sessionmaker(replicated.cluster, read_from="replica", expire_on_commit=False)
+    with kept() as session:
+        user = session.get_one(User, replicated.user)
+        session.commit()
+        user.age = 31
+        with pytest.raises(StaleReadError):
+            session.commit()
+    assert replicated.shop.rows("shop-0", "users", "age") == [(None,)]
+
+
+def test_replicas_come_and_go_while_clients_run(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    shop, replicas = replicated.shop, replicated.replicas
+    store = MemoryMapStore(shop.map())
+    with create_cluster(store, max_lag=60.0, **shop.options) as cluster:
+        sessions = shardkit.sessionmaker(cluster)
+
+        def publish(now: list[Endpoint]) -> None:
+            version = cluster.map.version
+            store.publish(shop.map({"shop-0": now}), expected_version=version)
+            wait_until(lambda: cluster.map.version > version)
+
+        def read() -> str:
+            with sessions() as session:
+                return session.scalars(select(User.name).where(User.id == replicated.user)).one()
+
+        assert read() == "master"
+        for now, expected in ((replicas, {"replica 0", "replica 1"}), (replicas[1:], {"replica 1"})):
+            publish(now)
+            wait_until(cluster.health.wait)
+            assert {read() for _ in range(40)} == expected
+        publish([])
+        assert read() == "master"
+
+
+def test_a_driver_that_does_not_tell_is_asked(replicated: ReplicatedShop, monkeypatch: pytest.MonkeyPatch) -> None:
+    if replicated.shop.kind == "sqlite":
+        pytest.skip("SQLite has no positions")
+    monkeypatch.setattr(drivers, "connect", lambda dialect, arguments, options: dialect.connect(*arguments, **options))
+    shop = replicated.shop
+    cluster = shop.open(shop.map({"shop-0": replicated.replicas}), max_lag=60.0)
+    replicated.beat(0, 0)
+    wait_until(cluster.health.wait)
+    with shardkit.sessionmaker(cluster)() as session:
+        session.execute(sa.update(User).where(User.id == replicated.user).values(age=5))
+        session.commit()
+        mark = session.token.mark("shop-0")
+        assert mark is not None
+        assert mark.position is not None
+        assert session.scalars(select(User.name).where(User.id == replicated.user)).one() == "master"
+    replicated.catch_up()
+    with shardkit.sessionmaker(cluster)(token=session.token) as session:
+        assert session.scalars(select(User.name).where(User.id == replicated.user)).one().startswith("replica")
+
+
+def test_a_master_that_lagging_replicas_would_take_down_refuses(replicated: ReplicatedShop) -> None:
+    shop = replicated.shop
+    cluster = shop.open(shop.map({"shop-0": replicated.replicas}), max_lag=1.0, master_read_share=0.0)
+    replicated.beat(3600, 3600)
+    assert not cluster.health.wait()
+    answers = []
+    for _ in range(8):
+        with shardkit.sessionmaker(cluster)() as session:
+            try:
+                answers.append(session.scalars(select(User.name).where(User.id == replicated.user)).one())
+            except NoFreshReplica:
+                answers.append("refused")
+    assert answers == ["master"] * 5 + ["refused"] * 3
+    with shardkit.sessionmaker(cluster, read_from="master")() as session:
+        assert session.get_one(User, replicated.user).name == "master"
+
+
+def test_a_lag_that_a_statement_allows(replicated: ReplicatedShop) -> None:
+    replicated.beat(20, 20)
+    assert replicated.read().startswith("replica")
+    assert replicated.read(shardkit_max_lag=10) == "master"
+    for wrong in ("soon", -1, True):
+        with pytest.raises(RoutingError, match="shardkit_max_lag"):
+            replicated.read(shardkit_max_lag=wrong)
 
 
 def test_a_flush_that_a_read_causes_turns_that_read_to_the_master(replicated: ReplicatedShop) -> None:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkit.errors import BadEvent, Interrupted, PreconditionFailed, RelayError
+from shardkit.gtid import Flavour, MySQLGtid, MySQLPosition
 from shardkit_cdc import events
 from shardkit_cdc import wire as wire_module
 from shardkit_cdc.events import Event, Format, with_length
-from shardkit_cdc.gtid import Flavour, MySQLGtid, MySQLPosition
 from shardkit_cdc.payload import payloads
 from shardkit_cdc.query import Query
 from shardkit_cdc.statement import outline

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shardkit.cli.relay import MOST_OF_A_POSITION, short_position
-from shardkit.cli.status import relay_note, relay_state, server_name
+from shardkit.cli.status import EndpointStatus, Look, relay_note, relay_state, server_name, with_reads
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,20 @@ def test_positions_are_short() -> None:
     many = ",".join(f"0-{number}-12345" for number in range(9))
     assert short_position(many) == f"..{many[2 - MOST_OF_A_POSITION :]}"
     assert len(short_position(many)) == MOST_OF_A_POSITION
+
+
+def test_reads_are_counted_between_two_looks() -> None:
+    def look(at: float, *selects: int | None) -> Look:
+        roles = ("master", "staging", "replica", "replica")
+        return Look(
+            at,
+            [
+                EndpointStatus("shop-0", role, f"mysql://10.0.0.{number}:3306/shop", True, selects=count)
+                for number, (role, count) in enumerate(zip(roles, selects, strict=True))
+            ],
+        )
+
+    found = with_reads(look(10.0, 100, 50, 1000, 7), look(12.0, 120, 90, 1080, 3))
+    assert [each.reads_per_second for each in found] == [10.0, 20.0, 40.0, None]  # the last one was started anew
+    assert [each.share_of_reads for each in found] == [0.2, None, 0.8, None]
+    assert all(each.share_of_reads is None for each in with_reads(look(1.0, 5, 5, 5, None), look(2.0, 5, 5, 5, 9)))

@@ -8,9 +8,9 @@ import zlib
 import pytest
 
 from shardkit.errors import BadEvent
+from shardkit.gtid import MariaDBGtid, MySQLGtid
 from shardkit_cdc import events
 from shardkit_cdc.events import Event, Format
-from shardkit_cdc.gtid import MariaDBGtid, MySQLGtid
 from shardkit_cdc.query import Query, keyword
 from shardkit_cdc.table_map import Column, ColumnType, TableMap
 from tests.binlog_bytes import (

@@ -7,8 +7,8 @@ from functools import cache
 import pytest
 
 from shardkit.errors import BadEvent
+from shardkit.gtid import Flavour
 from shardkit_cdc.events import Event
-from shardkit_cdc.gtid import Flavour
 from shardkit_cdc.payload import payloads
 from shardkit_cdc.selection import Selected, Selector
 from shardkit_cdc.statement import Effect, Name, outline, renamed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardkit_cdc.gtid import Flavour, MariaDBGtid, MariaDBPosition, MySQLGtid, MySQLPosition, parse_position
+from shardkit.gtid import Flavour, MariaDBGtid, MariaDBPosition, MySQLGtid, MySQLPosition, parse_position
 
 A = "11111111-1111-1111-1111-111111111111"
 B = "22222222-2222-2222-2222-222222222222"

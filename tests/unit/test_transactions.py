@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 
 from shardkit.errors import BadEvent
+from shardkit.gtid import Flavour
 from shardkit_cdc import events
 from shardkit_cdc.events import Event
-from shardkit_cdc.gtid import Flavour
 from shardkit_cdc.transactions import Assembler, Outcome, Transaction
 from tests.binlog_bytes import event, mariadb_gtid, mysql_gtid, query, table_map, write_rows, xa_prepare, xid
 

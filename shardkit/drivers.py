@@ -1,0 +1,181 @@
+"""Connections that tell the position of what was committed, and of what was read, without asking for it.
+
+A server that tracks its session says in the packet that answers a COMMIT which transaction id it gave (MySQL Reference
+Manual, "Server Tracking of Client Session State"; MariaDB Knowledge Base, "OK_Packet"). The drivers leave that part of
+the packet unread: the connection classes here read it. SQLAlchemy opens them by its ``do_connect`` event.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Final
+
+import pymysql
+from pymysql.constants.COMMAND import COM_QUERY
+from sqlalchemy.engine import Dialect
+
+_Base: Any = pymysql.connections.Connection  # the stubs leave out what is used here
+
+#: CLIENT_SESSION_TRACK: the client understands session state in OK packets.
+_SESSION_TRACK: Final = 1 << 23
+#: SERVER_SESSION_STATE_CHANGED: there is some in this packet.
+_STATE_CHANGED: Final = 1 << 14
+_SYSTEM_VARIABLE, _GTIDS = 0, 3  # kinds of session state
+_LAST_GTID = b"last_gtid"
+#: The column that `shardkit.session.seeing` puts in front of a SELECT; taken away again here.
+POSITION_COLUMN: Final = "shardkit_position"
+
+
+def gtid_in(message: bytes) -> str | None:
+    """The transaction id in the last part of an OK packet: what follows the warning count."""
+    try:
+        _, state_at = _text(message, 0)  # for people
+        state, _ = _text(message, state_at)
+        at = 0
+        while at < len(state):
+            kind = state[at]
+            body, at = _text(state, at + 1)
+            if kind == _SYSTEM_VARIABLE:
+                name, value_at = _text(body, 0)
+                if name == _LAST_GTID:
+                    return _text(body, value_at)[0].decode("ascii") or None
+            elif kind == _GTIDS:
+                return _text(body, 1)[0].decode("ascii") or None  # behind a byte for the encoding
+    except (IndexError, UnicodeDecodeError):
+        return None
+    return None
+
+
+def _text(data: bytes, at: int) -> tuple[bytes, int]:
+    """A length-encoded string, and where what follows it begins.
+
+    :raises IndexError: where the data ends before.
+    """
+    size, at = data[at], at + 1
+    if size >= 0xFC:
+        width = {0xFC: 2, 0xFD: 3, 0xFE: 8}.get(size, 0)
+        size, at = int.from_bytes(data[at : at + width], "little"), at + width
+    if at + size > len(data):
+        raise IndexError
+    return data[at : at + size], at + size
+
+
+def _tracking(server: str) -> str:
+    """What has a server tell transaction ids."""
+    if "MariaDB" in server:
+        return "SET session_track_system_variables = 'last_gtid'"
+    return "SET session_track_gtids = OWN_GTID"
+
+
+class TellingConnection(_Base):  # type: ignore[misc]
+    """A PyMySQL connection that keeps what the server says of its transactions.
+
+    :ivar committed: the id of the last transaction, until it is taken.
+    :ivar position: what the last SELECT with a column `POSITION_COLUMN` had there; None where it had no rows.
+    :ivar tells: whether the server was asked to tell transaction ids, and does.
+    """
+
+    committed: str | None = None
+    position: str | None = None
+    tells = False
+
+    def __init__(self, *arguments: Any, client_flag: int = 0, **options: Any) -> None:
+        super().__init__(*arguments, client_flag=client_flag | _SESSION_TRACK, **options)
+
+    def connect(self, sock: Any = None) -> None:
+        """As PyMySQL's; then the server is asked to tell transaction ids."""
+        super().connect(sock)
+        try:
+            self._execute_command(COM_QUERY, _tracking(self.get_server_info()))
+            self._read_ok_packet()
+            self.tells = True
+        except (pymysql.OperationalError, pymysql.InternalError) as error:
+            if not self.open or error.args[0] in _LOST:
+                raise
+            self.tells = False  # a server or a proxy that does not know how
+
+    def _read_ok_packet(self) -> Any:
+        packet = super()._read_ok_packet()
+        if packet.server_status & _STATE_CHANGED:
+            self.committed = gtid_in(packet.message) or self.committed
+        return packet
+
+    def _read_query_result(self, unbuffered: bool = False) -> Any:
+        affected = super()._read_query_result(unbuffered)
+        result: Any = self._result
+        description = result.description
+        if description is None:
+            if result.message and result.server_status & _STATE_CHANGED:
+                self.committed = gtid_in(result.message) or self.committed
+        elif description[0][0] == POSITION_COLUMN and not unbuffered:
+            rows = result.rows
+            self.position = rows[0][0] if rows else None
+            result.description = description[1:]
+            result.fields = result.fields[1:]
+            result.rows = tuple(row[1:] for row in rows)
+        return affected
+
+
+_LOST: Final = frozenset({2006, 2013})
+
+
+@cache
+def _asyncmy_class() -> Any:
+    """The same for asyncmy, which need not be installed."""
+    from asyncmy import connection, errors
+
+    plain: Any = connection.Connection  # its stubs leave out what is used here
+
+    class TellingAsyncConnection(plain):  # type: ignore[misc]
+        """An asyncmy connection that keeps what the server says of its transactions: see `TellingConnection`."""
+
+        committed: str | None = None
+        position: str | None = None
+        tells = False
+
+        async def connect(self) -> None:
+            await super().connect()
+            try:
+                await self._execute_command(COM_QUERY, _tracking(self.get_server_info()))
+                await self._read_ok_packet()
+                self.tells = True
+            except (errors.OperationalError, errors.InternalError) as error:
+                if not self.connected or error.args[0] in _LOST:
+                    raise
+                self.tells = False
+
+        async def _read_ok_packet(self) -> Any:
+            packet = await super()._read_ok_packet()
+            if packet.server_status & _STATE_CHANGED:
+                self.committed = gtid_in(packet.message) or self.committed
+            return packet
+
+        async def _read_query_result(self, unbuffered: bool = False) -> Any:
+            affected = await super()._read_query_result(unbuffered)
+            result = self._result
+            description = result.description
+            if description is None:
+                if result.message and self.server_status & _STATE_CHANGED:
+                    self.committed = gtid_in(result.message) or self.committed
+            elif description[0][0] == POSITION_COLUMN and not unbuffered:
+                rows = result.rows
+                self.position = rows[0][0] if rows else None
+                result.description = description[1:]
+                result.rows = tuple(row[1:] for row in rows)
+            return affected
+
+    async def connect(**options: Any) -> Any:
+        made = TellingAsyncConnection(**{**options, "client_flag": options.get("client_flag", 0) | _SESSION_TRACK})
+        await made.connect()
+        return made
+
+    return connect
+
+
+def connect(dialect: Dialect, arguments: Any, options: dict[str, Any]) -> Any:
+    """Open a connection that tells, where the driver is one that can be taught; else an ordinary one."""
+    if dialect.driver == "pymysql":
+        return TellingConnection(*arguments, **options)
+    if dialect.driver == "asyncmy" and "async_creator_fn" not in options:
+        options = {**options, "async_creator_fn": _asyncmy_class()}
+    return dialect.connect(*arguments, **options)

@@ -1,0 +1,61 @@
+"""Tokens that accompany a piece of work, such as one web request, through all the sessions that it opens."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from shardkit.replicas.token import Token
+
+
+class Carrier:
+    """The token of one piece of work. Its sessions begin with it and add to it; threads may share it.
+
+    :param token: what whoever began the work has written and seen.
+    """
+
+    def __init__(self, token: Token | None = None) -> None:
+        self._token = token or Token()
+        self._lock = threading.Lock()
+        #: Whether a session has added to the token.
+        self.changed = False
+
+    @property
+    def token(self) -> Token:
+        """What has been written and seen so far."""
+        return self._token
+
+    def change(self, how: Callable[[Token], Token]) -> None:
+        """Take note of more."""
+        with self._lock:
+            after = how(self._token)
+            self.changed = self.changed or after is not self._token
+            self._token = after
+
+
+_current: ContextVar[Carrier | None] = ContextVar("shardkit_token_carrier", default=None)
+
+
+def current_carrier() -> Carrier | None:
+    """The carrier of the work that is being done here; None where none is."""
+    return _current.get()
+
+
+@contextmanager
+def carrying(token: Token | None = None) -> Iterator[Carrier]:
+    """Have every session that is made in here begin with this token, and add to it what it writes and sees.
+
+    ::
+
+        with carrying(Token.loads(message["token"])) as carrier:
+            handle(message)
+        answer["token"] = carrier.token.dumps()
+    """
+    carrier = Carrier(token)
+    reset = _current.set(carrier)
+    try:
+        yield carrier
+    finally:
+        _current.reset(reset)
