@@ -113,6 +113,7 @@ class ClusterSession(RoutedSession):
         if self._flush_at_work is not None:
             self._flush_at_work.verify(states)
         super()._register_persistent(states)
+        self.loaded_copies.renew(states)
 
     def _bulk_save_mappings(self, mapper: Any, mappings: Any, **options: Any) -> None:
         mapped = sa_inspect(mapper).mapper

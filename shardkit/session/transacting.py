@@ -23,6 +23,7 @@ from shardkit.routing.route import RouteOptions, ScatterPolicy
 from shardkit.session.carrying import current_carrier
 from shardkit.session.flush import Flush
 from shardkit.session.homes import home_of
+from shardkit.session.inplace import LoadedCopies
 from shardkit.session.parallel import pause, run_blocking
 from shardkit.session.transaction import ClusterTransaction, CommitMode
 from shardkit.session.writtenalong import written_along
@@ -87,6 +88,7 @@ class TransactingSession(Session):
         self._map_version = 0
         self._unplaced: WeakSet[InstanceState[Any]] = WeakSet()
         self._from_replicas: WeakSet[InstanceState[Any]] = WeakSet()
+        self.loaded_copies = LoadedCopies()
         super().__init__(**options)
 
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:
@@ -225,6 +227,14 @@ class TransactingSession(Session):
         if not self._recheck or not self._from_replicas:
             return []
         return [state for state in states if state in self._from_replicas]
+
+    def copy_loaded(self, state: InstanceState[Any], names: Collection[str]) -> None:
+        """These values of an object have just been loaded, and may be changed in place."""
+        if not self._recheck or not names:
+            return
+        reads_replicas = self._root is not None and self._root.has_read_replicas
+        if reads_replicas or state in self.loaded_copies:
+            self.loaded_copies.take(state, names)
 
     def forget_replicas(self, states: Iterable[InstanceState[Any]]) -> None:
         """The values of these objects are those of the master."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import select
 from sqlalchemy.ext.mutable import MutableDict
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, attributes, mapped_column, relationship, sessionmaker
 
 import shardkit
 from shardkit import own_tables
@@ -113,6 +114,55 @@ def library(tmp_path: Path) -> Iterator[Library]:
         )
         wait_until(cluster.health.wait)
         yield Library(shardkit.sessionmaker(cluster), databases)
+
+
+# --- columns whose values are changed in place
+
+
+def test_a_value_that_is_changed_in_place_is_compared(library: Library) -> None:
+    library.change("""UPDATE docs SET data = '{"a": 1, "paid": true}'""")
+    with library.sessions() as session:
+        doc = session.get_one(Doc, 1)
+        doc.data["b"] = 2
+        with pytest.raises(StaleReadError, match="data was not yet"):
+            session.commit()
+    assert library.rows("docs", "data") == [('{"a": 1, "paid": true}',)]
+
+
+def test_a_value_that_is_flagged_as_changed_is_compared(library: Library) -> None:
+    library.change("UPDATE docs SET plain = '[1, 2]'")
+    with library.sessions() as session:
+        doc = session.get_one(Doc, 1)
+        assert doc.plain is not None
+        doc.plain.append(3)
+        attributes.flag_modified(doc, "plain")
+        with pytest.raises(StaleReadError, match="plain was not yet"):
+            session.commit()
+    assert library.rows("docs", "plain") == [("[1, 2]",)]
+
+
+def test_a_value_that_is_refreshed_from_a_replica_is_compared(library: Library) -> None:
+    library.change("""UPDATE docs SET data = '{"a": 1, "paid": true}'""")
+    with library.sessions() as session:
+        doc = session.scalars(select(Doc).options(sa.orm.defer(Doc.data))).one()
+        assert doc.data == {"a": 1}
+        doc.data["b"] = 2
+        with pytest.raises(StaleReadError, match="data was not yet"):
+            session.commit()
+
+
+def test_a_value_that_is_as_on_the_master_is_changed_in_place_again_and_again(library: Library) -> None:
+    with library.sessions(expire_on_commit=False) as session:
+        doc = session.get_one(Doc, 1)
+        for number in range(3):
+            doc.data[str(number)] = number
+            session.flush()
+            doc.data["last"] = number
+            session.commit()
+            session.scalars(select(Doc.name)).all()
+    assert [json.loads(data) for (data,) in library.rows("docs", "data")] == [
+        {"a": 1, "0": 0, "1": 1, "2": 2, "last": 2}
+    ]
 
 
 # --- objects that a flush writes without their having been changed
