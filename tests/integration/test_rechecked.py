@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, attributes, mapped_column, relationship, sessionmaker
 
@@ -256,6 +258,41 @@ def test_a_unit_of_work_is_run_again(library: Library) -> None:
     work()
     assert library.rows("docs", "name") == [("acknowledged+",)]
     assert len(runs) == 2
+
+
+def test_a_unit_of_work_that_is_run_again_reads_what_the_master_has(replicated: ReplicatedShop) -> None:  # noqa: F811
+    """Its replicas stay behind."""
+    if replicated.shop.kind == "sqlite":
+        pytest.skip("SQLite has no positions")
+    replicated.beat(0, 0)
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    seen = []
+
+    @shardkit.retry(shardkit.sessionmaker(replicated.cluster))
+    def work(session: Session) -> None:
+        user = session.get_one(User, replicated.user)
+        seen.append(user.name.split()[0])
+        user.age = 30
+
+    work()
+    assert seen == ["replica", "master"]
+    sessions = shardkit.async_sessionmaker(replicated.cluster)
+    seen.clear()
+    replicated.catch_up()
+
+    @shardkit.retry(sessions)
+    async def work_async(session: AsyncSession) -> None:
+        user = await session.get_one(User, replicated.user)
+        seen.append(user.name.split()[0])
+        user.age = 31
+
+    async def run() -> None:
+        await work_async()
+        await replicated.cluster.adispose()
+
+    asyncio.run(run())
+    assert seen == ["replica", "master"]
+    assert replicated.shop.rows("shop-0", "users", "age") == [(31,)]
 
 
 # --- objects that are written in bulk
