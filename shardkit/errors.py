@@ -136,7 +136,7 @@ class InvalidToken(ShardkitError):
 class StaleReadError(ShardkitError):
     """An object that was read from a replica is not as its row is on the master: writing it would undo a change.
 
-    Retryable: roll back, read again, and write.
+    Retryable: roll back, read again, and write. `shardkit.retry` does.
     """
 
 

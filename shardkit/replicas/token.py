@@ -92,6 +92,8 @@ class Token:
     def raised(self, shard: str, mark: Mark) -> Token:
         """The token that also holds this."""
         before = self.marks.get(shard)
+        if before is None and self.others_on_master:
+            mark = Mark(mark.epoch, None)  # what was left out of the token is not known
         after = mark if before is None else before.union(mark)
         if after is before:
             return self
@@ -111,7 +113,11 @@ class Token:
         token = self
         for shard, mark in other.marks.items():
             token = token.raised(shard, mark)
-        return Token(token.marks, True) if other.others_on_master and not self.others_on_master else token
+        if not other.others_on_master:
+            return token
+        for shard in self.marks.keys() - other.marks.keys():
+            token = token.raised(shard, Mark(self.marks[shard].epoch, None))
+        return Token(token.marks, True)
 
     # --- written
 

@@ -57,7 +57,7 @@ def _compare(session: ClusterSession, shard: str, mapper: Mapper[Any], states: S
         row = found.get(_identity(state))
         if row is None:
             continue  # its UPDATE or DELETE will not find it either, and says so
-        for name, loaded in _loaded(state, columns).items():
+        for name, loaded in _loaded(state, columns, session.loaded_copies.of(state)).items():
             if not columns[name].type.compare_values(loaded, row[name]):
                 raise StaleReadError(
                     f"{state.class_.__name__} {_identity(state)} was read from a replica, where {name} was not yet as "
@@ -72,8 +72,12 @@ def _identity(state: InstanceState[Any]) -> tuple[Any, ...]:
     return tuple(state.key[1])
 
 
-def _loaded(state: InstanceState[Any], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that an object was loaded with, of attributes that were."""
+def _loaded(state: InstanceState[Any], columns: Mapping[str, Any], copies: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that an object was loaded with, of attributes that were.
+
+    :param copies: of values that can be changed in place: what the object holds is not what was loaded.
+    """
     values = {name: state.dict[name] for name in columns if name in state.dict}
     values.update({name: value for name, value in state.committed_state.items() if name in columns})
+    values.update({name: value for name, value in copies.items() if name in values})
     return {name: value for name, value in values.items() if value is not NO_VALUE}

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from shardkit.errors import PartRolledBack, StaleShardMap
+from shardkit.errors import PartRolledBack, StaleReadError, StaleShardMap
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,8 +37,9 @@ def retry(factory: Any, *, within: float = 15.0) -> Any:
     """Make a function a unit of work: it is given a new session as its first argument, and committed when it returns.
 
     It is run from its beginning again, with another session, after a deadlock, a lock that was waited for in vain, rows
-    that are being moved to another shard, and a connection that was lost before COMMIT was sent. Never after a COMMIT
-    whose answer was lost: nobody knows whether it happened (`CommitUnknown`, or the driver's own error of one shard).
+    that are being moved to another shard, an object that a replica showed older than it is (`StaleReadError`), and a
+    connection that was lost before COMMIT was sent. Never after a COMMIT whose answer was lost: nobody knows whether it
+    happened (`CommitUnknown`, or the driver's own error of one shard).
     So what the function does besides its session's work has to bear being done twice::
 
         @shardkit.retry(Session)
@@ -57,8 +58,9 @@ def retry(factory: Any, *, within: float = 15.0) -> Any:
         @wraps(work)
         def run(*arguments: Any, **options: Any) -> Any:
             pauses = _pauses(within)
+            seen: dict[str, Any] = {}
             while True:
-                with factory() as session:
+                with factory(**seen) as session:
                     may_repeat = is_retryable
                     try:
                         answer = work(session, *arguments, **options)
@@ -68,6 +70,7 @@ def retry(factory: Any, *, within: float = 15.0) -> Any:
                     except Exception as error:
                         committed = session.committed
                         session.rollback()
+                        seen = _seen(error, session)
                         pause = next(pauses, None) if may_repeat(error) and not committed else None
                         if pause is None:
                             raise
@@ -78,8 +81,9 @@ def retry(factory: Any, *, within: float = 15.0) -> Any:
         @wraps(work)
         async def run_async(*arguments: Any, **options: Any) -> Any:
             pauses = _pauses(within)
+            seen: dict[str, Any] = {}
             while True:
-                async with factory() as session:
+                async with factory(**seen) as session:
                     may_repeat = is_retryable
                     try:
                         answer = await work(session, *arguments, **options)
@@ -89,6 +93,7 @@ def retry(factory: Any, *, within: float = 15.0) -> Any:
                     except Exception as error:
                         committed = session.sync_session.committed
                         await session.rollback()
+                        seen = _seen(error, session.sync_session)
                         pause = next(pauses, None) if may_repeat(error) and not committed else None
                         if pause is None:
                             raise
@@ -101,6 +106,11 @@ def retry(factory: Any, *, within: float = 15.0) -> Any:
     return decorate
 
 
+def _seen(error: BaseException, session: Any) -> dict[str, Any]:
+    """Options of the next session: after a replica has shown what is past, it sees what the master has."""
+    return {"token": session.token} if isinstance(error, StaleReadError) else {}
+
+
 def is_retryable(error: BaseException) -> bool:
     """Whether a transaction that failed with this before its COMMIT was sent may be run again, from its beginning."""
     lost = isinstance(error, DBAPIError) and error.connection_invalidated
@@ -109,7 +119,7 @@ def is_retryable(error: BaseException) -> bool:
 
 def _is_rolled_back(error: BaseException) -> bool:
     """Whether the error itself says that nothing has been committed."""
-    if isinstance(error, StaleShardMap | PartRolledBack):
+    if isinstance(error, StaleShardMap | StaleReadError | PartRolledBack):
         return True
     if not isinstance(error, DBAPIError) or error.orig is None:
         return False

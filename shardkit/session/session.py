@@ -10,13 +10,14 @@ SQLAlchemy's own are pinned by tests/unit/test_session_hooks.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import InstanceState
 
+from shardkit.errors import StaleReadError
 from shardkit.session.flush import Flush
 from shardkit.session.homes import home_of
 from shardkit.session.moving import move
@@ -75,24 +76,44 @@ class ClusterSession(RoutedSession):
 
     def _before_flush(self, flush: Flush) -> None:
         """Decide what can be decided before anything is sent."""
+        written: set[InstanceState[Any]] = set()
         try:
             flush.prepare(self._new, set(self._dirty_states).difference(self._deleted), self._deleted)
+            transaction = self._outermost()
+            if self._recheck and (self._from_replicas or transaction.has_read_replicas):
+                written.update(self._written_along())  # before what is not changed is expired
+                self._turn_to_masters({s for state in written for s in self._shards_of(state, transaction.view)})
             self.admit_writes(flush.touched)
-            written = [*self._dirty_states, *self._deleted]
-            if stale := self.to_recheck(state for state in written if state not in flush.unchanged):
-                recheck(self, stale)
-        except BaseException:
+            written.update({*self._dirty_states, *self._deleted}.difference(flush.unchanged))
+            self._check_what_replicas_showed(written)
+        except BaseException as error:
             self._deactivate()
+            if isinstance(error, StaleReadError):
+                self._read_again(written)
             raise
         if self.commit_mode is CommitMode.SINGLE:
             # a flush asks for a connection even for objects that it will not write
             for state in flush.unchanged:
                 state._commit_all(state.dict, self.identity_map)
 
+    def _check_what_replicas_showed(self, written: Iterable[InstanceState[Any]]) -> None:
+        """:raises StaleReadError: where one of these is not as on its master."""
+        if states := self.to_recheck(written):
+            recheck(self, states)
+            self.forget_replicas(states)
+
+    def _read_again(self, states: Iterable[InstanceState[Any]]) -> None:
+        """What was not written because it is not as on the master: the next look at it is one at the master."""
+        stale = [state for state in self.to_recheck(states) if self.identity_map.contains_state(state)]
+        for state in stale:
+            state._expire(state.dict, self.identity_map._modified)
+        self.forget_replicas(stale)
+
     def _register_persistent(self, states: set[InstanceState[Any]]) -> None:
         if self._flush_at_work is not None:
             self._flush_at_work.verify(states)
         super()._register_persistent(states)
+        self.loaded_copies.renew(states)
 
     def _bulk_save_mappings(self, mapper: Any, mappings: Any, **options: Any) -> None:
         mapped = sa_inspect(mapper).mapper
@@ -119,6 +140,12 @@ class ClusterSession(RoutedSession):
             for shard in shards:
                 groups.setdefault(shard, []).append(item)
         self.admit_writes(groups)
+        if options["isstates"] and options["isupdate"]:
+            try:
+                self._check_what_replicas_showed(items)
+            except BaseException:
+                self._deactivate()
+                raise
         for shard, group in groups.items():
             with self._carrying(Target(shard, master=True, replica=False)):
                 super()._bulk_save_mappings(mapper, group, **options)
@@ -126,4 +153,5 @@ class ClusterSession(RoutedSession):
 
 @event.listens_for(ClusterSession, "after_soft_rollback")
 def _after_rollback(session: ClusterSession, _transaction: Any) -> None:
+    session.forget_replicas([state for state in session._from_replicas if state.expired])
     session._follow_keys()

@@ -23,8 +23,10 @@ from shardkit.routing.route import RouteOptions, ScatterPolicy
 from shardkit.session.carrying import current_carrier
 from shardkit.session.flush import Flush
 from shardkit.session.homes import home_of
+from shardkit.session.inplace import LoadedCopies
 from shardkit.session.parallel import pause, run_blocking
 from shardkit.session.transaction import ClusterTransaction, CommitMode
+from shardkit.session.writtenalong import written_along
 from shardkit.snapshots import View
 
 T = TypeVar("T")
@@ -86,6 +88,7 @@ class TransactingSession(Session):
         self._map_version = 0
         self._unplaced: WeakSet[InstanceState[Any]] = WeakSet()
         self._from_replicas: WeakSet[InstanceState[Any]] = WeakSet()
+        self.loaded_copies = LoadedCopies()
         super().__init__(**options)
 
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:
@@ -196,13 +199,18 @@ class TransactingSession(Session):
         turning = {shard for shard in shards if transaction.turn_to_master(shard)}
         if not turning:
             return
+        written = {*self._deleted, *self._written_along()}
         for state in self.identity_map.all_states():
             if turning.isdisjoint(self._shards_of(state, transaction.view)):
                 continue
-            if state.modified or state in self._deleted:
+            if state.modified or state in written:
                 self._from_replicas.add(state)
             else:
                 state._expire(state.dict, self.identity_map._modified)
+
+    def _written_along(self) -> set[InstanceState[Any]]:
+        """Loaded objects that the next flush writes because of their relationships to others."""
+        return written_along([*self._new, *self._dirty_states, *self._deleted], self._deleted)
 
     def keep_in_mind(self, shards: Collection[str], view: View) -> None:
         """A transaction ends that has read these shards on replicas: what stays loaded may be behind the masters."""
@@ -215,12 +223,22 @@ class TransactingSession(Session):
                 self._from_replicas.add(state)
 
     def to_recheck(self, states: Iterable[InstanceState[Any]]) -> list[InstanceState[Any]]:
-        """Those of these objects whose values came from a replica; they are not asked for again."""
+        """Those of these objects whose values came from a replica."""
         if not self._recheck or not self._from_replicas:
             return []
-        found = [state for state in states if state in self._from_replicas]
-        self._from_replicas.difference_update(found)
-        return found
+        return [state for state in states if state in self._from_replicas]
+
+    def copy_loaded(self, state: InstanceState[Any], names: Collection[str]) -> None:
+        """These values of an object have just been loaded, and may be changed in place."""
+        if not self._recheck or not names:
+            return
+        reads_replicas = self._root is not None and self._root.has_read_replicas
+        if reads_replicas or state in self.loaded_copies:
+            self.loaded_copies.take(state, names)
+
+    def forget_replicas(self, states: Iterable[InstanceState[Any]]) -> None:
+        """The values of these objects are those of the master."""
+        self._from_replicas.difference_update(states)
 
     def _shards_of(self, state: InstanceState[Any], view: View) -> tuple[str, ...]:
         token = None if state.key is None else state.key[2]

@@ -66,6 +66,7 @@ class ClusterTransaction(SessionTransaction):
         self._written: dict[str, None] = {}  # in order of the first write
         self._on_master: set[str] = set()
         self._replicas: dict[str, tuple[int, Engine]] = {}  # shard -> the replica that it reads
+        self._lost: set[str] = set()  # shards that were read on a replica that was lost
         self._shard_of: dict[Engine | Connection, str] = {}
         self._masters: dict[str, Engine | Connection] = {}
         self._began_empty = True
@@ -204,11 +205,18 @@ class ClusterTransaction(SessionTransaction):
         self._masters[shard] = connection
         return connection
 
+    @property
+    def has_read_replicas(self) -> bool:
+        """Whether rows were read from replicas of shards that are not used on their masters yet."""
+        return bool(self._replicas or self._lost)
+
     def turn_to_master(self, shard: str) -> bool:
         """From now on this shard is used on its master; True when its rows were read from a replica before."""
         self._on_master.add(shard)
         self.reading.pop((shard, True), None)
-        return self._replicas.pop(shard, None) is not None
+        lost = shard in self._lost
+        self._lost.discard(shard)
+        return self._replicas.pop(shard, None) is not None or lost
 
     def _connection_for_bind(self, bind: Any, execution_options: Any) -> Connection:
         if bind in self._connections:
@@ -260,6 +268,7 @@ class ClusterTransaction(SessionTransaction):
                 self._tell_what_was_seen(shard, self._seen.pop(shard)[1])
             del self._replicas[shard]
             self.reading.pop((shard, True), None)
+        self._lost.update(lost)  # what they have shown is still there
         return bool(lost)
 
     def _let_go_of(self, engine: Engine) -> None:
@@ -524,8 +533,8 @@ class ClusterTransaction(SessionTransaction):
                 for shard, (_, seen) in self._seen.items():
                     self._tell_what_was_seen(shard, seen)
                 self._tell_what_masters_showed()
-                if self._replicas or self._seen:
-                    self._session.keep_in_mind({*self._replicas, *self._seen}, self.view)
+                if self._replicas or self._seen or self._lost:
+                    self._session.keep_in_mind({*self._replicas, *self._seen, *self._lost}, self.view)
                 for connection, _ in self._seen.values():
                     unwatch(connection)
             super().close(invalidate)

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 import shardkit
 from shardkit import is_retryable, retry
-from shardkit.errors import CommitPending, CommitUnknown, StaleShardMap
+from shardkit.errors import CommitPending, CommitUnknown, StaleReadError, StaleShardMap
 from tests.integration.conftest import DistantShop, Shop
 from tests.integration.shop import User
 
@@ -23,7 +23,16 @@ def driver_error(number: int) -> DBAPIError:
     return OperationalError("UPDATE", {}, pymysql.err.OperationalError(number, "said so"))
 
 
-@pytest.mark.parametrize("error", [driver_error(1205), driver_error(1213), driver_error(1614), StaleShardMap("moved")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        driver_error(1205),
+        driver_error(1213),
+        driver_error(1614),
+        StaleShardMap("moved"),
+        StaleReadError("changed"),
+    ],
+)
 def test_what_was_rolled_back_is_run_again(shop: Shop, error: Exception) -> None:
     runs = []
 

@@ -80,6 +80,15 @@ def test_tokens_of_two_are_merged() -> None:
     assert {shard: merged.mark(shard) for shard in "abc"} == {"a": at("0-1-6"), "b": at("0-1-7"), "c": at("0-1-1")}
 
 
+def test_what_a_shortened_token_does_not_name_stays_unknown_in_what_it_is_merged_with() -> None:
+    low = Token().raised("a", at("0-1-5", 2)).raised("b", at("0-1-3"))
+    cut = Token({"b": at("0-1-9")}, others_on_master=True)
+    for merged in (low.merged(cut), cut.merged(low)):
+        assert merged.mark("a") == at(None, 2)
+        assert merged.mark("b") == at("0-1-9")
+        assert merged.others_on_master
+
+
 _marks = st.builds(
     Mark,
     st.integers(0, 3),
