@@ -1,23 +1,56 @@
-"""The cookie that carries a browser's token from one request to the next."""
+"""The cookies that carry a browser's token from one request to the next."""
 
 from __future__ import annotations
 
 import logging
+import secrets
+import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Final, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection, event
 
 from shardkit.errors import InvalidToken, PreconditionFailed
-from shardkit.replicas.token import Token
+from shardkit.replicas.token import Mark, Token
+from shardkit.session.carrying import Carrier
+from shardkit.session.session import ClusterSession
+from shardkit.session.transaction import position_of_master
 
 logger = logging.getLogger(__name__)
+
+#: What the names of answers' cookies end in. Answers that have written do not share names with those that have only
+#: read, so that a slow read never takes the place of a write.
+_WRITTEN: Final = ("_w0", "_w1", "_w2", "_w3")
+_SEEN: Final = ("_r0", "_r1")
+#: Bytes of one cookie, its name included: all of them fit into the 4 KiB that servers and proxies take at the least.
+_LONGEST: Final = 4096 // (len(_WRITTEN) + len(_SEEN)) - len("=; ")
+#: Reading a transaction that another thread works on may fail; so often it is tried.
+_TRIES: Final = 3
+
+
+class Answer(NamedTuple):
+    """What an answer does to the browser's cookies.
+
+    :param name: of the cookie that it sets.
+    :param removed: names of cookies whose tokens it holds, too.
+    """
+
+    name: str
+    value: str
+    removed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class TokenCookie:
-    """How a token is kept in a cookie.
+    """How a token is kept in cookies.
 
-    :param secret: signs it: a browser must not make up positions that no replica ever reaches.
-    :param name: the cookie's name.
+    A browser's answers may overtake one another, and the last cookie of a name is the one that it keeps. So each answer
+    takes a name that its request did not bring, and a request brings all of them: their tokens are merged.
+
+    :param secret: signs them: a browser must not make up positions that no replica ever reaches.
+    :param name: what the cookies' names begin with.
     :param max_age: seconds that the browser keeps it after the last answer; longer than replicas may be behind.
     :param same_site: ``lax``, ``strict`` or ``none``.
     """
@@ -31,16 +64,108 @@ class TokenCookie:
         if not self.secret:
             raise PreconditionFailed("the cookie's secret is empty", hint="give a long random text, kept as a secret")
 
-    def read(self, value: str | None) -> Token:
+    def read(self, cookies: Mapping[str, str]) -> Token:
         """The token in a request; an empty one where there is none, or none of ours."""
-        if not value:
-            return Token()
-        try:
-            return Token.loads(value, self.secret)
-        except InvalidToken as error:
-            logger.info("the cookie %s is left aside: %s", self.name, error.message)
-            return Token()
+        token = Token()
+        for name in self._brought(cookies):
+            try:
+                token = token.merged(Token.loads(cookies[name], self.secret))
+            except InvalidToken as error:
+                logger.info("the cookie %s is left aside: %s", name, error.message)
+        return token
 
-    def write(self, token: Token) -> str:
-        """The cookie's value for an answer."""
-        return token.dumps(self.secret)
+    def answer(self, carrier: Carrier, cookies: Mapping[str, str], *, asks: bool) -> Answer | None:
+        """What an answer tells the browser; None where its request has learned nothing that it did not bring.
+
+        :param cookies: that the request brought.
+        :param asks: whether masters may be asked for their positions, on connections of this thread.
+        """
+        _take_in_open_sessions(carrier, asks=asks)
+        if not carrier.changed or carrier.token == self.read(cookies):
+            return None
+        brought = self._brought(cookies)
+        names = [self.name + ending for ending in (_WRITTEN if carrier.wrote else _SEEN)]
+        name = secrets.choice([name for name in names if name not in brought] or names)
+        value = carrier.token.dumps(self.secret, longest=_LONGEST - len(name))
+        return Answer(name, value, tuple(each for each in brought if each != name))
+
+    def _brought(self, cookies: Mapping[str, str]) -> list[str]:
+        return [name for name in (self.name + ending for ending in (*_WRITTEN, *_SEEN)) if name in cookies]
+
+
+# --- what sessions that are still open have seen
+
+_lock = threading.Lock()
+#: The sessions of each request, and the threads in which they last began a transaction.
+_sessions: WeakKeyDictionary[Carrier, WeakKeyDictionary[ClusterSession, int]] = WeakKeyDictionary()
+
+
+@event.listens_for(ClusterSession, "after_transaction_create")
+def _join(session: Any, _transaction: Any) -> None:
+    carrier: Carrier | None = session._carrier  # noqa: SLF001
+    if carrier is not None:
+        with _lock:
+            _sessions.setdefault(carrier, WeakKeyDictionary())[session] = threading.get_ident()
+
+
+@event.listens_for(ClusterSession, "after_commit")
+def _note_write(session: Any) -> None:
+    carrier: Carrier | None = session._carrier  # noqa: SLF001
+    if carrier is not None and session._root is not None and session._root.written:  # noqa: SLF001
+        carrier.wrote = True
+
+
+def _take_in_open_sessions(carrier: Carrier, *, asks: bool) -> None:
+    """Transactions tell what they have seen as they end, and some end after the answer."""
+    with _lock:
+        sessions = list(_sessions.get(carrier, {}).items())
+    for session, thread in sessions:
+        for shard, mark, connection in _seen_by(session):
+            before = carrier.token.marks.get(shard)
+            # another thread may be at work on its connection, as an event loop may on that of an asyncio session
+            mine = asks and not session.asynchronous and thread == threading.get_ident()
+            position = mark.position
+            if connection is not None and mine and _is_idle(connection):
+                position = position_of_master(connection)
+            now = Mark(mark.epoch, position)
+            all_of_it = connection is not None and position is not None
+
+            def take(
+                token: Token, shard: str = shard, now: Mark = now, before: Mark | None = before, all_: bool = all_of_it
+            ) -> Token:
+                if all_ and token.marks.get(shard) is before:
+                    return token.replaced(shard, now)
+                return token.raised(shard, now)
+
+            carrier.change(take)
+
+
+def _seen_by(session: ClusterSession) -> Iterable[tuple[str, Mark, Connection | None]]:
+    """What an open transaction has read: a replica's position, or the connection to a master."""
+    for _ in range(_TRIES):
+        root = session._root  # noqa: SLF001
+        if root is None or root._pin is None or session._transaction is None:  # noqa: SLF001
+            return []
+        try:
+            epochs = {shard: each.epoch for shard, each in root.view.map.shards.items()}
+            replicas = [
+                (shard, Mark(epochs[shard], seen.position), None)
+                for shard, (_, seen) in list(root._seen.items())  # noqa: SLF001
+                if seen.known
+            ]
+            masters = root._masters_to_ask()  # noqa: SLF001
+        except RuntimeError:  # a dictionary grew meanwhile
+            continue
+        return [*replicas, *((shard, Mark(epochs[shard], None), each) for shard, each in masters.items())]
+    logger.info("what a session at work has seen is not in the cookie")
+    return []
+
+
+def _is_idle(connection: Connection) -> bool:
+    """Whether no rows are on their way: a question would drop those of a stream. False where that is not known."""
+    if connection.closed or connection.invalidated:
+        return False
+    driver: Any = connection.connection.driver_connection
+    if not hasattr(driver, "_result"):  # only PyMySQL tells
+        return False
+    return not getattr(driver._result, "unbuffered_active", False)  # noqa: SLF001

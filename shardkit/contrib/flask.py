@@ -14,16 +14,17 @@ _STACK = "_shardkit_token"
 
 
 class ShardkitTokens:
-    """Carry tokens in a signed cookie.
+    """Carry tokens in signed cookies.
 
     ::
 
         ShardkitTokens(app)
 
-    Sessions made in a request begin with the browser's token; what they write and see goes into the cookie.
+    Sessions made in a request begin with the browser's token. What they write and see before the answer begins goes
+    into a cookie, also where they are closed at teardown; what they commit there does not.
 
     :param app: the application; or `init_app` later.
-    :param secret: signs the cookie; the application's ``SECRET_KEY`` by default. See `TokenCookie`.
+    :param secret: signs the cookies; the application's ``SECRET_KEY`` by default. See `TokenCookie`.
     """
 
     def __init__(
@@ -52,20 +53,23 @@ class ShardkitTokens:
 
         def begin() -> None:
             stack = ExitStack()
-            stack.enter_context(carrying(cookie.read(request.cookies.get(cookie.name))))
+            stack.enter_context(carrying(cookie.read(request.cookies)))
             setattr(g, _STACK, stack)
 
         def answer(response: Response) -> Response:
             carrier = current_carrier()
-            if carrier is not None and carrier.changed:
-                response.set_cookie(
-                    cookie.name,
-                    cookie.write(carrier.token),
-                    max_age=cookie.max_age,
-                    secure=request.is_secure,
-                    httponly=True,
-                    samesite=cookie.same_site.capitalize(),
-                )
+            told = None if carrier is None else cookie.answer(carrier, request.cookies, asks=True)
+            if told is not None:
+                kept = [(told.name, told.value, cookie.max_age), *((name, "", 0) for name in told.removed)]
+                for name, value, age in kept:
+                    response.set_cookie(
+                        name,
+                        value,
+                        max_age=age,
+                        secure=request.is_secure,
+                        httponly=True,
+                        samesite=cookie.same_site.capitalize(),
+                    )
             return response
 
         def end(_error: BaseException | None) -> None:

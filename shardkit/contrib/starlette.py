@@ -14,16 +14,17 @@ from shardkit.session.carrying import carrying
 
 
 class TokenMiddleware:
-    """Carry tokens in a signed cookie.
+    """Carry tokens in signed cookies.
 
     ::
 
         app.add_middleware(TokenMiddleware, secret=settings.secret)
 
     Sessions made in a request begin with the browser's token. What they write and see before the answer begins goes
-    into the cookie; what a background task or the rest of a streamed answer writes does not.
+    into a cookie; what a background task or the rest of a streamed answer writes or sees does not. Where a transaction
+    is still open that has read a shard's master, the browser's next requests read that shard on its master.
 
-    :param secret: signs the cookie; see `TokenCookie`, as for the other options.
+    :param secret: signs the cookies; see `TokenCookie`, as for the other options.
     """
 
     def __init__(
@@ -44,23 +45,29 @@ class TokenMiddleware:
             await self._app(scope, receive, send)
             return
         connection = HTTPConnection(scope)
-        with carrying(self._cookie.read(connection.cookies.get(self._cookie.name))) as carrier:
+        with carrying(self._cookie.read(connection.cookies)) as carrier:
 
             async def send_with_cookie(message: Message) -> None:
-                if message["type"] == "http.response.start" and carrier.changed:
-                    secure = connection.url.scheme == "https"
-                    headers = MutableHeaders(scope=message)
-                    headers.append("set-cookie", self._header(self._cookie.write(carrier.token), secure=secure))
+                if message["type"] == "http.response.start":
+                    # threads may be at work on connections, and this is the event loop: nothing is asked
+                    answer = self._cookie.answer(carrier, connection.cookies, asks=False)
+                    if answer is not None:
+                        secure = connection.url.scheme == "https"
+                        headers = MutableHeaders(scope=message)
+                        age = self._cookie.max_age
+                        headers.append("set-cookie", self._header(answer.name, answer.value, age, secure=secure))
+                        for name in answer.removed:
+                            headers.append("set-cookie", self._header(name, "", 0, secure=secure))
                 await send(message)
 
             await self._app(scope, receive, send_with_cookie)
 
-    def _header(self, value: str, *, secure: bool) -> str:
+    def _header(self, name: str, value: str, max_age: int, *, secure: bool) -> str:
         cookie: SimpleCookie = SimpleCookie()
-        cookie[self._cookie.name] = value
-        morsel: Any = cookie[self._cookie.name]
+        cookie[name] = value
+        morsel: Any = cookie[name]
         morsel["path"] = "/"
-        morsel["max-age"] = self._cookie.max_age
+        morsel["max-age"] = max_age
         morsel["httponly"] = True
         morsel["samesite"] = self._cookie.same_site
         morsel["secure"] = secure

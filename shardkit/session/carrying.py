@@ -21,6 +21,8 @@ class Carrier:
         self._lock = threading.Lock()
         #: Whether a session has added to the token.
         self.changed = False
+        #: Whether a session has committed what it wrote, where somebody takes note of that (`shardkit.contrib`).
+        self.wrote = False
 
     @property
     def token(self) -> Token:
