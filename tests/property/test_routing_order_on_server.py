@@ -228,7 +228,7 @@ def _expressions(c: Any) -> list[Any]:
         f.sum(c.fine) / f.count(c.fine),
         f.avg(c.fine),
         -f.sum(c.fine) / 7,
-        f.sum(c.id) / f.count(c.amount) + 1,
+        (f.sum(c.id) + 1) / f.count(c.amount),
         f.sum(c.amount) * f.max(c.id) - f.min(c.amount),
         f.sum(c.amount) * f.sum(c.fine),
         f.coalesce(f.sum(c.amount), 0) + f.count(),
