@@ -334,7 +334,7 @@ class ClusterTransaction(SessionTransaction):
             if entry is None or entry[0].dialect.name == "sqlite" or self._given is not None:
                 continue
             connection = entry[0]
-            if pending is not None and shard in pending.shards:
+            if connection.closed or connection.invalidated or (pending is not None and shard in pending.shards):
                 self._session.raise_token(shard, Mark(self._epoch(shard), None), all_of_it=True)
                 continue
             asks = bool(self.view.map.shard(shard).replicas)
