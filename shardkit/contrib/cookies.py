@@ -87,7 +87,9 @@ class TokenCookie:
         names = [self.name + ending for ending in (_WRITTEN if carrier.wrote else _SEEN)]
         name = secrets.choice([name for name in names if name not in brought] or names)
         value = carrier.token.dumps(self.secret, longest=_LONGEST - len(name))
-        return Answer(name, value, tuple(each for each in brought if each != name))
+        # what a write has told stays until the next one: another answer that only read may yet take this one's name
+        held = brought if carrier.wrote else [each for each in brought if each.endswith(_SEEN)]
+        return Answer(name, value, tuple(each for each in held if each != name))
 
     def _brought(self, cookies: Mapping[str, str]) -> list[str]:
         return [name for name in (self.name + ending for ending in (*_WRITTEN, *_SEEN)) if name in cookies]
