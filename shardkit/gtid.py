@@ -24,6 +24,11 @@ class Flavour(StrEnum):
     MARIADB = "mariadb"
     MYSQL = "mysql"
 
+    @classmethod
+    def of_version(cls, version: str) -> Flavour:
+        """By what a server says of itself in ``VERSION()``."""
+        return cls.MARIADB if "mariadb" in version.lower() else cls.MYSQL
+
 
 class MariaDBGtid(NamedTuple):
     """One transaction's id on MariaDB."""

@@ -38,8 +38,7 @@ class Database:
         self.connection: pymysql.Connection[Any] = connect(endpoint, credentials, autocommit=True)
         self._hop = hop
         try:
-            version = str(self.value("SELECT VERSION()"))
-            self.flavour = Flavour.MARIADB if "mariadb" in version.lower() else Flavour.MYSQL
+            self.flavour = Flavour.of_version(str(self.value("SELECT VERSION()")))
             self._prepare(binary)
         except BaseException:
             self.close()

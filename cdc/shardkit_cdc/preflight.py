@@ -73,7 +73,7 @@ def ask(connection: Connection, endpoint: Endpoint) -> ServerFacts:
         settings = {name.lower(): str(value) for name, value in cursor.fetchall()}
         cursor.execute("SELECT @@character_set_database, @@collation_database")
         charset = cursor.fetchone() or ("", "")
-    flavour = Flavour.MARIADB if "mariadb" in settings.get("version", "").lower() else Flavour.MYSQL
+    flavour = Flavour.of_version(settings.get("version", ""))
     return ServerFacts(endpoint, flavour, settings, (str(charset[0]), str(charset[1])))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,6 +12,8 @@ from shardkit.cli.output import Output
 
 if TYPE_CHECKING:
     from shardkit.mapstore import MapStore
+    from shardkit.shardmap import ShardMap
+    from shardkit.topology import Shard
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,3 +57,13 @@ def map_store(source: str, *, timeout: float = 10.0) -> Iterator[MapStore]:
         yield store
     finally:
         store.close()
+
+
+def chosen_shards(shard_map: ShardMap, names: Collection[str]) -> list[Shard]:
+    """The shards that a command line names, in the map's order; all of them where it names none.
+
+    :raises UnknownTable: when the map has no such shard.
+    """
+    for name in names:
+        shard_map.shard(name)
+    return [shard for name, shard in shard_map.shards.items() if not names or name in names]

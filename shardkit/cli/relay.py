@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from shardkit.cli.options import map_option, map_store, output_option
+from shardkit.cli.options import chosen_shards, map_option, map_store, output_option
 from shardkit.cli.output import Column, Output
 from shardkit.cli.relay_control import pause, resume, skip
 from shardkit.cli.relay_data import seed, verify
@@ -130,19 +130,11 @@ def status(map_source: str, shards: tuple[str, ...], out: Output) -> int:
     Exit code 1 when a hop has failed or cannot be seen.
     """
     from shardkit.credentials import from_environment
-    from shardkit.errors import UnknownTable
     from shardkit_cdc.status import hop_status
 
     with map_store(map_source) as store:
         current = store.load()
-    unknown = set(shards) - set(current.shards)
-    if unknown:
-        raise UnknownTable(
-            f"the shard map has no shard {', '.join(sorted(unknown))}",
-            hint=f"its shards are {', '.join(sorted(current.shards))}",
-        )
-    wanted = [shard for name, shard in current.shards.items() if not shards or name in shards]
-    hops = hop_status(wanted, from_environment())
+    hops = hop_status(chosen_shards(current, shards), from_environment())
     out.result({"hops": hops})
     out.table(
         [

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from shardkit.cli.options import map_option, map_store, output_option, yes_option
+from shardkit.cli.options import chosen_shards, map_option, map_store, output_option, yes_option
 from shardkit.cli.output import Column, Output, count
 from shardkit.cli.progress import Progress, Task
 
@@ -80,15 +80,11 @@ def _target(
     current: ShardMap, name: str, endpoint: str | None, staging: bool, replica: int | None, origin: str | None
 ) -> HopSpec:
     """The hop whose target is to be filled."""
-    from shardkit.errors import PreconditionFailed, UnknownTable
+    from shardkit.errors import PreconditionFailed
     from shardkit.topology import Endpoint, ReplicationKind, Role
     from shardkit_cdc.relay import HopSpec
 
-    shard = current.shards.get(name)
-    if shard is None:
-        raise UnknownTable(
-            f"the shard map has no shard {name}", hint=f"its shards are {', '.join(sorted(current.shards))}"
-        )
+    shard = current.shard(name)
     if shard.replication is not ReplicationKind.RELAY or shard.master.dialect != "mysql":
         raise PreconditionFailed(f"the relay does not fill the copies of {name}", hint="set replication: relay")
     if staging:
@@ -170,20 +166,13 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
     when rows changed too fast to be compared.
     """
     from shardkit.credentials import from_environment
-    from shardkit.errors import UnknownTable
     from shardkit_cdc.daemon import hops_of
     from shardkit_cdc.repair import repair as mend
     from shardkit_cdc.verify import verify as compare
 
     with map_store(map_source) as store:
         current = store.load()
-    unknown = set(shards) - set(current.shards)
-    if unknown:
-        raise UnknownTable(
-            f"the shard map has no shard {', '.join(sorted(unknown))}",
-            hint=f"its shards are {', '.join(sorted(current.shards))}",
-        )
-    specs = [spec for name, shard in current.shards.items() if not shards or name in shards for spec in hops_of(shard)]
+    specs = [spec for shard in chosen_shards(current, shards) for spec in hops_of(shard)]
     verdicts: list[Verdict] = []
     repaired = 0
     for spec in specs:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection
 
 from shardkit.errors import InvalidToken, PreconditionFailed
 from shardkit.replicas.token import Mark, Token
 from shardkit.session.carrying import Carrier
-from shardkit.session.session import ClusterSession
-from shardkit.session.transaction import position_of_master
+from shardkit.session.transacting import TransactingSession
 
 logger = logging.getLogger(__name__)
 
@@ -97,68 +96,21 @@ class TokenCookie:
 
 # --- what sessions that are still open have seen
 
-_lock = threading.Lock()
-#: The sessions of each request, and the threads in which they last began a transaction.
-_sessions: WeakKeyDictionary[Carrier, WeakKeyDictionary[ClusterSession, int]] = WeakKeyDictionary()
-
-
-@event.listens_for(ClusterSession, "after_transaction_create")
-def _join(session: Any, _transaction: Any) -> None:
-    carrier: Carrier | None = session._carrier  # noqa: SLF001
-    if carrier is not None:
-        with _lock:
-            _sessions.setdefault(carrier, WeakKeyDictionary())[session] = threading.get_ident()
-
-
-@event.listens_for(ClusterSession, "after_commit")
-def _note_write(session: Any) -> None:
-    carrier: Carrier | None = session._carrier  # noqa: SLF001
-    if carrier is not None and session._root is not None and session._root.written:  # noqa: SLF001
-        carrier.wrote = True
-
 
 def _take_in_open_sessions(carrier: Carrier, *, asks: bool) -> None:
     """Transactions tell what they have seen as they end, and some end after the answer."""
-    with _lock:
-        sessions = list(_sessions.get(carrier, {}).items())
-    for session, thread in sessions:
-        for shard, mark, connection in _seen_by(session):
-            before = carrier.token.marks.get(shard)
-            # another thread may be at work on its connection, as an event loop may on that of an asyncio session
-            mine = asks and not session.asynchronous and thread == threading.get_ident()
-            position = mark.position
-            if connection is not None and mine and _is_idle(connection):
-                position = position_of_master(connection)
-            now = Mark(mark.epoch, position)
-            all_of_it = connection is not None and position is not None
-
-            def take(
-                token: Token, shard: str = shard, now: Mark = now, before: Mark | None = before, all_: bool = all_of_it
-            ) -> Token:
-                if all_ and token.marks.get(shard) is before:
-                    return token.replaced(shard, now)
-                return token.raised(shard, now)
-
-            carrier.change(take)
+    for session, thread in carrier.sessions():
+        # another thread may be at work on its connection, as an event loop may on that of an asyncio session
+        mine = asks and not session.asynchronous and thread == threading.get_ident()
+        before = carrier.token.marks
+        for shard, mark, all_of_it in _seen_by(session, mine=mine):
+            carrier.note(shard, mark, all_of_it=all_of_it, instead_of=before.get(shard))
 
 
-def _seen_by(session: ClusterSession) -> Iterable[tuple[str, Mark, Connection | None]]:
-    """What an open transaction has read: a replica's position, or the connection to a master."""
+def _seen_by(session: TransactingSession, *, mine: bool) -> list[tuple[str, Mark, bool]]:
     for _ in range(_TRIES):
-        root = session._root  # noqa: SLF001
-        if root is None or root._pin is None or session._transaction is None:  # noqa: SLF001
-            return []
-        try:
-            epochs = {shard: each.epoch for shard, each in root.view.map.shards.items()}
-            replicas = [
-                (shard, Mark(epochs[shard], seen.position), None)
-                for shard, (_, seen) in list(root._seen.items())  # noqa: SLF001
-                if seen.known
-            ]
-            masters = root._masters_to_ask()  # noqa: SLF001
-        except RuntimeError:  # a dictionary grew meanwhile
-            continue
-        return [*replicas, *((shard, Mark(epochs[shard], None), each) for shard, each in masters.items())]
+        with suppress(RuntimeError):  # a dictionary grew meanwhile
+            return list(session.seen_so_far(lambda connection: mine and _is_idle(connection)))
     logger.info("what a session at work has seen is not in the cookie")
     return []
 

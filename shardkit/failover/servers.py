@@ -38,7 +38,7 @@ class Server:
         self.endpoint = endpoint
         self.connection = connect(endpoint, credentials, autocommit=True, read_timeout=seconds)
         version, self.id = self.row("SELECT VERSION(), CONNECTION_ID()")
-        self.flavour = Flavour.MARIADB if "mariadb" in str(version).lower() else Flavour.MYSQL
+        self.flavour = Flavour.of_version(str(version))
 
     def __enter__(self) -> Self:
         return self

@@ -6,8 +6,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
-from shardkit.replicas.token import Token
+from shardkit.replicas.token import Mark, Token
+
+if TYPE_CHECKING:
+    from shardkit.session.transacting import TransactingSession
 
 
 class Carrier:
@@ -19,9 +24,10 @@ class Carrier:
     def __init__(self, token: Token | None = None) -> None:
         self._token = token or Token()
         self._lock = threading.Lock()
+        self._sessions: WeakKeyDictionary[TransactingSession, int] = WeakKeyDictionary()
         #: Whether a session has added to the token.
         self.changed = False
-        #: Whether a session has committed what it wrote, where somebody takes note of that (`shardkit.contrib`).
+        #: Whether a session has committed what it wrote.
         self.wrote = False
 
     @property
@@ -35,6 +41,29 @@ class Carrier:
             after = how(self._token)
             self.changed = self.changed or after is not self._token
             self._token = after
+
+    def note(self, shard: str, mark: Mark, *, all_of_it: bool, instead_of: Mark | None) -> None:
+        """Take note of what a session has written or seen.
+
+        :param all_of_it: whether the mark covers everything that the session has written and seen on the shard.
+        :param instead_of: what the session had found noted here before: covered, too, if it still is what is noted.
+        """
+
+        def noted(token: Token) -> Token:
+            covers = all_of_it and token.marks.get(shard) is instead_of
+            return (Token.replaced if covers else Token.raised)(token, shard, mark)
+
+        self.change(noted)
+
+    def join(self, session: TransactingSession) -> None:
+        """A session begins a transaction, in this thread."""
+        with self._lock:
+            self._sessions[session] = threading.get_ident()
+
+    def sessions(self) -> list[tuple[TransactingSession, int]]:
+        """The sessions that have begun transactions and still exist, and the threads in which they last did."""
+        with self._lock:
+            return list(self._sessions.items())
 
 
 _current: ContextVar[Carrier | None] = ContextVar("shardkit_token_carrier", default=None)

@@ -110,10 +110,15 @@ class TransactingSession(Session):
         """
         self._take_in()
         token = self._token if self._carrier is None else self._token.merged(self._carrier.token)
-        if self._root is not None and self._transaction is not None:
-            for shard, mark, all_of_it in self._root.seen_so_far():
-                token = (Token.replaced if all_of_it else Token.raised)(token, shard, mark)
+        asks = self.reads_replicas and not self.asynchronous
+        for shard, mark, all_of_it in self.seen_so_far(lambda _: asks):
+            token = (Token.replaced if all_of_it else Token.raised)(token, shard, mark)
         return token
+
+    def seen_so_far(self, may_ask: Callable[[Connection], bool]) -> Iterable[tuple[str, Mark, bool]]:
+        """What the open transaction has read. See `ClusterTransaction.seen_so_far`."""
+        root = self._root
+        return () if root is None or self._transaction is None else root.seen_so_far(may_ask)
 
     def mark_for(self, shard: str) -> Mark | None:
         """What a read of this shard has to show; None: anything will do."""
@@ -143,9 +148,7 @@ class TransactingSession(Session):
         take = Token.replaced if all_of_it else Token.raised
         self._token = take(self._token, shard, mark)
         if self._carrier is not None:
-            self._carrier.change(
-                lambda token: (take if token.marks.get(shard) is instead_of else Token.raised)(token, shard, mark)
-            )
+            self._carrier.note(shard, mark, all_of_it=all_of_it, instead_of=instead_of)
 
     def carried(self, shard: str) -> Mark | None:
         """What the work that this session belongs to has noted of a shard."""
@@ -169,6 +172,14 @@ class TransactingSession(Session):
         """Take a new outermost transaction."""
         self._root = transaction
         self.committed = False
+        if self._carrier is not None:
+            self._carrier.join(self)
+
+    def note_commit(self, *, wrote: bool) -> None:
+        """The outermost transaction has been committed."""
+        self.committed = True
+        if wrote and self._carrier is not None:
+            self._carrier.wrote = True
 
     def _outermost(self) -> ClusterTransaction:
         if self._transaction is None:

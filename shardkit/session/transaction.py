@@ -6,7 +6,7 @@ The methods that replace SQLAlchemy's own are pinned by tests/unit/test_session_
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, cast
@@ -310,15 +310,20 @@ class ClusterTransaction(SessionTransaction):
 
     # --- what was written and seen
 
-    def seen_so_far(self) -> Iterator[tuple[str, Mark, bool]]:
-        """What has been read: positions of replicas, and of masters as they are now (None under asyncio, where nothing
-        can be asked in passing: the end of the transaction will tell). With whether that covers all that was seen."""
+    def seen_so_far(self, may_ask: Callable[[Connection], bool]) -> Iterator[tuple[str, Mark, bool]]:
+        """What has been read: positions of replicas, and of masters as they are now. With whether that covers all that
+        was seen.
+
+        :param may_ask: whether a master may be asked in passing, on this connection; without it the position is None,
+            and the end of the transaction will tell.
+        """
+        if self._pin is None:
+            return
         for shard, (_, seen) in self._seen.items():
             if seen.known:
                 yield shard, Mark(self._epoch(shard), seen.position), False
         for shard, connection in self._masters_to_ask().items():
-            asked = self._session.reads_replicas and not self._asynchronous
-            yield shard, Mark(self._epoch(shard), position_of_master(connection) if asked else None), True
+            yield shard, Mark(self._epoch(shard), position_of_master(connection) if may_ask(connection) else None), True
 
     def _tell_what_was_seen(self, shard: str, seen: Seen) -> None:
         if seen.known:
@@ -426,7 +431,7 @@ class ClusterTransaction(SessionTransaction):
             with self._expect_state(SessionTransactionState.PREPARED):
                 self._prepare_impl()
         pending = self._commit_connections()
-        self._session.committed = True
+        self._session.note_commit(wrote=bool(self._written))
         self._tell_what_was_committed(pending)
         self._state = SessionTransactionState.COMMITTED
         self.session.dispatch.after_commit(self.session)
