@@ -29,7 +29,8 @@ from shardkit.testing.cluster import database_of
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit.topology import Endpoint, ReplicationKind, Role, Shard
 from tests.conftest import FLAVOUR
-from tests.faults.lists import SHARD, Base, Entry
+from tests.faults.lists import SHARD, Base, Entry, lists_map
+from tests.native_replication import follow
 
 DATABASE = database_of(SHARD)
 APP, SECRET = "app", "app"
@@ -126,20 +127,7 @@ def open_stage(kind: ReplicationKind, folder: Path) -> Iterator[Stage]:
         )
         source = folder / "map.yaml"
         shard = replace(local.shards[SHARD], replication=kind)
-        written = ShardMap.parse(
-            {
-                "format": 1,
-                "cluster": "lists",
-                "keyspaces": {
-                    "lists": {
-                        "partition": {"by": "hash", "buckets": 4},
-                        "tables": {"entries": "owner"},
-                        "placement": {SHARD: "0-3"},
-                    }
-                },
-                "shards": {SHARD: {"master": shard.master.url}},
-            }
-        ).with_shards({SHARD: shard})
+        written = lists_map(shard)
         source.write_text(written.dump(), encoding="utf-8")
         servers = [each for each in local.servers if isinstance(each, LocalDatabaseServer)]
         if native:
@@ -165,22 +153,6 @@ def open_stage(kind: ReplicationKind, folder: Path) -> Iterator[Stage]:
 
 def holds_a_beat(stage: Stage, number: int) -> None:
     wait_until(lambda: bool(stage.replica(number).execute("SELECT 1 FROM shardkit_heartbeat", database=DATABASE)))
-
-
-def follow(replica: LocalDatabaseServer, master: LocalDatabaseServer) -> None:
-    """Native replication, by GTID."""
-    login = f"_HOST = '{master.host}', %s_PORT = {master.port}, %s_USER = '{master.user}', %s_PASSWORD = "
-    login += f"'{master.password}'"
-    if FLAVOUR == "mariadb":
-        replica.execute(f"CHANGE MASTER TO MASTER{login % (('MASTER',) * 3)}, MASTER_USE_GTID = slave_pos")
-        replica.execute("START SLAVE")
-    else:
-        replica.execute("RESET BINARY LOGS AND GTIDS")
-        names = ("SOURCE",) * 3
-        replica.execute(
-            f"CHANGE REPLICATION SOURCE TO SOURCE{login % names}, SOURCE_AUTO_POSITION = 1, GET_SOURCE_PUBLIC_KEY = 1"
-        )
-        replica.execute("START REPLICA")
 
 
 @dataclass

@@ -6,6 +6,9 @@ The fixtures are in `tests.relay_fixtures`: name that module in ``pytest_plugins
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +32,19 @@ def wait_for(condition: Callable[[], bool], what: str | Callable[[], str], *, de
         if time.monotonic() > end:
             pytest.fail(f"{what if isinstance(what, str) else what()}: not within {deadline:.0f} s")
         time.sleep(0.02)
+
+
+def relay_command(*words: str, password: str = "", seconds: float = 60.0) -> subprocess.CompletedProcess[str]:
+    """Run ``shardkit relay ...`` in a process of its own, without a terminal."""
+    return subprocess.run(
+        [sys.executable, "-c", "from shardkit.cli import main; main()", "relay", *words],
+        env=os.environ | {"SHARDKIT_USER": "root", "SHARDKIT_PASSWORD": password},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
 
 
 class Chain:

@@ -24,6 +24,8 @@ import shardkit
 from shardkit.cluster import Cluster
 from shardkit.errors import CommitUnknown, ShardkitError
 from shardkit.replicas.token import Token
+from shardkit.shardmap import ShardMap
+from shardkit.topology import Shard
 
 SHARD = "lists-0"
 
@@ -38,6 +40,25 @@ class Entry(Base):
     __tablename__ = "entries"
     owner: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
+def lists_map(shard: Shard) -> ShardMap:
+    """The map of the lists, all of them on one shard."""
+    written = ShardMap.parse(
+        {
+            "format": 1,
+            "cluster": "lists",
+            "keyspaces": {
+                "lists": {
+                    "partition": {"by": "hash", "buckets": 4},
+                    "tables": {"entries": "owner"},
+                    "placement": {SHARD: "0-3"},
+                }
+            },
+            "shards": {SHARD: {"master": shard.master.url}},
+        }
+    )
+    return written.with_shards({SHARD: shard})
 
 
 #: Owners of one run; those of the next have other numbers.

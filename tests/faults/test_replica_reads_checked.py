@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,13 +20,13 @@ from shardkit.cluster import Cluster
 from shardkit.demo.relay_process import RelayProcess
 from shardkit.replicas.positions import Told
 from shardkit.replicas.token import Mark, Token
-from shardkit.shardmap import ShardMap
 from shardkit.testing import LocalCluster, TcpProxy
 from shardkit.testing.cluster import database_of
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit.topology import ReplicationKind, Role
 from tests.conftest import FLAVOUR
-from tests.faults.lists import SHARD, Base, Story, run
+from tests.faults.lists import SHARD, Base, Story, lists_map, run
+from tests.native_replication import follow
 
 #: Of each kind of replication.
 OPERATIONS = 11_000 if FLAVOUR == "mariadb" else 3_000
@@ -72,20 +72,7 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         proxies = [stack.enter_context(TcpProxy(each.host, each.port)) for each in shard.replicas]
         behind = [proxy.endpoint(database_of(SHARD)) for proxy in proxies]
         maps = {
-            name: ShardMap.parse(
-                {
-                    "format": 1,
-                    "cluster": "lists",
-                    "keyspaces": {
-                        "lists": {
-                            "partition": {"by": "hash", "buckets": 4},
-                            "tables": {"entries": "owner"},
-                            "placement": {SHARD: "0-3"},
-                        }
-                    },
-                    "shards": {SHARD: {"master": shard.master.url}},
-                }
-            ).with_shards({SHARD: replace(shard, replicas=tuple(replicas), replication=request.param)})
+            name: lists_map(replace(shard, replicas=tuple(replicas), replication=request.param))
             for name, replicas in (("clients", behind), ("relay", shard.replicas))
         }
         source = folder / "map.yaml"
@@ -109,22 +96,6 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         made = Stage(cluster, local, proxies, relay)
         wait(made.fresh)
         yield made
-
-
-def follow(replica: LocalDatabaseServer, master: LocalDatabaseServer) -> None:
-    """Native replication, by GTID."""
-    login = f"_HOST = '{master.host}', %s_PORT = {master.port}, %s_USER = '{master.user}', %s_PASSWORD = "
-    login += f"'{master.password}'"
-    if FLAVOUR == "mariadb":
-        replica.execute(f"CHANGE MASTER TO MASTER{login % (('MASTER',) * 3)}, MASTER_USE_GTID = slave_pos")
-        replica.execute("START SLAVE")
-    else:
-        replica.execute("RESET BINARY LOGS AND GTIDS")
-        names = ("SOURCE",) * 3
-        replica.execute(
-            f"CHANGE REPLICATION SOURCE TO SOURCE{login % names}, SOURCE_AUTO_POSITION = 1, GET_SOURCE_PUBLIC_KEY = 1"
-        )
-        replica.execute("START REPLICA")
 
 
 def wait(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -217,8 +188,9 @@ def test_nobody_is_shown_the_past_for_long(stage: Stage) -> None:
 @pytest.mark.parametrize("stage", [ReplicationKind.RELAY], indirect=True)
 def test_without_tokens_the_checker_finds_violations(stage: Stage) -> None:
     wait(stage.fresh)
-    story = run(stage.cluster, 4_000, carry=lambda _token: Token(), seconds=60, to_the_first=True)
-    assert story.violations
+    with lag_in_turn(stage):
+        story = run(stage.cluster, 4_000, carry=lambda _token: Token(), seconds=60, to_the_first=True)
+    assert story.violations, told(story, stage, 0)
 
 
 @pytest.mark.parametrize("stage", [ReplicationKind.RELAY], indirect=True)
@@ -233,19 +205,25 @@ def test_a_token_raised_from_what_was_known_before_is_caught(stage: Stage, monke
         return Mark(told.epoch, least)
 
     monkeypatch.setattr(Told, "mark", property(cached))
-    done = threading.Event()
-    lagging = threading.Thread(target=lag_in_turn, args=(stage, done))
-    lagging.start()
-    try:
+    with lag_in_turn(stage):
         story = run(stage.cluster, 20_000, seconds=90, append_share=0.05, to_the_first=True)
-    finally:
-        done.set()
-        lagging.join()
     assert any("saw" in violation for violation in story.violations), told(story, stage, 0)
 
 
-def lag_in_turn(stage: Stage, done: threading.Event) -> None:
-    """One replica stands still while the other goes on, and then the other way round."""
+@contextmanager
+def lag_in_turn(stage: Stage) -> Iterator[None]:
+    """Meanwhile one replica stands still while the other goes on, and then the other way round."""
+    done = threading.Event()
+    lagging = threading.Thread(target=_lag_in_turn, args=(stage, done))
+    lagging.start()
+    try:
+        yield
+    finally:
+        done.set()
+        lagging.join()
+
+
+def _lag_in_turn(stage: Stage, done: threading.Event) -> None:
     turn = 0
     while not done.is_set():
         turn += 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +21,7 @@ from shardkit.topology import Endpoint, ReplicationKind, Role, Shard
 from shardkit_cdc.daemon import Relay, hops_of
 from shardkit_cdc.relay import HopOptions, State
 from shardkit_cdc.status import hop_status
-from tests.relay_chain import Chain, wait_for
+from tests.relay_chain import Chain, relay_command, wait_for
 
 pytest_plugins = ["tests.relay_fixtures"]
 
@@ -221,17 +219,6 @@ def test_leadership_ends_with_zookeeper_and_returns_with_it(pair: Chain) -> None
 # --- the command line
 
 
-def shardkit(*words: str, password: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from shardkit.cli import main; main()", "relay", *words],
-        env=os.environ | {"SHARDKIT_USER": "root", "SHARDKIT_PASSWORD": password},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 def map_file(chain: Chain, path: Path) -> str:
     path.write_text(ShardMap.parse(document(chain)).dump())
     return f"file:{path}"
@@ -242,19 +229,19 @@ def test_status_on_the_command_line(pair: Chain, tmp_path: Path) -> None:
     pair.run(pair.hop(0))
     pair.sql("CREATE TABLE t (id INT PRIMARY KEY)")
     pair.settle()
-    done = shardkit("status", "--map", source, "--json")
+    done = relay_command("status", "--map", source, "--json")
     assert done.returncode == 0, done.stderr
     (hop,) = json.loads(done.stdout)["hops"]
     assert (hop["state"], hop["shard"], hop["behind"]) == ("running", "shop-0", 0)
-    done = shardkit("status", "--map", source)
+    done = relay_command("status", "--map", source)
     assert "running" in done.stdout
-    assert shardkit("status", "--map", source, "--shard", "shop-9").returncode == 4
+    assert relay_command("status", "--map", source, "--shard", "shop-9").returncode == 4
 
 
 @pytest.mark.parametrize("password", ["", "wrong"])
 def test_a_relay_that_cannot_start_says_why_on_one_screen(pair: Chain, tmp_path: Path, password: str) -> None:
     pair.sql("CREATE TABLE in_the_way (id INT)", server=pair.last)
-    done = shardkit("run", "--map", map_file(pair, tmp_path / "map.yaml"), password=password)
+    done = relay_command("run", "--map", map_file(pair, tmp_path / "map.yaml"), password=password)
     assert done.returncode == 4, done.stderr
     assert "Traceback" not in done.stderr
     assert "fix: " in done.stderr
@@ -263,9 +250,9 @@ def test_a_relay_that_cannot_start_says_why_on_one_screen(pair: Chain, tmp_path:
 
 
 def test_no_map_no_relay(tmp_path: Path) -> None:
-    done = shardkit("run", "--map", f"file:{tmp_path / 'missing.yaml'}")
+    done = relay_command("run", "--map", f"file:{tmp_path / 'missing.yaml'}")
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
-    done = shardkit("run", "--map", "zookeeper://127.0.0.1:1/shop")
+    done = relay_command("run", "--map", "zookeeper://127.0.0.1:1/shop")
     assert done.returncode == 4, done.stderr
     assert "Traceback" not in done.stderr

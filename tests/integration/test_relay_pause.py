@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +19,7 @@ from shardkit_cdc.heartbeat import Heartbeat
 from shardkit_cdc.pause import LOOK_SECONDS, pause, read_pause, resume
 from shardkit_cdc.relay import State
 from shardkit_cdc.status import HopStatus, hop_status
-from tests.relay_chain import Chain, wait_for
+from tests.relay_chain import Chain, relay_command, wait_for
 
 pytest_plugins = ["tests.relay_fixtures"]
 
@@ -48,17 +45,6 @@ def shard_map(chain: Chain) -> ShardMap:
 def status(chain: Chain) -> list[HopStatus]:
     shard: Shard = shard_map(chain).shards[chain.shard]
     return hop_status([shard], chain.master.credentials)
-
-
-def shardkit(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from shardkit.cli import main; main()", "relay", *words],
-        env=os.environ | {"SHARDKIT_USER": "root", "SHARDKIT_PASSWORD": ""},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 def map_file(chain: Chain, path: Path) -> str:
@@ -222,35 +208,35 @@ def test_pause_and_resume_on_the_command_line(chain: Chain, tmp_path: Path) -> N
     chain.sql("CREATE TABLE t (id INT PRIMARY KEY)", "INSERT INTO t VALUES (1)")
     chain.settle()
     first, second = (spec.name for spec in chain.specs)
-    done = shardkit("pause", second, "--map", source, "--json")
+    done = relay_command("pause", second, "--map", source, "--json")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)["hops"]
     assert (row["hop"], row["changed"], row["at_rest"]) == (second, True, True)
     assert f"hop {second} paused by " in done.stderr  # the audit log
     assert chain.hops[1].report.state in {State.STARTING, State.PAUSED}
-    again = shardkit("pause", "--shard", chain.shard, "--map", source, "--json")
+    again = relay_command("pause", "--shard", chain.shard, "--map", source, "--json")
     assert [row["changed"] for row in json.loads(again.stdout)["hops"]] == [True, False]
-    shown = shardkit("status", "--map", source)
+    shown = relay_command("status", "--map", source)
     assert shown.returncode == 0
     assert shown.stdout.count("paused") == 2
     assert f"{first}: paused by " in shown.stderr
-    done = shardkit("resume", "--shard", chain.shard, "--map", source)
+    done = relay_command("resume", "--shard", chain.shard, "--map", source)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("resumed") == 2
     assert "resumed by" in done.stderr
     chain.settle()
-    assert shardkit("resume", first, "--map", source).stdout.count("not paused") == 1
-    unknown = shardkit("pause", "shop-0/nowhere:1", "--map", source)
+    assert relay_command("resume", first, "--map", source).stdout.count("not paused") == 1
+    unknown = relay_command("pause", "shop-0/nowhere:1", "--map", source)
     assert unknown.returncode == 4
     assert first in unknown.stderr
-    assert shardkit("pause", "--map", source).returncode == 2
-    assert shardkit("pause", first, "--shard", chain.shard, "--map", source).returncode == 2
+    assert relay_command("pause", "--map", source).returncode == 2
+    assert relay_command("pause", first, "--shard", chain.shard, "--map", source).returncode == 2
 
 
 def test_a_shard_that_is_paused_in_part_says_where_it_is_not(own_chain: Chain, tmp_path: Path) -> None:
     source = map_file(own_chain, tmp_path / "map.yaml")
     own_chain.last.stop()
-    done = shardkit("pause", "--shard", own_chain.shard, "--map", source)
+    done = relay_command("pause", "--shard", own_chain.shard, "--map", source)
     assert done.returncode == 5, done.stderr
     assert f"not for {own_chain.specs[1].name}" in done.stderr
     connection = own_chain.servers[1].connect(own_chain.database, autocommit=True)
@@ -288,7 +274,7 @@ def test_a_purged_position_needs_a_reseed(own_pair: Chain, tmp_path: Path) -> No
     assert "relay seed" in found.error
     assert pair.master.endpoint(pair.database).address in found.error
     assert found.retention_left is None
-    shown = shardkit("status", "--map", map_file(pair, tmp_path / "map.yaml"))
+    shown = relay_command("status", "--map", map_file(pair, tmp_path / "map.yaml"))
     assert shown.returncode == 1
     assert "needs reseed" in shown.stdout
     pair.run(pair.hop(0))
@@ -324,7 +310,7 @@ def test_how_much_of_the_log_is_left(own_pair: Chain, tmp_path: Path) -> None:
     (found,) = status(pair)
     assert found.retention_left is not None
     assert 99_900 < found.retention_left <= 100_000
-    assert "1 d 3 h" in shardkit("status", "--map", map_file(pair, tmp_path / "map.yaml")).stdout
+    assert "1 d 3 h" in relay_command("status", "--map", map_file(pair, tmp_path / "map.yaml")).stdout
     pair.stop()
     # as if nothing had arrived for a day
     connection = pair.last.connect(pair.database, autocommit=True)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,7 @@ from shardkit.testing.database import LocalDatabaseServer
 from shardkit_cdc.relay import State
 from shardkit_cdc.seed import Found, Seeded, seed
 from tests.integration.test_relay_replay import COLUMNS, GENERATED, PECULIAR
-from tests.relay_chain import Chain, wait_for
+from tests.relay_chain import Chain, relay_command, wait_for
 
 pytest_plugins = ["tests.relay_fixtures"]
 
@@ -383,16 +381,7 @@ def test_a_replica_of_a_staging_database_that_nobody_filled(chain: Chain) -> Non
 
 # --- the command line and the documented accounts
 
-
-def shardkit(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from shardkit.cli import main; main()", "relay", *words],
-        env=os.environ | {"SHARDKIT_USER": "root", "SHARDKIT_PASSWORD": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+shardkit = partial(relay_command, seconds=120)
 
 
 def map_file(chain: Chain, path: Path) -> str:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,7 @@ from shardkit_cdc import skip as skipping
 from shardkit_cdc.position import Claim
 from shardkit_cdc.relay import State
 from shardkit_cdc.skip import Skippable, look
-from tests.relay_chain import Chain, wait_for
+from tests.relay_chain import Chain, relay_command, wait_for
 
 pytest_plugins = ["tests.relay_fixtures"]
 
@@ -350,18 +347,6 @@ def test_a_position_that_moved_without_the_epoch_stays(pair: Chain, monkeypatch:
 # --- the command line
 
 
-def shardkit(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from shardkit.cli import main; main()", "relay", *words],
-        env=os.environ | {"SHARDKIT_USER": "root", "SHARDKIT_PASSWORD": ""},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 def test_skip_on_the_command_line(pair: Chain, tmp_path: Path) -> None:
     gtid = in_the_way(pair)
     master, target = (server.endpoint(pair.database).url for server in pair.servers)
@@ -378,11 +363,11 @@ def test_skip_on_the_command_line(pair: Chain, tmp_path: Path) -> None:
         ).dump()
     )
     words = ["skip", pair.specs[0].name, "--at", gtid, "--map", f"file:{source}"]
-    asked = shardkit(*words)
+    asked = relay_command(*words)
     assert asked.returncode == 4, asked.stderr
     assert f"{pair.database}.t: 1 row events" in asked.stderr  # what would be skipped
     assert "nothing was changed" in asked.stderr
-    done = shardkit(*words, "--yes", "--json")
+    done = relay_command(*words, "--yes", "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["skipped"], told["tables"]) == (gtid, {f"{pair.database}.t": 1})
@@ -391,6 +376,6 @@ def test_skip_on_the_command_line(pair: Chain, tmp_path: Path) -> None:
     pair.run(pair.hop(0))
     pair.settle()
     assert ids(pair) == [1, 2, 3, 4]
-    again = shardkit(*words, "--yes")
+    again = relay_command(*words, "--yes")
     assert again.returncode == 4
     assert "is run by" in again.stderr

@@ -29,7 +29,7 @@ from shardkit.shardmap import ShardMap
 from shardkit.testing import LocalCluster
 from shardkit.topology import ReplicationKind, Role
 from tests.conftest import FLAVOUR
-from tests.faults.lists import SHARD, Base, Entry
+from tests.faults.lists import SHARD, Base, Entry, lists_map
 from tests.promotion_stage import APP, DATABASE, Stage, open_stage, refused, wait_until
 
 pytestmark = [getattr(pytest.mark, FLAVOUR)]
@@ -252,20 +252,7 @@ def pair() -> Iterator[LocalCluster]:
 
 
 def layout(local: LocalCluster) -> ShardMap:
-    return ShardMap.parse(
-        {
-            "format": 1,
-            "cluster": "lists",
-            "keyspaces": {
-                "lists": {
-                    "partition": {"by": "hash", "buckets": 4},
-                    "tables": {"entries": "owner"},
-                    "placement": {SHARD: "0-3"},
-                }
-            },
-            "shards": {SHARD: {"master": local.shards[SHARD].master.url}},
-        }
-    ).with_shards(local.shards)
+    return lists_map(local.shards[SHARD])
 
 
 @pytest.fixture
