@@ -128,11 +128,7 @@ class ReplicaHealth:
         while not (found := self.covering(replicas, mark)) and (left := end - time.monotonic()) > 0:
             replica = replicas[turn % len(replicas)]
             turn += 1
-            with self._lock:
-                free = replica not in self._asked
-                if free:
-                    self._asked.add(replica)
-            if free:
+            if self._begin(replica):
                 self._look(replica)
                 if not self.covering([replica], mark):
                     time.sleep(min(_HURRY, left))
@@ -164,21 +160,38 @@ class ReplicaHealth:
         with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="shardkit-lag") as pool:
             while not self._closed.wait(self._interval if self._readings else 0):
                 for replica in list(self._replicas()):
-                    with self._lock:
-                        free = replica not in self._asked  # else its last look still hangs
-                        self._asked.add(replica)
-                    if free:
+                    if self._begin(replica):  # else its last look still hangs
                         try:
                             pool.submit(self._look, replica)
                         except RuntimeError:  # the interpreter is ending
                             return
 
+    def _begin(self, replica: Replica) -> bool:
+        """Whether nobody is looking at the replica; the caller does, then."""
+        with self._lock:
+            if replica in self._asked:
+                return False
+            self._asked.add(replica)
+            return True
+
     def _look(self, replica: Replica) -> None:
+        """Ask a replica, once `_begin` said so."""
+        try:
+            self._note(replica, self._read(replica))
+        finally:
+            with self._lock:
+                self._asked.discard(replica)
+            with self._seen:
+                self._seen.notify_all()
+
+    def _read(self, replica: Replica) -> Reading:
         began = time.monotonic()
         try:
-            reading = _read(self._engine_of(replica), self._shard_of(replica[0]), began)
+            return _read(self._engine_of(replica), self._shard_of(replica[0]), began)
         except (SQLAlchemyError, ShardkitError, OSError) as error:
-            reading = Reading(None, None, began, error=str(getattr(error, "orig", None) or error))
+            return Reading(None, None, began, error=str(getattr(error, "orig", None) or error))
+
+    def _note(self, replica: Replica, reading: Reading) -> None:
         before = self._readings.get(replica)
         self._readings[replica] = reading
         if self._judge(replica, time.monotonic(), self._max_lag):
@@ -187,9 +200,6 @@ class ReplicaHealth:
             self._fresh.discard(replica)
         if reading.error and (before is None or not before.error):
             logger.warning("replica %s of shard %s gets no reads: %s", replica[2], replica[0], reading.error)
-        self._asked.discard(replica)
-        with self._seen:
-            self._seen.notify_all()
 
 
 def _read(engine: Engine, shard: Shard, began: float) -> Reading:
