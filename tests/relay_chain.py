@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pymysql
 import pytest
@@ -168,32 +170,14 @@ class Chain:
 
     def contents(self, server: LocalDatabaseServer) -> Mapping[str, tuple[object, ...]]:
         """Every table, view and routine with its definition and, of tables, its checksum; shardkit's own left out."""
-        found: dict[str, tuple[object, ...]] = {}
-        for name, kind in server.execute(
-            "SELECT table_name, table_type FROM information_schema.tables WHERE table_schema = %s", self.database
-        ):
-            if name.startswith("shardkit_"):
-                continue
-            if kind == "VIEW":
-                found[name] = server.execute(f"SHOW CREATE VIEW `{name}`", database=self.database)[0][1:2]
-                continue
-            created = server.execute(f"SHOW CREATE TABLE `{name}`", database=self.database)[0][1]
-            if kind == "SEQUENCE":
-                found[name] = (created,)
-                continue
-            checksum = server.execute(f"CHECKSUM TABLE `{name}`", database=self.database)[0][1]
-            found[name] = (created.split(" AUTO_INCREMENT=")[0], checksum)
-        for (name,) in server.execute(
-            "SELECT routine_name FROM information_schema.routines WHERE routine_schema = %s", self.database
-        ):
-            found[f"routine {name}"] = ()
-        for name, event, table in server.execute(
-            "SELECT trigger_name, event_manipulation, event_object_table FROM information_schema.triggers "
-            "WHERE trigger_schema = %s",
-            self.database,
-        ):
-            found[f"trigger {name}"] = (event, table)
-        return found
+        connection = server.connect(self.database, autocommit=True)
+        with connection, connection.cursor() as cursor:
+
+            def ask(statement: str, *values: object) -> tuple[tuple[Any, ...], ...]:
+                cursor.execute(statement, values)
+                return cursor.fetchall()
+
+            return {**_tables(ask, self.database), **_programs(ask, self.database)}
 
     def assert_equal(self) -> None:
         """Every server holds what the master holds."""
@@ -212,3 +196,43 @@ class Chain:
         wait_for(lambda: hop.report.state in {State.FAILED, State.FENCED, State.BLOCKED}, f"{hop.spec.name} stops")
         assert hop.report.error is not None
         return hop.report.error
+
+
+_AUTO_INCREMENT = re.compile(r" AUTO_INCREMENT=\d+")
+
+
+def _tables(ask: Callable[..., tuple[tuple[Any, ...], ...]], database: str) -> dict[str, tuple[object, ...]]:
+    found: dict[str, tuple[object, ...]] = {}
+    for name, kind in ask(
+        "SELECT table_name, table_type FROM information_schema.tables WHERE table_schema = %s", database
+    ):
+        quoted = "`" + name.replace("`", "``") + "`"
+        if name.startswith("shardkit_"):
+            continue
+        if kind == "VIEW":
+            found[name] = ask(f"SHOW CREATE VIEW {quoted}")[0][1:2]
+            continue
+        created = ask(f"SHOW CREATE TABLE {quoted}")[0][1]
+        if kind == "SEQUENCE":
+            found[name] = (created,)
+            continue
+        # The next number is not in the log: a copy knows of those that rows have.
+        found[name] = (_AUTO_INCREMENT.sub("", created), ask(f"CHECKSUM TABLE {quoted}")[0][1])
+    return found
+
+
+def _programs(ask: Callable[..., tuple[tuple[Any, ...], ...]], database: str) -> dict[str, tuple[object, ...]]:
+    found: dict[str, tuple[object, ...]] = {}
+    for kind, name, body in ask(
+        "SELECT routine_type, routine_name, routine_definition FROM information_schema.routines "
+        "WHERE routine_schema = %s",
+        database,
+    ):
+        found[f"{kind} {name}"] = (body,)
+    for name, event, table, action in ask(
+        "SELECT trigger_name, event_manipulation, event_object_table, action_statement "
+        "FROM information_schema.triggers WHERE trigger_schema = %s",
+        database,
+    ):
+        found[f"trigger {name}"] = (event, table, action)
+    return found

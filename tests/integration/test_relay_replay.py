@@ -273,6 +273,17 @@ def test_schema_changes_arrive_in_their_place(chain: Chain, statements: list[str
     chain.assert_equal()
 
 
+def test_a_drop_that_found_some_of_its_tables_takes_them_from_the_copies_too(chain: Chain) -> None:
+    """MariaDB drops those that are there, complains of the rest, and logs the whole; MySQL drops none and logs none."""
+    chain.start()
+    chain.sql("CREATE TABLE here (id INT)", "CREATE VIEW seen AS SELECT 1")
+    for statement in ("DROP TABLE missing, here", "DROP VIEW seen, unseen"):
+        with pytest.raises(pymysql.MySQLError, match=r"seen|missing"):
+            chain.sql(statement)
+    chain.settle()
+    chain.assert_equal()
+
+
 def test_a_trigger_fires_on_the_master_alone(chain: Chain) -> None:
     chain.start()
     chain.sql(

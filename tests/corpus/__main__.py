@@ -1,0 +1,74 @@
+"""``python -m tests.corpus [--flavour mysql] [--most 3000] DIRECTORY``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.corpus.running import Corpus, Tally, files, seconds_since
+from tests.relay_fixtures import servers
+
+console = Console(highlight=False)
+
+
+def main() -> int:
+    """Run a directory's statements and say what came of them; exit code 1 where master and copies differ."""
+    parser = argparse.ArgumentParser(prog="python -m tests.corpus", description=__doc__)
+    parser.add_argument("directory", type=Path, help="holds .sql and .test files, at any depth")
+    parser.add_argument("--flavour", choices=("mariadb", "mysql"), default="mariadb")
+    parser.add_argument("--most", type=int, default=5_000, help="statements, after which no further file is begun")
+    parser.add_argument("--least", type=int, default=1, help="fewer statements than this are a failure")
+    given = parser.parse_args()
+    if not files(given.directory):
+        parser.error(f"no .sql and no .test file is in {given.directory}")
+    begun = time.monotonic()
+    with servers(given.flavour, 3) as started:
+        corpus = Corpus(started)
+        try:
+            with console.status("") as status:
+                tally = corpus.run(
+                    given.directory, most=given.most, watch=lambda file, tally: status.update(progress(file, tally))
+                )
+        finally:
+            corpus.close()
+    show(tally, f"{given.flavour}, {seconds_since(begun)}")
+    if tally.executed < given.least:
+        console.print(f"fewer than {given.least} statements were executed")
+    return 1 if tally.faults or tally.executed < given.least else 0
+
+
+def progress(file: Path, tally: Tally) -> str:
+    """One line for people who wait."""
+    return f"{file.name}: {tally.executed:,} statements executed, {len(tally.faults)} faults"
+
+
+def show(tally: Tally, title: str) -> None:
+    """Print what came of a run."""
+    table = Table(box=None, title=title, title_justify="left", show_header=False)
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_row(f"{tally.executed:,}", "statements executed")
+    table.add_row(f"{tally.changing:,}", "of them more than reads")
+    table.add_row(
+        f"{tally.failed.total():,}", "refused by the master (tests of errors, other versions, what was skipped)"
+    )
+    table.add_row(f"{tally.compared:,}", "times master, staging and replica were compared")
+    table.add_row(f"{len(tally.faults):,}", "times they differed, or a hop stopped")
+    console.print(table)
+    skipped = Table(box=None, title=f"\n{tally.skipped.total():,} skipped", title_justify="left", show_header=False)
+    skipped.add_column(justify="right")
+    skipped.add_column()
+    for reason, count in tally.skipped.most_common():
+        skipped.add_row(f"{count:,}", reason)
+    console.print(skipped)
+    for fault in tally.faults:
+        console.print(f"FAULT: {fault}", soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
