@@ -58,6 +58,12 @@ transparency: python ## SQLAlchemy's own ORM suite, with its Session and with ou
 	if [[ $$code == 3 ]]; then .ci/not-run.sh "SQLAlchemy's own suite" 'its source cannot be fetched on this machine today'; \
 	else exit $$code; fi
 
+# Statements that nobody here wrote; other directories of .sql and .test files do as well (CORPUS=directory).
+.PHONY: corpus
+corpus: servers ## Others' statements through the relay, on FLAVOUR=mariadb or mysql (CORPUS=directory)
+	@directory='$(CORPUS)'; directory=$${directory:-$$(.ci/fetch-corpus.sh)} && \
+	.venv/bin/python -m tests.corpus --flavour $(or $(FLAVOUR),mariadb) --least 1000 "$$directory"
+
 .PHONY: soak
 soak: servers ## The long runs that the usual suite leaves out
 	$(PYTEST) -m soak --timeout 7200

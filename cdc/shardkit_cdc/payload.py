@@ -25,6 +25,9 @@ _FRAME_BYTES = 1 << 16
 
 _LENGTH = struct.Struct("<I")
 
+#: UPDATE_ROWS_EVENT and PARTIAL_UPDATE_ROWS_EVENT, of MySQL alone.
+_MYSQL_UPDATES = frozenset({31, 39})
+
 
 def largest_payload(max_allowed_packet: int) -> int:
     """Bytes of events that one BINLOG statement may carry to a server: base64 makes four of three."""
@@ -35,7 +38,9 @@ def payloads(rows: Iterable[Rows], *, largest: int, usual: int = STATEMENT_BYTES
     """Pack row events, in their order, into as few payloads as possible.
 
     A new one begins when this one is full, when the events' flags change (they say whether foreign keys were checked),
-    or when a table id comes to mean another table.
+    when a table id comes to mean another table, and between two updates of a MySQL table without a primary key: the
+    target would log both as one row event, and who replays that looks for all its rows in one pass over the table
+    (sql/log_event.cc, ``do_hash_scan_and_update``), where a row that was changed twice is not found.
 
     Unique keys are always checked: without, MariaDB keeps the first rows of an empty table aside until the statement
     ends, and the row events behind them do not find them.
@@ -49,12 +54,23 @@ def payloads(rows: Iterable[Rows], *, largest: int, usual: int = STATEMENT_BYTES
     front = bytearray()
     body = bytearray()
     flags = last = -1
+    updated: TableMap | None = None
+    keyless: dict[TableMap, bool] = {}
     for table, event in rows:
         data = event.data
         event_flags = data[ROWS_FLAGS_AT] & ~(STMT_END | RELAXED_UNIQUE_CHECKS)
         known = maps.get(table.table_id)
         size = len(front) + len(body) + len(data) + (0 if known is table else len(table.data))
-        if body and (event_flags != flags or size > limit or (known is not None and known is not table)):
+        updates = table if event.kind in _MYSQL_UPDATES else None
+        again = updates is not None and updated is not None and table.qualified == updated.qualified
+        if again and table not in keyless:
+            keyless[table] = not table.has_primary_key()
+        if body and (
+            event_flags != flags
+            or size > limit
+            or (known is not None and known is not table)
+            or (again and keyless[table])
+        ):
             body[last] |= STMT_END
             yield bytes(front + body)
             front.clear()
@@ -71,6 +87,7 @@ def payloads(rows: Iterable[Rows], *, largest: int, usual: int = STATEMENT_BYTES
                 "then start the hop again",
             )
         flags = event_flags
+        updated = updates
         start = len(body)
         last = start + ROWS_FLAGS_AT
         body += data

@@ -52,6 +52,8 @@ class ColumnType(IntEnum):
 NUMERIC = frozenset({1, 2, 3, 4, 5, 8, 9, 246})
 #: Types whose collation stands in the metadata's character columns list.
 CHARACTER = frozenset({15, 140, 141, 249, 250, 251, 252, 253, 254})
+#: The metadata's fields SIMPLE_PRIMARY_KEY and PRIMARY_KEY_WITH_PREFIX.
+_PRIMARY_KEY = frozenset({8, 9})
 _ONE_BYTE = frozenset({4, 5, 17, 18, 19, 140, 242, 245, 249, 250, 251, 252, 255})
 _TWO_BYTES = frozenset({15, 16, 141, 246, 247, 248, 253, 254})
 
@@ -107,6 +109,21 @@ class TableMap:
         after = at + 1 + self.data[at]
         body = self.data[HEADER_BYTES:at] + bytes([len(name)]) + name + self.data[after:]
         return TableMap(self.table_id, database, self.table, with_length(self.data[:HEADER_BYTES] + body))
+
+    def has_primary_key(self) -> bool:
+        """Whether the log says so: it does with ``binlog_row_metadata=FULL`` only.
+
+        :raises BadEvent: when the event is truncated.
+        """
+        cursor = Cursor(self.data, "Table_map")
+        cursor.take(8)
+        _name(cursor)
+        _name(cursor)
+        columns = cursor.packed_integer()
+        cursor.take(columns)
+        cursor.take(cursor.packed_integer())
+        cursor.take((columns + 7) // 8)
+        return not _PRIMARY_KEY.isdisjoint(_optional(cursor))
 
     def columns(self) -> tuple[Column, ...]:
         """The table's columns in order, with names and collations where the log holds them.

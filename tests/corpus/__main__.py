@@ -27,7 +27,7 @@ def main() -> int:
     if not files(given.directory):
         parser.error(f"no .sql and no .test file is in {given.directory}")
     begun = time.monotonic()
-    with servers(given.flavour, 3) as started:
+    with servers(given.flavour, 4) as started:
         corpus = Corpus(started)
         try:
             with console.status("") as status:
@@ -58,7 +58,9 @@ def show(tally: Tally, title: str) -> None:
         f"{tally.failed.total():,}", "refused by the master (tests of errors, other versions, what was skipped)"
     )
     table.add_row(f"{tally.compared:,}", "times master, staging and replica were compared")
-    table.add_row(f"{len(tally.faults):,}", "times they differed, or a hop stopped")
+    table.add_row(f"{len(tally.faults):,}", "times they differed, or a hop stopped, and native replication did not")
+    table.add_row(f"{len(tally.shared):,}", "times native replication did as well: the log is not what the master did")
+    table.add_row(f"{len(tally.native):,}", "times native replication alone did")
     console.print(table)
     skipped = Table(box=None, title=f"\n{tally.skipped.total():,} skipped", title_justify="left", show_header=False)
     skipped.add_column(justify="right")
@@ -66,8 +68,9 @@ def show(tally: Tally, title: str) -> None:
     for reason, count in tally.skipped.most_common():
         skipped.add_row(f"{count:,}", reason)
     console.print(skipped)
-    for fault in tally.faults:
-        console.print(f"FAULT: {fault}", soft_wrap=True, markup=False)
+    for word, each in (("native alone", tally.native), ("both", tally.shared), ("FAULT", tally.faults)):
+        for text in each:
+            console.print(f"{word}: {text}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

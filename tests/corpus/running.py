@@ -6,7 +6,7 @@ import itertools
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pymysql.converters import encoders
 from shardkit.gtid import Flavour
 from shardkit.testing.database import LocalDatabaseServer
 from tests.corpus.choosing import reason_to_skip
+from tests.corpus.native import NativeReplica
 from tests.corpus.reading import Found, pieces
 from tests.relay_chain import Chain
 
@@ -42,7 +43,9 @@ class Tally:
     :param failed: those that it refused, by error number.
     :param skipped: pieces that were not run, by reason.
     :param compared: how often master, staging and replica were compared.
-    :param faults: where they differed, or a hop stopped.
+    :param faults: where they differed, or a hop stopped, and native replication did not.
+    :param shared: where native replication differed or stopped as well: the server logged something else than it did.
+    :param native: where native replication did, and the relay did not.
     """
 
     executed: int = 0
@@ -51,16 +54,19 @@ class Tally:
     failed: Counter[int] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)
+    native: list[str] = field(default_factory=list)
 
 
 class Corpus:
     """A directory's statements on three servers.
 
-    :param servers: master, staging, replica.
+    :param servers: master, staging, replica, and a native replica of the master.
     """
 
     def __init__(self, servers: list[LocalDatabaseServer]) -> None:
-        self._servers = servers
+        *self._servers, beside = servers
+        self._native = NativeReplica(beside, servers[0])
         self.tally = Tally()
         self._changed = False
         self._chain = self._begin()
@@ -106,11 +112,17 @@ class Corpus:
             connection.rollback()
             self._compare()
             self._empty(connection)
-        except _Different as different:
-            where = f"{file.name}:{found.line}" if found else file.name
-            self.tally.faults.append(f"{where}: {different}")
+        except _NativeOnly:
             self._chain.stop()
             self._chain = self._begin()
+            self._native.begin_anew(self._chain.database)
+        except _Different as different:
+            where = f"{file.name}:{found.line}" if found else file.name
+            native = self._trouble_of_native()
+            (self.tally.shared if native else self.tally.faults).append(f"{where}: {different}\n{native}".rstrip())
+            self._chain.stop()
+            self._chain = self._begin()
+            self._native.begin_anew(self._chain.database)
         finally:
             connection.close()
 
@@ -159,6 +171,18 @@ class Corpus:
             raise _Different(str(error)) from error
         self.tally.compared += 1
         self._changed = False
+        trouble = self._trouble_of_native()
+        if trouble:
+            self.tally.native.append(trouble)
+            raise _NativeOnly
+
+    def _trouble_of_native(self) -> str:
+        """How the native replica differs from the master; empty where it does not."""
+        trouble = self._native.trouble()
+        if trouble:
+            return trouble
+        expected, found = (self._chain.contents(each) for each in (self._servers[0], self._native.server))
+        return "" if expected == found else f"native replication differs: {sorted(_differing(expected, found))}"
 
     def _empty(self, connection: pymysql.Connection[Any]) -> None:
         """Drop what a file left behind."""
@@ -172,6 +196,14 @@ class Corpus:
 
 class _Different(Exception):
     """Master and copies are not equal, or a hop has stopped."""
+
+
+class _NativeOnly(Exception):
+    """The native replica alone is not equal to the master."""
+
+
+def _differing(one: Mapping[str, object], other: Mapping[str, object]) -> Iterator[str]:
+    return (name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
 def files(directory: Path) -> list[Path]:

@@ -273,6 +273,16 @@ def test_schema_changes_arrive_in_their_place(chain: Chain, statements: list[str
     chain.assert_equal()
 
 
+def test_a_row_without_a_key_that_is_changed_again_and_again(chain: Chain) -> None:
+    """All of it is one batch on staging. From there it has to go on to the replica, although values come back."""
+    values = [1, 2, 3, 4, 1, 2, 3, 4, 1, 3, 5, 3, 1, 5, 7, 1, 9]
+    chain.sql("CREATE TABLE t (n INT)", "INSERT INTO t VALUES (0)", *[f"UPDATE t SET n = {value}" for value in values])
+    chain.start()
+    chain.settle()
+    chain.assert_equal()
+    assert chain.last.execute("SELECT n FROM t", database=chain.database) == [(9,)]
+
+
 def test_a_drop_that_found_some_of_its_tables_takes_them_from_the_copies_too(chain: Chain) -> None:
     """MariaDB drops those that are there, complains of the rest, and logs the whole; MySQL drops none and logs none."""
     chain.start()
