@@ -83,6 +83,11 @@ class Corpus:
             self._run_file(file)
         return self.tally
 
+    @property
+    def database(self) -> str:
+        """The database that statements run in; another one after a fault."""
+        return self._chain.database
+
     def close(self) -> None:
         """Stop the hops."""
         self._chain.stop()
