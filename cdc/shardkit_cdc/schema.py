@@ -125,10 +125,15 @@ def _same_members(logged: Sequence[bytes], column_type: str) -> bool:
     mine = [member.replace("''", "'") for member in _MEMBER.findall(column_type)]
     if len(mine) != len(logged):
         return False
-    # The log has them in the column's character set, whichever that is; a rename or another order shows in ASCII too.
-    return all(
-        not (text.isascii() and raw.isascii()) or text.encode() == raw for text, raw in zip(mine, logged, strict=True)
-    )
+    return all(_may_be(text, raw) for text, raw in zip(mine, logged, strict=True))
+
+
+def _may_be(text: str, raw: bytes) -> bool:
+    """The log has them in the column's character set, whichever that is: only what is ASCII in most is compared.
+
+    A rename or another order shows there, too. UCS-2 and its kin have NUL bytes in such texts.
+    """
+    return not (text.isascii() and raw.isascii()) or b"\0" in raw or text.encode() == raw
 
 
 def _type_name(kind: int) -> str:

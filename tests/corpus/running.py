@@ -112,10 +112,12 @@ class Corpus:
                 if self._changed and _TAKES_AWAY.match(found.text):
                     self._compare()
                 if not self._execute(connection, found.text):
-                    connection.close()
+                    if connection.open:
+                        connection.close()
                     connection = self._connect()
-            connection.rollback()
+            connection.close()  # with all that it has locked, set and not committed
             self._compare()
+            connection = self._connect()
             self._empty(connection)
         except _NativeOnly:
             self._chain.stop()
@@ -129,7 +131,8 @@ class Corpus:
             self._chain = self._begin()
             self._native.begin_anew(self._chain.database)
         finally:
-            connection.close()
+            if connection.open:
+                connection.close()
 
     def _connect(self) -> pymysql.Connection[Any]:
         connection = self._servers[0].connect(
@@ -193,7 +196,6 @@ class Corpus:
         """Drop what a file left behind."""
         master, database = self._servers[0], self._chain.database
         with connection.cursor() as cursor:
-            cursor.execute("UNLOCK TABLES")
             cursor.execute("SET SESSION foreign_key_checks = 0, sql_mode = ''")
             for kind, name in _objects(master, database):
                 cursor.execute(f"DROP {kind} IF EXISTS `{name.replace('`', '``')}`")

@@ -57,6 +57,8 @@ COLUMNS: list[tuple[str, str, str]] = [
     ("document JSON", """'{"a": [1, 2.5, null, "한"]}'""", "'[]'"),
     ("colour ENUM('red','green','it''s')", "'it''s'", "'red'"),
     ("tags SET('a','b','c','d','e','f','g','h','i')", "'a,i'", "''"),
+    ("colour16 ENUM('red','green') CHARACTER SET utf16", "'green'", "'red'"),
+    ("tags16 SET('a','b') CHARACTER SET ucs2", "'a,b'", "''"),
     ("place POINT", "ST_GeomFromText('POINT(1 2)')", "ST_GeomFromText('POINT(0 0)')"),
 ]
 GENERATED = "plus_one BIGINT AS (medium + 1) STORED, minus_one BIGINT AS (medium - 1) VIRTUAL"
