@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from tests.corpus.running import Corpus, Tally, files, seconds_since
@@ -31,9 +32,7 @@ def main() -> int:
         corpus = Corpus(started)
         try:
             with console.status("") as status:
-                tally = corpus.run(
-                    given.directory, most=given.most, watch=lambda file, tally: status.update(progress(file, tally))
-                )
+                tally = corpus.run(given.directory, most=given.most, watch=Watch(status))
         finally:
             corpus.close()
     show(tally, f"{given.flavour}, {seconds_since(begun)}")
@@ -42,9 +41,19 @@ def main() -> int:
     return 1 if tally.faults or tally.executed < given.least else 0
 
 
-def progress(file: Path, tally: Tally) -> str:
-    """One line for people who wait."""
-    return f"{file.name}: {tally.executed:,} statements executed, {len(tally.faults)} faults"
+class Watch:
+    """Shows how far a run is, and its faults as they come."""
+
+    def __init__(self, status: Status) -> None:
+        self._status = status
+        self._told = 0
+
+    def __call__(self, file: Path, tally: Tally) -> None:
+        """A file is begun."""
+        for fault in tally.faults[self._told :]:
+            console.print(f"so far: {fault}", soft_wrap=True, markup=False)
+        self._told = len(tally.faults)
+        self._status.update(f"{file.name}: {tally.executed:,} statements executed, {self._told} faults")
 
 
 def show(tally: Tally, title: str) -> None:

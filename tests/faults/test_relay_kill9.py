@@ -103,6 +103,8 @@ class Load:
         self._random = random.Random(seed)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
+        #: Whether tables are changed, too.
+        self.schema_changes = True
         self.transactions = 0
         self.error: Exception | None = None
 
@@ -167,6 +169,8 @@ class Load:
         cursor.execute(f"XA {self._random.choice(['COMMIT', 'ROLLBACK'])} '{xid}'")
 
     def _schema(self, cursor: pymysql.cursors.Cursor) -> None:
+        if not self.schema_changes:
+            return
         column = f"c{self._random.getrandbits(32)}"
         for statement in self._random.choice(
             [
