@@ -43,7 +43,7 @@ from shardkit.routing.texts import writes_rows
 from shardkit.shardmap import Placement, ShardMap
 from shardkit.snapshots import Pin, Snapshots, View
 from shardkit.telemetry import RouterMetrics
-from shardkit.topology import Endpoint, Role
+from shardkit.topology import Endpoint, Role, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -394,15 +394,21 @@ class Cluster:
         :param run_blocking: runs the call that may wait for a replica to apply what the mark asks for.
         :raises NoFreshReplica: where there is none, and the master has been asked for too many reads already.
         """
-        replicas = self._replicas_of(shard)
+        here = self.map.shard(shard)
+        replicas = [replica for replica in _replicas_of(here) if here.weight(replica[2])]
         if not replicas:
             return None
         able = fresh = self._health.fresh(replicas, max_lag)
         if mark is not None and fresh:
             able = self._health.covering(fresh, mark)
-            if not able and mark.position is not None and mark.epoch == self.map.shard(shard).epoch:
+            if not able and mark.position is not None and mark.epoch == here.epoch:
                 able = run_blocking(lambda: self._health.wait_for(fresh, mark, self._causal_wait))
-        chosen = choose(able, lambda replica: self._in_flight(replica, asynchronous=asynchronous), self._random)
+        chosen = choose(
+            able,
+            lambda replica: self._in_flight(replica, asynchronous=asynchronous),
+            self._random,
+            lambda replica: here.weight(replica[2]),
+        )
         if chosen is None:
             self._fall_back(shard, "token" if fresh else "lag")
             return None
@@ -430,10 +436,10 @@ class Cluster:
             )
 
     def _replicas_of(self, shard: str) -> list[Replica]:
-        return [(shard, number, endpoint) for number, endpoint in enumerate(self.map.shard(shard).replicas)]
+        return _replicas_of(self.map.shard(shard))
 
     def _all_replicas(self) -> list[Replica]:
-        return [replica for shard in self.map.shards for replica in self._replicas_of(shard)]
+        return [replica for shard in self.map.shards.values() for replica in _replicas_of(shard)]
 
     def _in_flight(self, replica: Replica, *, asynchronous: bool) -> int:
         pool: Any = self.core_engine(replica[0], Role.REPLICA, replica[1], asynchronous=asynchronous).pool
@@ -533,6 +539,10 @@ class Cluster:
         self._snapshots.after_fork()
         self._health.after_fork()
         self._patience.after_fork()
+
+
+def _replicas_of(shard: Shard) -> list[Replica]:
+    return [(shard.name, number, endpoint) for number, endpoint in enumerate(shard.replicas)]
 
 
 def _endpoint_in(shard_map: ShardMap, shard: str, role: Role, number: int) -> Endpoint:

@@ -14,7 +14,7 @@ import rich_click as click
 
 from shardkit.cli.options import map_option, map_store, output_option
 from shardkit.cli.output import Column, Output
-from shardkit.topology import Endpoint, Role
+from shardkit.topology import DEFAULT_WEIGHT, Endpoint, Role
 
 if TYPE_CHECKING:
     from shardkit.credentials import CredentialSource
@@ -37,6 +37,7 @@ class EndpointStatus:
     :param selects: the SELECTs that its server has run since it was started, whoever sent them.
     :param reads_per_second: of them, since the look before; None at the first.
     :param share_of_reads: of the reads of its shard's master and replicas, from 0 to 1.
+    :param weight: of a replica, in the shard map; None for the other roles.
     """
 
     shard: str
@@ -54,6 +55,7 @@ class EndpointStatus:
     selects: int | None = None
     reads_per_second: float | None = None
     share_of_reads: float | None = None
+    weight: int | None = None
 
 
 @click.command()
@@ -134,10 +136,12 @@ def _show(map_source: str, out: Output, databases: Sequence[EndpointStatus]) -> 
         Column("behind", right=True),
     ]
     reads = any(database.reads_per_second is not None for database in databases)
+    weights = any(database.weight not in {None, DEFAULT_WEIGHT} for database in databases)
+    heads += [Column("weight", right=True)] if weights else []
     heads += [Column("reads/s", right=True), Column("share", right=True)] if reads else []
     out.table(
         heads if len(servers) <= 1 else [*heads, "server"],
-        [_row(database, reads=reads, server=len(servers) > 1) for database in databases],
+        [_row(database, weights=weights, reads=reads, server=len(servers) > 1) for database in databases],
     )
     for move in shard_map.moves:
         out.line(f"job {move.job} moves {len(move.buckets)} buckets of {move.keyspace}: {move.source} -> {move.target}")
@@ -159,7 +163,7 @@ def _clients_line(clients: Sequence[ClientState], current: int) -> str:
     return f"{line}, {behind} on an older map" if behind else f"{line}, all on this map"
 
 
-def _row(database: EndpointStatus, *, reads: bool, server: bool) -> tuple[object, ...]:
+def _row(database: EndpointStatus, *, weights: bool, reads: bool, server: bool) -> tuple[object, ...]:
     relay = None if database.relay is None else relay_state(database.relay)
     state = "unreachable" if not database.reachable else "up" if relay is None else f"up, {relay}"
     row: tuple[object, ...] = (
@@ -170,6 +174,8 @@ def _row(database: EndpointStatus, *, reads: bool, server: bool) -> tuple[object
         None if database.lag_seconds is None else f"{database.lag_seconds:.2f}",
         database.behind,
     )
+    if weights:
+        row = (*row, database.weight)
     if reads:
         rate, share = database.reads_per_second, database.share_of_reads
         row = (*row, None if rate is None else f"{rate:,.0f}", None if share is None else f"{share:.0%}")
@@ -240,7 +246,7 @@ def look(shard_map: ShardMap, credentials: CredentialSource) -> list[EndpointSta
     from shardkit.engines import Engines, EngineSettings
 
     places = [
-        _Place(shard.name, role, number, endpoint)
+        _Place(shard.name, role, number, endpoint, shard.weight(endpoint) if role is Role.REPLICA else None)
         for shard in shard_map.shards.values()
         for role in Role
         for number, endpoint in enumerate(shard.with_role(role))
@@ -266,6 +272,7 @@ class _Place:
     role: Role
     number: int
     endpoint: Endpoint
+    weight: int | None
 
 
 def _hops(shard_map: ShardMap, credentials: CredentialSource) -> Mapping[Endpoint, HopStatus]:
@@ -283,7 +290,7 @@ def _ask(place: _Place, engines: Engines, hop: HopStatus | None) -> EndpointStat
 
     from shardkit.errors import ShardkitError
 
-    shown = EndpointStatus(place.shard, str(place.role), str(place.endpoint), reachable=False)
+    shown = EndpointStatus(place.shard, str(place.role), str(place.endpoint), reachable=False, weight=place.weight)
     began = time.monotonic()
     try:
         version, writable, selects = _answer(place, engines)

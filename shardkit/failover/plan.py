@@ -75,6 +75,7 @@ class Plan:
             master=self.candidate.endpoint,
             staging=None,
             replicas=self.keeps,
+            weights={each: weight for each, weight in self.shard.weights.items() if each in self.keeps},
             epoch=self.shard.epoch + 1,
         )
 

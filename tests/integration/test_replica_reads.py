@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -343,6 +345,35 @@ def test_replicas_come_and_go_while_clients_run(replicated: ReplicatedShop) -> N
             assert {read() for _ in range(40)} == expected
         publish([])
         assert read() == "master"
+
+
+def test_reads_follow_the_weights_of_the_map(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    shop, replicas = replicated.shop, replicated.replicas
+    plain = shop.map({"shop-0": replicas})
+    store = MemoryMapStore(plain)
+    with create_cluster(store, max_lag=60.0, **shop.options) as cluster:
+        sessions = shardkit.sessionmaker(cluster)
+
+        def reads(first: int, second: int) -> Counter[str]:
+            weights = dict(zip(replicas, (first, second), strict=True))
+            shards = {**plain.shards, "shop-0": replace(plain.shards["shop-0"], weights=weights)}
+            version = cluster.map.version
+            store.publish(plain.with_shards(shards), expected_version=version)
+            wait_until(lambda: cluster.map.version > version)
+            wait_until(cluster.health.wait)
+            found = Counter[str]()
+            for _ in range(200):
+                with sessions() as session:
+                    found[session.scalars(select(User.name).where(User.id == replicated.user)).one()] += 1
+            return found
+
+        found = reads(9, 1)
+        assert set(found) == {"replica 0", "replica 1"}
+        assert found["replica 0"] > 150
+        assert reads(0, 1) == {"replica 1": 200}
+        assert reads(0, 0) == {"master": 200}
+        assert reads(1, 0) == {"replica 0": 200}
 
 
 def test_a_driver_that_does_not_tell_is_asked(replicated: ReplicatedShop, monkeypatch: pytest.MonkeyPatch) -> None:
