@@ -240,6 +240,7 @@ class ClusterTransaction(SessionTransaction):
         shard = self._shard_of.get(bind)
         if shard in self._replicas and self._masters.get(shard) is not bind:
             self._watch(shard, connection)
+            self._join_reading(shard, connection)
         else:
             driver: Any = connection.connection.driver_connection
             if getattr(driver, "committed", None) is not None:
@@ -252,6 +253,14 @@ class ClusterTransaction(SessionTransaction):
             kind, flavour = self.view.map.shard(shard).replication, flavour_of(connection.dialect)
             seen = watch(connection, position_query(shard, Role.REPLICA, kind, flavour))
             self._seen[shard] = (connection, seen)
+
+    def _join_reading(self, shard: str, connection: Connection) -> None:
+        """A replica's part of the transaction is no reason for it to fail at its end."""
+        number, engine = self._replicas[shard]
+        _, transaction, *rest = self._connections[engine]
+        reading = _Reading(connection, transaction, lambda: self._cluster.eject(shard, number))
+        entry = (connection, cast("Transaction", reading), *rest)
+        self._connections[connection] = self._connections[engine] = cast("Any", entry)
 
     def leave_lost_replicas(self) -> bool:
         """Let go of replicas whose connections were lost, or never came to be; False where there are none."""
@@ -595,6 +604,35 @@ def position_of_master(connection: Connection) -> Position | None:
         return None
 
 
+class _Reading:
+    """Stands for a transaction on a replica: it has nothing to lose when its server is gone at its end.
+
+    :param lost: told of that.
+    """
+
+    def __init__(self, connection: Connection, transaction: Transaction, lost: Callable[[], None]) -> None:
+        self._connection = connection
+        self._transaction = transaction
+        self._lost = lost
+
+    @property
+    def is_active(self) -> bool:
+        return self._transaction.is_active
+
+    def commit(self) -> None:
+        """As one database would, since a function that a SELECT called may have written after all."""
+        self._end(by_commit=not self._connection.invalidated)
+
+    def rollback(self) -> None:
+        self._end()
+
+    close = rollback
+
+    def _end(self, *, by_commit: bool = False) -> None:
+        if not _end_reading(self._connection, self._transaction, by_commit=by_commit):
+            self._lost()
+
+
 class _Ended:
     """Stands for a transaction that has been committed."""
 
@@ -604,10 +642,11 @@ class _Ended:
         """Nothing is left to be undone."""
 
 
-def _end_reading(connection: Connection, transaction: Transaction, *, by_commit: bool = False) -> None:
+def _end_reading(connection: Connection, transaction: Transaction, *, by_commit: bool = False) -> bool:
     """End a transaction that wrote nothing. Its server may be gone: what was read stays read.
 
     :param by_commit: as one database would, since a function that a SELECT called may have written after all.
+    :returns: False where its connection was lost.
     """
     try:
         if by_commit:
@@ -617,3 +656,5 @@ def _end_reading(connection: Connection, transaction: Transaction, *, by_commit:
     except exc.DBAPIError as error:
         logger.info("a connection that only read was lost at the end of its transaction: %s", error)
         connection.invalidate(error)
+        return False
+    return True

@@ -17,6 +17,7 @@ from shardkit import drivers, own_tables
 from shardkit.cluster import Cluster, create_cluster
 from shardkit.errors import NoFreshReplica, RoutingError, StaleReadError
 from shardkit.mapstore import MemoryMapStore
+from shardkit.testing.database import LocalDatabaseServer
 from shardkit.topology import Endpoint
 from tests.integration.conftest import FLAVOUR, Shop, empty
 from tests.integration.shop import Base, User
@@ -320,6 +321,27 @@ def test_what_stays_loaded_after_a_commit_is_checked_too(replicated: ReplicatedS
         with pytest.raises(StaleReadError):
             session.commit()
     assert replicated.shop.rows("shop-0", "users", "age") == [(None,)]
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback", "close"])
+def test_a_replica_that_is_lost_after_a_read_has_cost_nothing(
+    replicated: ReplicatedShop, request: pytest.FixtureRequest, end: str
+) -> None:
+    if replicated.shop.kind == "sqlite":
+        pytest.skip("SQLite has no connections that could be lost")
+    server: LocalDatabaseServer = request.getfixturevalue("database_server")
+    replicated.beat(0, 0)
+    replicated.catch_up()
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    with shardkit.sessionmaker(replicated.cluster)() as session:
+        assert session.scalars(select(User.name).where(User.id == replicated.user)).one().startswith("replica")
+        names = ", ".join(f"'{replica.database}'" for replica in replicated.replicas)
+        for (number,) in server.execute(f"SELECT id FROM information_schema.processlist WHERE db IN ({names})"):
+            server.execute(f"KILL {number}")
+        getattr(session, end)()
+        assert replicated.cluster.metrics.lost_replicas.labels("shop-0")._value.get() == 1
+        wait_until(lambda: replicated.fresh() == {0, 1})
+        assert session.scalars(select(User.name).where(User.id == replicated.user)).one().startswith("replica")
 
 
 def test_replicas_come_and_go_while_clients_run(replicated: ReplicatedShop) -> None:
