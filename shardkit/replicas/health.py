@@ -128,11 +128,7 @@ class ReplicaHealth:
         while not (found := self.covering(replicas, mark)) and (left := end - time.monotonic()) > 0:
             replica = replicas[turn % len(replicas)]
             turn += 1
-            with self._lock:
-                free = replica not in self._asked
-                if free:
-                    self._asked.add(replica)
-            if free:
+            if self._take(replica):
                 self._look(replica)
                 if not self.covering([replica], mark):
                     time.sleep(min(_HURRY, left))
@@ -164,16 +160,35 @@ class ReplicaHealth:
         with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="shardkit-lag") as pool:
             while not self._closed.wait(self._interval if self._readings else 0):
                 for replica in list(self._replicas()):
-                    with self._lock:
-                        free = replica not in self._asked  # else its last look still hangs
-                        self._asked.add(replica)
-                    if free:
+                    if self._take(replica):  # else its last look still hangs
                         try:
                             pool.submit(self._look, replica)
                         except RuntimeError:  # the interpreter is ending
                             return
 
+    def _take(self, replica: Replica) -> bool:
+        """Whether this thread is to look at a replica: nobody else is doing so."""
+        with self._lock:
+            free = replica not in self._asked
+            if free:
+                self._asked.add(replica)
+            return free
+
     def _look(self, replica: Replica) -> None:
+        """Look at a replica that was taken."""
+        try:
+            self._note(replica)
+        except Exception as error:  # whatever it was, the replica is to be looked at again
+            logger.exception("replica %s of shard %s could not be looked at", replica[2], replica[0])
+            self._fresh.discard(replica)
+            self._readings[replica] = Reading(None, None, time.monotonic(), error=repr(error))
+        finally:
+            with self._lock:
+                self._asked.discard(replica)
+            with self._seen:
+                self._seen.notify_all()
+
+    def _note(self, replica: Replica) -> None:
         began = time.monotonic()
         try:
             reading = _read(self._engine_of(replica), self._shard_of(replica[0]), began)
@@ -187,9 +202,6 @@ class ReplicaHealth:
             self._fresh.discard(replica)
         if reading.error and (before is None or not before.error):
             logger.warning("replica %s of shard %s gets no reads: %s", replica[2], replica[0], reading.error)
-        self._asked.discard(replica)
-        with self._seen:
-            self._seen.notify_all()
 
 
 def _read(engine: Engine, shard: Shard, began: float) -> Reading:
