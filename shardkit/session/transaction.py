@@ -30,6 +30,7 @@ from shardkit.errors import (
     StaleShardMap,
 )
 from shardkit.gtid import Position
+from shardkit.replicas.health import Replica
 from shardkit.replicas.positions import Told, flavour_of, position_query
 from shardkit.replicas.seeing import Seen, unwatch, watch
 from shardkit.replicas.token import Mark
@@ -65,7 +66,7 @@ class ClusterTransaction(SessionTransaction):
         self._pin: Pin | None = None
         self._written: dict[str, None] = {}  # in order of the first write
         self._on_master: set[str] = set()
-        self._replicas: dict[str, tuple[int, Engine]] = {}  # shard -> the replica that it reads
+        self._replicas: dict[str, tuple[Replica, Engine]] = {}  # shard -> the replica that it reads
         self._lost: set[str] = set()  # shards that were read on a replica that was lost
         self._shard_of: dict[Engine | Connection, str] = {}
         self._masters: dict[str, Engine | Connection] = {}
@@ -174,20 +175,19 @@ class ClusterTransaction(SessionTransaction):
 
     def _replica_of(self, shard: str, max_lag: float | None) -> Engine | None:
         if shard not in self._replicas:
-            number = None
+            chosen = None
             if self.view.map.shard(shard).replicas:
-                number = self._cluster.choose_replica(
+                chosen = self._cluster.choose_replica(
                     shard,
                     mark=self._session.mark_for(shard),
                     max_lag=max_lag,
                     asynchronous=self._asynchronous,
                     run_blocking=self._session.run_blocking,
                 )
-            if number is None:
+            if chosen is None:
                 self._on_master.add(shard)
                 return None
-            engine = self._cluster.core_engine(shard, Role.REPLICA, number, asynchronous=self._asynchronous)
-            self._replicas[shard] = number, engine
+            self._replicas[shard] = chosen
         return self._replicas[shard][1]
 
     def _given_to(self, shard: str, *, master: bool) -> Connection:
@@ -239,8 +239,8 @@ class ClusterTransaction(SessionTransaction):
             self._join_two_phase(bind, connection, self._two_phase)
         shard = self._shard_of.get(bind)
         if shard in self._replicas and self._masters.get(shard) is not bind:
-            self._watch(shard, connection)
             self._join_reading(shard, connection)
+            self._watch(shard, connection)
         else:
             driver: Any = connection.connection.driver_connection
             if getattr(driver, "committed", None) is not None:
@@ -256,21 +256,21 @@ class ClusterTransaction(SessionTransaction):
 
     def _join_reading(self, shard: str, connection: Connection) -> None:
         """A replica's part of the transaction is no reason for it to fail at its end."""
-        number, engine = self._replicas[shard]
+        replica, engine = self._replicas[shard]
         _, transaction, *rest = self._connections[engine]
-        reading = _Reading(connection, transaction, lambda: self._cluster.eject(shard, number))
+        reading = _Reading(connection, transaction, lambda: self._cluster.eject(replica))
         entry = (connection, cast("Transaction", reading), *rest)
         self._connections[connection] = self._connections[engine] = cast("Any", entry)
 
     def leave_lost_replicas(self) -> bool:
         """Let go of replicas whose connections were lost, or never came to be; False where there are none."""
         lost = []
-        for shard, (number, engine) in self._replicas.items():
+        for shard, (replica, engine) in self._replicas.items():
             entry = self._connections.get(engine)
             if entry is not None and not entry[0].invalidated:
                 continue
             lost.append(shard)
-            self._cluster.eject(shard, number)
+            self._cluster.eject(replica)
             self._let_go_of(engine)
         for shard in lost:
             if shard in self._seen:

@@ -17,6 +17,7 @@ from shardkit import drivers, own_tables
 from shardkit.cluster import Cluster, create_cluster
 from shardkit.errors import NoFreshReplica, RoutingError, StaleReadError
 from shardkit.mapstore import MemoryMapStore
+from shardkit.replicas.health import Replica
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit.topology import Endpoint
 from tests.integration.conftest import FLAVOUR, Shop, empty
@@ -367,6 +368,26 @@ def test_replicas_come_and_go_while_clients_run(replicated: ReplicatedShop) -> N
             assert {read() for _ in range(40)} == expected
         publish([])
         assert read() == "master"
+
+
+@pytest.mark.parametrize("now", [[0], [1, 0]], ids=["without it", "in another order"])
+def test_the_map_may_change_while_a_replica_is_chosen(
+    replicated: ReplicatedShop, monkeypatch: pytest.MonkeyPatch, now: list[int]
+) -> None:
+    replicated.beat(0, 0)
+    shop, replicas = replicated.shop, replicated.replicas
+    store = MemoryMapStore(shop.map({"shop-0": replicas}))
+    after = shop.map({"shop-0": [replicas[number] for number in now]})
+
+    def choose_before(candidates: list[Replica], *_: object) -> Replica:
+        store.publish(after, expected_version=cluster.map.version)
+        return next(replica for replica in candidates if replica[2] == replicas[1])
+
+    with create_cluster(store, max_lag=60.0, **shop.options) as cluster:
+        wait_until(cluster.health.wait)
+        monkeypatch.setattr("shardkit.cluster.choose", choose_before)
+        with shardkit.sessionmaker(cluster)() as session:
+            assert session.scalars(select(User.name).where(User.id == replicated.user)).one() == "replica 1"
 
 
 def test_reads_follow_the_weights_of_the_map(replicated: ReplicatedShop) -> None:
