@@ -19,8 +19,9 @@ from shardkit.topology import DEFAULT_WEIGHT, Endpoint, Role
 if TYPE_CHECKING:
     from shardkit.credentials import CredentialSource
     from shardkit.engines import Engines
-    from shardkit.mapstore import ClientState
+    from shardkit.mapstore import ClientState, MapStore
     from shardkit.shardmap import ShardMap
+    from shardkit_cdc.livestate import LiveState
     from shardkit_cdc.status import HopStatus
 
 _AT_ONCE = 16
@@ -38,6 +39,7 @@ class EndpointStatus:
     :param reads_per_second: of them, since the look before; None at the first.
     :param share_of_reads: of the reads of its shard's master and replicas, from 0 to 1.
     :param weight: of a replica, in the shard map; None for the other roles.
+    :param live: how the relay's host sees it; None where no relay tells.
     """
 
     shard: str
@@ -56,6 +58,7 @@ class EndpointStatus:
     reads_per_second: float | None = None
     share_of_reads: float | None = None
     weight: int | None = None
+    live: LiveState | None = None
 
 
 @click.command()
@@ -109,6 +112,7 @@ def _show(map_source: str, out: Output, databases: Sequence[EndpointStatus]) -> 
         shard_map = store.load()
         source = store.source
         clients = store.clients()
+        databases = _with_live_states(store, databases)
     out.result(
         {
             "source": source,
@@ -154,6 +158,14 @@ def _show(map_source: str, out: Output, databases: Sequence[EndpointStatus]) -> 
     return 0 if all(database.reachable and database.relay not in unwell for database in databases) else 1
 
 
+def _with_live_states(store: MapStore, databases: Sequence[EndpointStatus]) -> list[EndpointStatus]:
+    from shardkit.mapstore import ZooKeeperMapStore
+    from shardkit_cdc.livestate import live_states
+
+    live = live_states(store) if isinstance(store, ZooKeeperMapStore) else {}
+    return [replace(database, live=live.get(database.endpoint)) for database in databases]
+
+
 def _clients_line(clients: Sequence[ClientState], current: int) -> str:
     if not clients:
         return "no process has announced itself"
@@ -165,13 +177,19 @@ def _clients_line(clients: Sequence[ClientState], current: int) -> str:
 
 def _row(database: EndpointStatus, *, weights: bool, reads: bool, server: bool) -> tuple[object, ...]:
     relay = None if database.relay is None else relay_state(database.relay)
-    state = "unreachable" if not database.reachable else "up" if relay is None else f"up, {relay}"
+    live, lag = database.live, database.lag_seconds
+    if database.reachable:
+        state = "up" if relay is None else f"up, {relay}"
+    elif live is not None and live.reachable:
+        state, lag = "unreachable from here, up for the relay", live.lag_seconds
+    else:
+        state = "unreachable"
     row: tuple[object, ...] = (
         database.shard,
         database.role,
         Endpoint.parse(database.endpoint).address,
         state,
-        None if database.lag_seconds is None else f"{database.lag_seconds:.2f}",
+        None if lag is None else f"{lag:.2f}",
         database.behind,
     )
     if weights:
