@@ -8,9 +8,11 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,9 +22,13 @@ from sqlalchemy.exc import DBAPIError
 import shardkit
 from shardkit import create_cluster
 from shardkit.credentials import CredentialSource, fixed
+from shardkit.demo.relay_process import RelayProcess
 from shardkit.errors import ShardkitError
-from shardkit.topology import Endpoint
-from tests.faults.lists import SHARD, Entry
+from shardkit.mapstore import MapStore, open_store
+from shardkit.testing import LocalCluster
+from shardkit.testing.database import Flavour, LocalDatabaseServer
+from shardkit.topology import Endpoint, Role
+from tests.faults.lists import SHARD, Base, Entry, lists_map
 
 #: Seconds that processes are given to notice.
 _PATIENCE = 60.0
@@ -135,3 +141,47 @@ def when(happens: Callable[[], object]) -> float:
     before = time.monotonic()
     happens()
     return before
+
+
+@dataclass
+class Stage:
+    """One shard with two replicas, its map in ZooKeeper."""
+
+    local: LocalCluster
+    store: MapStore
+    readers: Readers
+
+    @property
+    def replicas(self) -> tuple[Endpoint, ...]:
+        return self.local.shards[SHARD].replicas
+
+    def server(self, number: int) -> LocalDatabaseServer:
+        return self.local.server(SHARD, Role.REPLICA, number)
+
+    def publish(self, *replicas: Endpoint) -> None:
+        shard = replace(self.local.shards[SHARD], replicas=replicas)
+        self.store.publish(lists_map(shard), expected_version=self.store.load().version)
+
+
+@contextmanager
+def open_stage(flavour: Flavour, processes: int, folder: Path) -> Iterator[Stage]:
+    """A stage whose readers read."""
+    with ExitStack() as stack:
+        local = stack.enter_context(LocalCluster([SHARD], 2, staging=False, flavour=flavour))
+        source, shard = local.zookeeper_url("lists"), local.shards[SHARD]
+        store = open_store(source)
+        stack.callback(store.close)
+        store.publish(lists_map(shard), expected_version=0)
+        cluster = stack.enter_context(create_cluster(source, credentials=local.credentials, max_lag=30.0))
+        Base.metadata.create_all(cluster.engine(SHARD))
+        with shardkit.sessionmaker(cluster).begin() as session:
+            session.add(Entry(owner=1, number=1))
+        relay = RelayProcess(source, local.credentials(shard.master), log=folder / "relay.log")
+        relay.start()
+        stack.callback(relay.stop)
+        end = time.monotonic() + 60
+        while not cluster.health.wait(1.0):
+            relay.check()
+            assert time.monotonic() < end, "the replicas do not come near their master"
+        readers = stack.enter_context(Readers(processes, source, local.credentials, shard.master))
+        yield Stage(local, store, readers)
