@@ -43,7 +43,7 @@ from shardkit.routing.texts import writes_rows
 from shardkit.shardmap import Placement, ShardMap
 from shardkit.snapshots import Pin, Snapshots, View
 from shardkit.telemetry import RouterMetrics
-from shardkit.topology import Endpoint, Role
+from shardkit.topology import Endpoint, Role, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -386,37 +386,46 @@ class Cluster:
         max_lag: float | None = None,
         asynchronous: bool = False,
         run_blocking: Callable[[Callable[[], list[Replica]]], list[Replica]] = lambda call: call(),
-    ) -> int | None:
-        """The number of a replica that may serve reads now; None where there is none, so that the master has to.
+    ) -> tuple[Replica, Engine] | None:
+        """A replica that may serve reads now; None where there is none, so that the master has to.
 
         :param mark: what the replica has to have applied.
         :param max_lag: seconds; the cluster's unless given.
         :param run_blocking: runs the call that may wait for a replica to apply what the mark asks for.
         :raises NoFreshReplica: where there is none, and the master has been asked for too many reads already.
         """
-        replicas = self._replicas_of(shard)
+        view = self.view  # one map throughout: by another one the same number may be another replica's
+        here = view.map.shard(shard)
+        replicas = [replica for replica in _replicas_of(here) if here.weight(replica[2])]
         if not replicas:
             return None
         able = fresh = self._health.fresh(replicas, max_lag)
         if mark is not None and fresh:
             able = self._health.covering(fresh, mark)
-            if not able and mark.position is not None and mark.epoch == self.map.shard(shard).epoch:
+            if not able and mark.position is not None and mark.epoch == here.epoch:
                 able = run_blocking(lambda: self._health.wait_for(fresh, mark, self._causal_wait))
-        chosen = choose(able, lambda replica: self._in_flight(replica, asynchronous=asynchronous), self._random)
+
+        def engine_of(replica: Replica) -> Engine:
+            return self._core_in(view, shard, Role.REPLICA, replica[1], asynchronous=asynchronous)
+
+        chosen = choose(
+            able,
+            lambda replica: _checked_out(engine_of(replica)),
+            self._random,
+            lambda replica: here.weight(replica[2]),
+        )
         if chosen is None:
             self._fall_back(shard, "token" if fresh else "lag")
             return None
         self._spill.on_replica()
         self.metrics.replica_reads.labels(shard).inc()
-        return chosen[1]
+        return chosen, engine_of(chosen)
 
-    def eject(self, shard: str, number: int) -> None:
+    def eject(self, replica: Replica) -> None:
         """Give a replica no reads until it has been asked again and answers: its connection was lost."""
-        self.metrics.lost_replicas.labels(shard).inc()
-        logger.warning("replica %d of shard %s was lost in the middle of a read", number, shard)
-        for replica in self._replicas_of(shard):
-            if replica[1] == number:
-                self._health.eject(replica)
+        self.metrics.lost_replicas.labels(replica[0]).inc()
+        logger.warning("replica %s of shard %s was lost in the middle of a read", replica[2], replica[0])
+        self._health.eject(replica)
 
     def _fall_back(self, shard: str, reason: str) -> None:
         self.metrics.master_reads.labels(shard, reason).inc()
@@ -430,14 +439,10 @@ class Cluster:
             )
 
     def _replicas_of(self, shard: str) -> list[Replica]:
-        return [(shard, number, endpoint) for number, endpoint in enumerate(self.map.shard(shard).replicas)]
+        return _replicas_of(self.map.shard(shard))
 
     def _all_replicas(self) -> list[Replica]:
-        return [replica for shard in self.map.shards for replica in self._replicas_of(shard)]
-
-    def _in_flight(self, replica: Replica, *, asynchronous: bool) -> int:
-        pool: Any = self.core_engine(replica[0], Role.REPLICA, replica[1], asynchronous=asynchronous).pool
-        return int(pool.checkedout()) if hasattr(pool, "checkedout") else 0
+        return [replica for shard in self.map.shards.values() for replica in _replicas_of(shard)]
 
     @property
     def health(self) -> ReplicaHealth:
@@ -453,7 +458,9 @@ class Cluster:
 
     def core_engine(self, shard: str, role: Role, number: int = 0, *, asynchronous: bool = False) -> Engine:
         """What a session binds to: an engine, or an async engine's inner one."""
-        view = self.view
+        return self._core_in(self.view, shard, role, number, asynchronous=asynchronous)
+
+    def _core_in(self, view: View, shard: str, role: Role, number: int, *, asynchronous: bool) -> Engine:
         key = (shard, role, number, asynchronous)
         known: Engine | None = view.cores.get(key)
         if known is None:
@@ -533,6 +540,16 @@ class Cluster:
         self._snapshots.after_fork()
         self._health.after_fork()
         self._patience.after_fork()
+
+
+def _checked_out(engine: Engine) -> int:
+    """How many of an engine's connections are in use."""
+    pool: Any = engine.pool
+    return int(pool.checkedout()) if hasattr(pool, "checkedout") else 0
+
+
+def _replicas_of(shard: Shard) -> list[Replica]:
+    return [(shard.name, number, endpoint) for number, endpoint in enumerate(shard.replicas)]
 
 
 def _endpoint_in(shard_map: ShardMap, shard: str, role: Role, number: int) -> Endpoint:

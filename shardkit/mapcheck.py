@@ -28,6 +28,7 @@ from shardkit.mapschema import (
     WrittenMap,
     WrittenMove,
     WrittenRange,
+    WrittenReplica,
     WrittenShard,
 )
 from shardkit.mapyaml import Path, read_yaml
@@ -43,7 +44,7 @@ from shardkit.partition import (
     format_buckets,
     parse_buckets,
 )
-from shardkit.topology import Endpoint, ReplicationKind, Shard
+from shardkit.topology import DEFAULT_WEIGHT, Endpoint, ReplicationKind, Shard
 
 _NUMBERS = re.compile(r"[0-9]+(-[0-9]+)?")
 
@@ -156,17 +157,23 @@ class _Checker:
         path: Path = ("shards", name)
         master = self._endpoint((*path, "master"), written.master)
         staging = None if written.staging is None else self._endpoint((*path, "staging"), written.staging)
-        replicas = [self._endpoint((*path, "replicas", index), url) for index, url in enumerate(written.replicas)]
+        replicas = [self._replica((*path, "replicas", index), each) for index, each in enumerate(written.replicas)]
         if master is None:
             return None
         return Shard(
             name,
             master,
             staging,
-            tuple(replica for replica in replicas if replica is not None),
+            tuple(endpoint for endpoint, _ in replicas if endpoint is not None),
             ReplicationKind(written.replication),
             written.epoch,
+            {endpoint: weight for endpoint, weight in replicas if endpoint is not None and weight != DEFAULT_WEIGHT},
         )
+
+    def _replica(self, path: Path, written: str | WrittenReplica) -> tuple[Endpoint | None, int]:
+        if isinstance(written, str):
+            return self._endpoint(path, written), DEFAULT_WEIGHT
+        return self._endpoint((*path, "url"), written.url), written.weight
 
     def _endpoint(self, path: Path, url: str) -> Endpoint | None:
         try:

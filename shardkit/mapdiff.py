@@ -128,6 +128,10 @@ def _shard_changes(old: Shard, new: Shard) -> Iterator[Change]:
         before, after = before[1:], after[1:]
     yield from (Change(Effect.ADDS, f"shard {old.name}: {entry} added") for entry in after if entry not in before)
     yield from (Change(Effect.REMOVES, f"shard {old.name}: {entry} removed") for entry in before if entry not in after)
+    for replica in (each for each in new.replicas if each in old.replicas):
+        if old.weight(replica) != new.weight(replica):
+            line = f"shard {old.name}: weight of {replica} {old.weight(replica)} -> {new.weight(replica)}"
+            yield Change(Effect.CHANGES, line)
     if old.replication != new.replication:
         yield Change(Effect.CHANGES, f"shard {old.name}: replication {old.replication} -> {new.replication}")
 

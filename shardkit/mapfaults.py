@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from shardkit.mapschema import FORMAT
 from shardkit.mapyaml import Path
+from shardkit.topology import MAX_WEIGHT
 
 # What stands at a place, by the pattern of its path ("*" is any one part); the first that fits.
 _FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -33,6 +34,9 @@ _FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("shards",), "fields under each shard's name"),
     (("shards", "*"), "{master: mysql://host:3306/database}, with staging and replicas where there are"),
     (("shards", "*", "replicas"), "a list of endpoints: [mysql://host:3306/database]"),
+    (("shards", "*", "replicas", "*"), "an endpoint, or {url: mysql://host:3306/database, weight: 3}"),
+    (("shards", "*", "replicas", "*", "url"), "an endpoint: mysql://host:3306/database"),
+    (("shards", "*", "replicas", "*", "weight"), f"a whole number from 0 (no reads) to {MAX_WEIGHT}"),
     (("shards", "*", "replication"), "relay or native"),
     (("shards", "*", "*"), "an endpoint: mysql://host:3306/database"),
     (("moves",), "a list that rebalance jobs keep: leave it to them"),
@@ -105,7 +109,7 @@ def _data_path(location: Sequence[str | int], data: Any) -> Path:
 
 
 _TYPE_NAMES = frozenset(
-    {"hash", "list", "range", "directory", "str", "int", "list[str]", "list[union[int,str]]", "[key]"}
+    {"hash", "list", "range", "directory", "str", "int", "list[str]", "list[union[int,str]]", "[key]", "WrittenReplica"}
     | {"dict[str,union[str,list[str]]]", "dict[constrained-str,union[str,list[union[int,str]]]]"}
 )
 

@@ -22,7 +22,7 @@ from shardkit.partition import (
     RangePartition,
     format_buckets,
 )
-from shardkit.topology import ReplicationKind, Shard
+from shardkit.topology import DEFAULT_WEIGHT, MAX_WEIGHT, Endpoint, ReplicationKind, Shard
 
 if TYPE_CHECKING:
     from shardkit.shardmap import Keyspace, ShardMap
@@ -82,12 +82,19 @@ class WrittenKeyspace(_Schema):
     placement: str | dict[Name, str | list[int | str]]
 
 
+class WrittenReplica(_Schema):
+    """``{url: mysql://host:3306/database, weight: 3}``; a replica of the usual weight is its URL alone."""
+
+    url: str
+    weight: Annotated[int, Field(ge=0, le=MAX_WEIGHT)] = DEFAULT_WEIGHT
+
+
 class WrittenShard(_Schema):
     """One shard."""
 
     master: str
     staging: str | None = None
-    replicas: list[str] = Field(default_factory=list)
+    replicas: list[str | WrittenReplica] = Field(default_factory=list)
     replication: Literal["relay", "native"] = "relay"
     epoch: Annotated[int, Field(ge=0)] = 0
 
@@ -174,11 +181,15 @@ def _shard_fields(shard: Shard) -> Iterator[tuple[str, Any]]:
     if shard.staging is not None:
         yield "staging", shard.staging.url
     if shard.replicas:
-        yield "replicas", [replica.url for replica in shard.replicas]
+        yield "replicas", [_replica_fields(replica, shard.weight(replica)) for replica in shard.replicas]
     if shard.replication is not ReplicationKind.RELAY:
         yield "replication", str(shard.replication)
     if shard.epoch:
         yield "epoch", shard.epoch
+
+
+def _replica_fields(replica: Endpoint, weight: int) -> str | dict[str, Any]:
+    return replica.url if weight == DEFAULT_WEIGHT else {"url": replica.url, "weight": weight}
 
 
 # JSON has neither dates nor keys that are not strings, and a key 42 must never come back as "42": it is another key.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 from urllib.parse import quote, unquote, urlsplit
 
 DEFAULT_PORT = 3306
+#: Of a replica for which the map says nothing else.
+DEFAULT_WEIGHT = 1
+#: As in HAProxy: room for percentages, and for a server that warms up.
+MAX_WEIGHT = 256
 Dialect = Literal["mysql", "sqlite"]
 
 
@@ -103,6 +107,7 @@ class Shard:
     """One logical database: a master, an optional staging database, and any number of replicas.
 
     :param epoch: counts the masters that it has had: positions of different epochs cannot be compared.
+    :param weights: of the replicas whose weight is not `DEFAULT_WEIGHT`.
     """
 
     name: str
@@ -111,6 +116,11 @@ class Shard:
     replicas: tuple[Endpoint, ...] = field(default=())
     replication: ReplicationKind = ReplicationKind.RELAY
     epoch: int = 0
+    weights: Mapping[Endpoint, int] = field(default_factory=dict, hash=False)
+
+    def weight(self, replica: Endpoint) -> int:
+        """How much of the reads a replica is given, against the weights of the others; 0: none."""
+        return self.weights.get(replica, DEFAULT_WEIGHT)
 
     def endpoints(self) -> Iterator[tuple[Role, Endpoint]]:
         """Every endpoint with its role, master first."""

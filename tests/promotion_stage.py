@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 
 import shardkit
 from shardkit.cluster import Cluster, create_cluster
-from shardkit.credentials import fixed
+from shardkit.credentials import Credentials, fixed
 from shardkit.demo.relay_process import RelayProcess
 from shardkit.errors import ShardkitError
 from shardkit.shardmap import ShardMap
@@ -44,6 +44,8 @@ class Stage:
     source: Path
     relay: RelayProcess
     kind: ReplicationKind
+    #: Whose the commands are; root's unless given.
+    account: Credentials | None = None
 
     @property
     def master(self) -> LocalDatabaseServer:
@@ -72,7 +74,7 @@ class Stage:
 
     def command(self, *words: str) -> subprocess.Popen[str]:
         """``shardkit shard ...``, begun."""
-        account = self.local.credentials(self.master.endpoint(DATABASE))
+        account = self.account or self.local.credentials(self.master.endpoint(DATABASE))
         return subprocess.Popen(
             [sys.executable, "-m", "shardkit", "shard", *words, "--map", str(self.source), "--json"],
             env={**os.environ, "SHARDKIT_USER": account.user, "SHARDKIT_PASSWORD": account.password},

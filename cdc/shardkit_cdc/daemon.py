@@ -23,6 +23,7 @@ from shardkit.topology import ReplicationKind, Role, Shard
 from shardkit_cdc.election import Election, Unopposed, ZooKeeperElection
 from shardkit_cdc.heartbeat import Heartbeat
 from shardkit_cdc.janitor import JanitorTask
+from shardkit_cdc.livestate import LiveStateTask
 from shardkit_cdc.relay import Hop, HopOptions, HopSpec, State
 
 logger = logging.getLogger(__name__)
@@ -216,6 +217,8 @@ class Relay:
                 wanted[spec] = partial(self._hop, spec, current.cluster)
             if _has_copies(shard):
                 wanted[shard.name, shard.master] = partial(self._heartbeat, shard)
+                if isinstance(self._store, ZooKeeperMapStore):
+                    wanted[shard] = partial(self._live_state, shard, self._store)
         wanted["janitor"] = self._janitor
         with self._lock:
             self._current = current
@@ -249,6 +252,10 @@ class Relay:
     def _heartbeat(self, shard: Shard) -> Heartbeat:
         election = self._election("relay", shard.name, "heartbeat")
         return Heartbeat(shard.name, shard.master, self._credentials, election=election)
+
+    def _live_state(self, shard: Shard, store: ZooKeeperMapStore) -> LiveStateTask:
+        election = self._election("relay", shard.name, "live")
+        return LiveStateTask(shard, self._credentials, store, by=self._runner, election=election)
 
     def _janitor(self) -> JanitorTask:
         """One for the whole cluster: a branch on one shard may be decided on any other."""

@@ -10,12 +10,14 @@ import rich_click as click
 
 from shardkit.cli.options import map_option, map_store, output_option, yes_option
 from shardkit.cli.output import Column, Output, count
+from shardkit.topology import Role
 
 if TYPE_CHECKING:
     from shardkit.mapdiff import MapDiff
     from shardkit.mapstore import MapStore
     from shardkit.partition import Bucket, Partition
     from shardkit.shardmap import Keyspace, ShardMap
+    from shardkit.topology import Shard
 
 # the errors and the map import SQLAlchemy: inside the commands, so that --help is quick
 
@@ -49,9 +51,10 @@ def show(map_source: str, version: int | None, as_yaml: bool, out: Output) -> No
         ["keyspace", "shard", "holds", Column("buckets", right=True), "values"],
         [row for keyspace in shown.keyspaces.values() for row in _placement_rows(keyspace)],
     )
+    weights = any(shard.weights for shard in shown.shards.values())
     out.table(
-        ["shard", "role", Column("endpoint", whole=True)],
-        [(shard.name, role, endpoint) for shard in shown.shards.values() for role, endpoint in shard.endpoints()],
+        ["shard", "role", Column("endpoint", whole=True), *([Column("weight", right=True)] if weights else [])],
+        [row for shard in shown.shards.values() for row in _endpoint_rows(shard, weights=weights)],
     )
     if shown.moves:
         out.table(
@@ -59,6 +62,12 @@ def show(map_source: str, version: int | None, as_yaml: bool, out: Output) -> No
             [(move.job, move.keyspace, move.source, move.target, len(move.buckets)) for move in shown.moves],
             title="moving",
         )
+
+
+def _endpoint_rows(shard: Shard, *, weights: bool) -> Iterator[tuple[object, ...]]:
+    for role, endpoint in shard.endpoints():
+        row = (shard.name, role, endpoint)
+        yield (*row, shard.weight(endpoint) if role is Role.REPLICA else None) if weights else row
 
 
 def _keyspace_row(keyspace: Keyspace) -> tuple[object, ...]:

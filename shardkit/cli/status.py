@@ -14,13 +14,14 @@ import rich_click as click
 
 from shardkit.cli.options import map_option, map_store, output_option
 from shardkit.cli.output import Column, Output
-from shardkit.topology import Endpoint, Role
+from shardkit.topology import DEFAULT_WEIGHT, Endpoint, Role
 
 if TYPE_CHECKING:
     from shardkit.credentials import CredentialSource
     from shardkit.engines import Engines
-    from shardkit.mapstore import ClientState
+    from shardkit.mapstore import ClientState, MapStore
     from shardkit.shardmap import ShardMap
+    from shardkit_cdc.livestate import LiveState
     from shardkit_cdc.status import HopStatus
 
 _AT_ONCE = 16
@@ -37,6 +38,8 @@ class EndpointStatus:
     :param selects: the SELECTs that its server has run since it was started, whoever sent them.
     :param reads_per_second: of them, since the look before; None at the first.
     :param share_of_reads: of the reads of its shard's master and replicas, from 0 to 1.
+    :param weight: of a replica, in the shard map; None for the other roles.
+    :param live: how the relay's host sees it; None where no relay tells.
     """
 
     shard: str
@@ -54,6 +57,8 @@ class EndpointStatus:
     selects: int | None = None
     reads_per_second: float | None = None
     share_of_reads: float | None = None
+    weight: int | None = None
+    live: LiveState | None = None
 
 
 @click.command()
@@ -107,6 +112,7 @@ def _show(map_source: str, out: Output, databases: Sequence[EndpointStatus]) -> 
         shard_map = store.load()
         source = store.source
         clients = store.clients()
+        databases = _with_live_states(store, databases)
     out.result(
         {
             "source": source,
@@ -134,10 +140,12 @@ def _show(map_source: str, out: Output, databases: Sequence[EndpointStatus]) -> 
         Column("behind", right=True),
     ]
     reads = any(database.reads_per_second is not None for database in databases)
+    weights = any(database.weight not in {None, DEFAULT_WEIGHT} for database in databases)
+    heads += [Column("weight", right=True)] if weights else []
     heads += [Column("reads/s", right=True), Column("share", right=True)] if reads else []
     out.table(
         heads if len(servers) <= 1 else [*heads, "server"],
-        [_row(database, reads=reads, server=len(servers) > 1) for database in databases],
+        [_row(database, weights=weights, reads=reads, server=len(servers) > 1) for database in databases],
     )
     for move in shard_map.moves:
         out.line(f"job {move.job} moves {len(move.buckets)} buckets of {move.keyspace}: {move.source} -> {move.target}")
@@ -150,6 +158,14 @@ def _show(map_source: str, out: Output, databases: Sequence[EndpointStatus]) -> 
     return 0 if all(database.reachable and database.relay not in unwell for database in databases) else 1
 
 
+def _with_live_states(store: MapStore, databases: Sequence[EndpointStatus]) -> list[EndpointStatus]:
+    from shardkit.mapstore import ZooKeeperMapStore
+    from shardkit_cdc.livestate import live_states
+
+    live = live_states(store) if isinstance(store, ZooKeeperMapStore) else {}
+    return [replace(database, live=live.get(database.endpoint)) for database in databases]
+
+
 def _clients_line(clients: Sequence[ClientState], current: int) -> str:
     if not clients:
         return "no process has announced itself"
@@ -159,17 +175,25 @@ def _clients_line(clients: Sequence[ClientState], current: int) -> str:
     return f"{line}, {behind} on an older map" if behind else f"{line}, all on this map"
 
 
-def _row(database: EndpointStatus, *, reads: bool, server: bool) -> tuple[object, ...]:
+def _row(database: EndpointStatus, *, weights: bool, reads: bool, server: bool) -> tuple[object, ...]:
     relay = None if database.relay is None else relay_state(database.relay)
-    state = "unreachable" if not database.reachable else "up" if relay is None else f"up, {relay}"
+    live, lag = database.live, database.lag_seconds
+    if database.reachable:
+        state = "up" if relay is None else f"up, {relay}"
+    elif live is not None and live.reachable:
+        state, lag = "unreachable from here, up for the relay", live.lag_seconds
+    else:
+        state = "unreachable"
     row: tuple[object, ...] = (
         database.shard,
         database.role,
         Endpoint.parse(database.endpoint).address,
         state,
-        None if database.lag_seconds is None else f"{database.lag_seconds:.2f}",
+        None if lag is None else f"{lag:.2f}",
         database.behind,
     )
+    if weights:
+        row = (*row, database.weight)
     if reads:
         rate, share = database.reads_per_second, database.share_of_reads
         row = (*row, None if rate is None else f"{rate:,.0f}", None if share is None else f"{share:.0%}")
@@ -240,7 +264,7 @@ def look(shard_map: ShardMap, credentials: CredentialSource) -> list[EndpointSta
     from shardkit.engines import Engines, EngineSettings
 
     places = [
-        _Place(shard.name, role, number, endpoint)
+        _Place(shard.name, role, number, endpoint, shard.weight(endpoint) if role is Role.REPLICA else None)
         for shard in shard_map.shards.values()
         for role in Role
         for number, endpoint in enumerate(shard.with_role(role))
@@ -266,6 +290,7 @@ class _Place:
     role: Role
     number: int
     endpoint: Endpoint
+    weight: int | None
 
 
 def _hops(shard_map: ShardMap, credentials: CredentialSource) -> Mapping[Endpoint, HopStatus]:
@@ -283,7 +308,7 @@ def _ask(place: _Place, engines: Engines, hop: HopStatus | None) -> EndpointStat
 
     from shardkit.errors import ShardkitError
 
-    shown = EndpointStatus(place.shard, str(place.role), str(place.endpoint), reachable=False)
+    shown = EndpointStatus(place.shard, str(place.role), str(place.endpoint), reachable=False, weight=place.weight)
     began = time.monotonic()
     try:
         version, writable, selects = _answer(place, engines)

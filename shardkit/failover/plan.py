@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from shardkit.credentials import CredentialSource
 from shardkit.errors import PreconditionFailed
 from shardkit.failover.fence import Account, accounts, foreign_branches, writers_past_read_only
+from shardkit.failover.privileges import require
 from shardkit.failover.servers import Server
 from shardkit.failover.standing import Standing, look
 from shardkit.gtid import Flavour, Position
@@ -75,6 +76,7 @@ class Plan:
             master=self.candidate.endpoint,
             staging=None,
             replicas=self.keeps,
+            weights={each: weight for each, weight in self.shard.weights.items() if each in self.keeps},
             epoch=self.shard.epoch + 1,
         )
 
@@ -244,7 +246,9 @@ def _followers(
     shard: Shard, others: Sequence[Standing], candidate: Standing, credentials: CredentialSource
 ) -> tuple[tuple[Endpoint, ...], list[str]]:
     """Who can follow the new master, and what has to be said of the candidate."""
+    native = shard.replication is ReplicationKind.NATIVE
     with Server(candidate.endpoint, credentials) as server:
+        require(server, opens=True, follows=native)
         if not server.is_on("log_bin"):
             raise PreconditionFailed(
                 f"{candidate.endpoint.address} keeps no binary log: as a master it could not be followed",
@@ -259,7 +263,11 @@ def _followers(
         why = f"{candidate.endpoint.address} does not log what it has from its master ({variable} is off)"
         return (), [f"{why}: the other replicas cannot follow it"]
     lost = [f"{each.endpoint.address} does not answer: it leaves the map" for each in rest if not each.reachable]
-    return tuple(each.endpoint for each in rest if each.reachable), lost
+    keeps = tuple(each.endpoint for each in rest if each.reachable)
+    for endpoint in keeps:
+        with Server(endpoint, credentials) as server:
+            require(server, follows=True)
+    return keeps, lost
 
 
 def _with_old_master(plan: Plan, credentials: CredentialSource, app_users: Sequence[str]) -> Plan:
@@ -270,6 +278,7 @@ def _with_old_master(plan: Plan, credentials: CredentialSource, app_users: Seque
     locks: list[Account] = []
     warnings = list(plan.warnings)
     with Server(plan.shard.master, credentials) as server:
+        require(server, closes=True, locks=bool(app_users), follows=False)
         for user in app_users:
             found = accounts(server, user)
             if not found:

@@ -12,18 +12,29 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def choose(candidates: Sequence[T], in_flight: Callable[[T], int], random: Random) -> T | None:
-    """Of two taken at random, the one with less to do: nearly as even as asking all, and never a stampede to one.
+def choose(
+    candidates: Sequence[T], in_flight: Callable[[T], int], random: Random, weight: Callable[[T], int] = lambda _: 1
+) -> T | None:
+    """Of two drawn by weight, the one with less to do for its weight: nearly as even as asking all, and never a
+    stampede to one.
 
     :param in_flight: how many statements of this process a candidate has to answer now.
+    :param weight: a candidate's share, against the weights of the others; at least 1.
     :returns: None where there is no candidate.
     """
     if not candidates:
         return None
     if len(candidates) == 1:
         return candidates[0]
-    first, second = random.sample(candidates, 2)
-    return first if in_flight(first) <= in_flight(second) else second
+    weights = [weight(each) for each in candidates]
+    (one,) = random.choices(range(len(candidates)), weights)
+    drawn = weights[one]
+    weights[one] = 0
+    (other,) = random.choices(range(len(candidates)), weights)
+    here, there = in_flight(candidates[one]), in_flight(candidates[other])
+    # as things are and with this statement: by either alone, few statements at a time are far from the weights
+    busier = here * weights[other] > there * drawn and (here + 1) * weights[other] > (there + 1) * drawn
+    return candidates[other if busier else one]
 
 
 class Spill:

@@ -128,7 +128,7 @@ class ReplicaHealth:
         while not (found := self.covering(replicas, mark)) and (left := end - time.monotonic()) > 0:
             replica = replicas[turn % len(replicas)]
             turn += 1
-            if self._begin(replica):
+            if self._take(replica):
                 self._look(replica)
                 if not self.covering([replica], mark):
                     time.sleep(min(_HURRY, left))
@@ -160,38 +160,40 @@ class ReplicaHealth:
         with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="shardkit-lag") as pool:
             while not self._closed.wait(self._interval if self._readings else 0):
                 for replica in list(self._replicas()):
-                    if self._begin(replica):  # else its last look still hangs
+                    if self._take(replica):  # else its last look still hangs
                         try:
                             pool.submit(self._look, replica)
                         except RuntimeError:  # the interpreter is ending
                             return
 
-    def _begin(self, replica: Replica) -> bool:
-        """Whether nobody is looking at the replica; the caller does, then."""
+    def _take(self, replica: Replica) -> bool:
+        """Whether this thread is to look at a replica: nobody else is doing so."""
         with self._lock:
-            if replica in self._asked:
-                return False
-            self._asked.add(replica)
-            return True
+            free = replica not in self._asked
+            if free:
+                self._asked.add(replica)
+            return free
 
     def _look(self, replica: Replica) -> None:
-        """Ask a replica, once `_begin` said so."""
+        """Look at a replica that was taken."""
         try:
-            self._note(replica, self._read(replica))
+            self._note(replica)
+        except Exception as error:  # whatever it was, the replica is to be looked at again
+            logger.exception("replica %s of shard %s could not be looked at", replica[2], replica[0])
+            self._fresh.discard(replica)
+            self._readings[replica] = Reading(None, None, time.monotonic(), error=repr(error))
         finally:
             with self._lock:
                 self._asked.discard(replica)
             with self._seen:
                 self._seen.notify_all()
 
-    def _read(self, replica: Replica) -> Reading:
+    def _note(self, replica: Replica) -> None:
         began = time.monotonic()
         try:
-            return _read(self._engine_of(replica), self._shard_of(replica[0]), began)
+            reading = _read(self._engine_of(replica), self._shard_of(replica[0]), began)
         except (SQLAlchemyError, ShardkitError, OSError) as error:
-            return Reading(None, None, began, error=str(getattr(error, "orig", None) or error))
-
-    def _note(self, replica: Replica, reading: Reading) -> None:
+            reading = Reading(None, None, began, error=str(getattr(error, "orig", None) or error))
         before = self._readings.get(replica)
         self._readings[replica] = reading
         if self._judge(replica, time.monotonic(), self._max_lag):

@@ -68,7 +68,7 @@ def watch(connection: Connection, query: PositionQuery) -> Seen:
         or connection.info.get(_LEVEL)
     )
     if level is None:  # once for each connection: an application's own handlers may have set it
-        level = connection.info[_LEVEL] = dialect.get_isolation_level(connection.connection.dbapi_connection)
+        level = connection.info[_LEVEL] = connection.get_isolation_level()
     seen = Seen(query, each=level not in _ONE_SNAPSHOT)
     connection.info[SEEING] = seen
     return seen

@@ -30,6 +30,7 @@ from shardkit.errors import (
     StaleShardMap,
 )
 from shardkit.gtid import Position
+from shardkit.replicas.health import Replica
 from shardkit.replicas.positions import Told, flavour_of, position_query
 from shardkit.replicas.seeing import Seen, unwatch, watch
 from shardkit.replicas.token import Mark
@@ -65,7 +66,7 @@ class ClusterTransaction(SessionTransaction):
         self._pin: Pin | None = None
         self._written: dict[str, None] = {}  # in order of the first write
         self._on_master: set[str] = set()
-        self._replicas: dict[str, tuple[int, Engine]] = {}  # shard -> the replica that it reads
+        self._replicas: dict[str, tuple[Replica, Engine]] = {}  # shard -> the replica that it reads
         self._lost: set[str] = set()  # shards that were read on a replica that was lost
         self._shard_of: dict[Engine | Connection, str] = {}
         self._masters: dict[str, Engine | Connection] = {}
@@ -174,20 +175,19 @@ class ClusterTransaction(SessionTransaction):
 
     def _replica_of(self, shard: str, max_lag: float | None) -> Engine | None:
         if shard not in self._replicas:
-            number = None
+            chosen = None
             if self.view.map.shard(shard).replicas:
-                number = self._cluster.choose_replica(
+                chosen = self._cluster.choose_replica(
                     shard,
                     mark=self._session.mark_for(shard),
                     max_lag=max_lag,
                     asynchronous=self._asynchronous,
                     run_blocking=self._session.run_blocking,
                 )
-            if number is None:
+            if chosen is None:
                 self._on_master.add(shard)
                 return None
-            engine = self._cluster.core_engine(shard, Role.REPLICA, number, asynchronous=self._asynchronous)
-            self._replicas[shard] = number, engine
+            self._replicas[shard] = chosen
         return self._replicas[shard][1]
 
     def _given_to(self, shard: str, *, master: bool) -> Connection:
@@ -239,6 +239,7 @@ class ClusterTransaction(SessionTransaction):
             self._join_two_phase(bind, connection, self._two_phase)
         shard = self._shard_of.get(bind)
         if shard in self._replicas and self._masters.get(shard) is not bind:
+            self._join_reading(shard, connection)
             self._watch(shard, connection)
         else:
             driver: Any = connection.connection.driver_connection
@@ -253,15 +254,23 @@ class ClusterTransaction(SessionTransaction):
             seen = watch(connection, position_query(shard, Role.REPLICA, kind, flavour))
             self._seen[shard] = (connection, seen)
 
+    def _join_reading(self, shard: str, connection: Connection) -> None:
+        """A replica's part of the transaction is no reason for it to fail at its end."""
+        replica, engine = self._replicas[shard]
+        _, transaction, *rest = self._connections[engine]
+        reading = _Reading(connection, transaction, lambda: self._cluster.eject(replica))
+        entry = (connection, cast("Transaction", reading), *rest)
+        self._connections[connection] = self._connections[engine] = cast("Any", entry)
+
     def leave_lost_replicas(self) -> bool:
         """Let go of replicas whose connections were lost, or never came to be; False where there are none."""
         lost = []
-        for shard, (number, engine) in self._replicas.items():
+        for shard, (replica, engine) in self._replicas.items():
             entry = self._connections.get(engine)
             if entry is not None and not entry[0].invalidated:
                 continue
             lost.append(shard)
-            self._cluster.eject(shard, number)
+            self._cluster.eject(replica)
             self._let_go_of(engine)
         for shard in lost:
             if shard in self._seen:
@@ -595,6 +604,35 @@ def position_of_master(connection: Connection) -> Position | None:
         return None
 
 
+class _Reading:
+    """Stands for a transaction on a replica: it has nothing to lose when its server is gone at its end.
+
+    :param lost: told of that.
+    """
+
+    def __init__(self, connection: Connection, transaction: Transaction, lost: Callable[[], None]) -> None:
+        self._connection = connection
+        self._transaction = transaction
+        self._lost = lost
+
+    @property
+    def is_active(self) -> bool:
+        return self._transaction.is_active
+
+    def commit(self) -> None:
+        """As one database would, since a function that a SELECT called may have written after all."""
+        self._end(by_commit=not self._connection.invalidated)
+
+    def rollback(self) -> None:
+        self._end()
+
+    close = rollback
+
+    def _end(self, *, by_commit: bool = False) -> None:
+        if not _end_reading(self._connection, self._transaction, by_commit=by_commit):
+            self._lost()
+
+
 class _Ended:
     """Stands for a transaction that has been committed."""
 
@@ -604,10 +642,11 @@ class _Ended:
         """Nothing is left to be undone."""
 
 
-def _end_reading(connection: Connection, transaction: Transaction, *, by_commit: bool = False) -> None:
+def _end_reading(connection: Connection, transaction: Transaction, *, by_commit: bool = False) -> bool:
     """End a transaction that wrote nothing. Its server may be gone: what was read stays read.
 
     :param by_commit: as one database would, since a function that a SELECT called may have written after all.
+    :returns: False where its connection was lost.
     """
     try:
         if by_commit:
@@ -617,3 +656,5 @@ def _end_reading(connection: Connection, transaction: Transaction, *, by_commit:
     except exc.DBAPIError as error:
         logger.info("a connection that only read was lost at the end of its transaction: %s", error)
         connection.invalidate(error)
+        return False
+    return True

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any
 from unittest.mock import patch
 
@@ -28,6 +28,7 @@ from shardkit.shardmap import ShardMap
 from shardkit.testing import LocalCluster, LocalMariaDB, LocalMySQL, TcpProxy
 from shardkit.testing.cluster import database_of
 from shardkit.testing.database import Flavour, LocalDatabaseServer
+from tests.faults.readers import open_stage, when
 
 SHARD = "bench-0"
 ROWS = 1_000
@@ -62,6 +63,7 @@ def run(quick: bool = False) -> list[Row]:
             rows.append(_own_writes(cluster, flavour, 300 if quick else 2_000))
         with _relayed(flavour, away=0.0) as cluster:
             rows.append(_off_loaded(cluster, flavour, 3.0 if quick else 15.0))
+        rows += _noticed(flavour, 3 if quick else 20)
     return rows
 
 
@@ -341,3 +343,33 @@ def _off_loaded(cluster: Cluster, flavour: str, seconds: float) -> Row:
         "rival": "-",
         "ok": value >= 0.8 and stale == 0,
     }
+
+
+# --- how soon processes notice -----------------------------------------------------------------------------------
+
+
+def _noticed(flavour: Flavour, rounds: int) -> list[Row]:
+    """Until the last of three processes, which read without a pause, has noticed: a map without a replica, a map with
+    one more, a replica that was killed. The slowest of all rounds; a read that fails ends the benchmark."""
+    changed: list[float] = []
+    died: list[float] = []
+    with tempfile.TemporaryDirectory() as folder, open_stage(flavour, 3, Path(folder)) as stage:
+        first, second = stage.replicas
+        stage.readers.all_read(stage.replicas, time.monotonic())
+        for _ in range(rounds):
+            changed.append(stage.readers.all_read([first], when(lambda: stage.publish(first))))
+            changed.append(stage.readers.all_read(stage.replicas, when(lambda: stage.publish(first, second))))
+            died.append(stage.readers.all_read([first], when(stage.server(1).kill)))
+            stage.server(1).start()
+            stage.readers.all_read(stage.replicas, time.monotonic())
+    return [
+        {
+            "name": f"replicas {what} noticed by three processes, {flavour}: slowest",
+            "value": round(max(found) * 1000),
+            "unit": f"ms (median {median(found) * 1000:.0f} ms of {len(found)}, no failed read)",
+            "target": "<= 1000",
+            "rival": "-",
+            "ok": max(found) <= 1.0,
+        }
+        for what, found in (("change of the map", changed), ("death", died))
+    ]

@@ -6,6 +6,7 @@ read-your-writes; a list that is shorter than a client has seen it before goes b
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
 import threading
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
@@ -87,24 +88,21 @@ class Story:
         return self.counts["append"] + self.counts["read"]
 
 
-class Client:
-    """One client, in one thread at a time.
+#: What becomes of the token between two operations: what a cookie would do to it.
+Carry: TypeAlias = Callable[[Token], Token]
 
-    :param carry: what becomes of the token between two operations: what a cookie would do to it.
-    """
 
-    def __init__(
-        self,
-        number: int,
-        clients: int,
-        factory: Callable[..., Session],
-        story: Story,
-        carry: Callable[[Token], Token],
-        append_share: float,
-    ) -> None:
+def as_a_cookie(token: Token) -> Token:
+    """Written, signed, and read again."""
+    return Token.loads(token.dumps("s3cret"), "s3cret")
+
+
+class _Client:
+    """What one client knows, and its judgement on what it is shown."""
+
+    def __init__(self, number: int, clients: int, story: Story, carry: Carry, append_share: float) -> None:
         self.number = number
         self._others = range(number - number % _OWNERS, number - number % _OWNERS + clients)
-        self._factory = factory
         self._story = story
         self._carry = carry
         self._append_share = append_share
@@ -114,22 +112,65 @@ class Client:
         self.tried = 0  # of them, with those whose commit is not known
         self.seen: dict[int, int] = {}
 
-    def step(self) -> None:
-        """One operation."""
-        try:
-            if self._random.random() < self._append_share:
-                self._append()
-            else:
-                self._read(self.number if self._random.random() < 0.5 else self._random.choice(self._others))
-        except (DBAPIError, ShardkitError) as error:
-            self._story.count(f"failed: {type(error).__name__}")
-            time.sleep(0.005)
+    def _appends(self) -> bool:
+        return self._random.random() < self._append_share
 
-    def learn(self, other: Client) -> None:
+    def _owner(self) -> int:
+        """Whose list is read next."""
+        return self.number if self._random.random() < 0.5 else self._random.choice(self._others)
+
+    def _reads_twice(self) -> bool:
+        return self._random.random() < 0.1
+
+    def _failed(self, error: Exception) -> None:
+        self._story.count(f"failed: {type(error).__name__}")
+
+    def learn(self, other: _Client) -> None:
         """Take over another client's token, and with it what that one has seen."""
         self.token = self.token.merged(self._carry(other.token))
         for owner, seen in other.seen.items():
             self.seen[owner] = max(self.seen.get(owner, 0), seen)
+
+    def _appended(self, token: Token) -> None:
+        self.acknowledged = self.seen[self.number] = self.tried
+        self.token = self._carry(token)
+        self._story.count("append")
+
+    def _found(self, length: int) -> None:
+        """So many entries has the own list, as the master says after a commit whose answer was lost."""
+        self.tried = length
+        self.acknowledged = max(self.acknowledged, length)
+        self.seen[self.number] = self.acknowledged
+
+    def _shown(self, owner: int, length: int, again: int, token: Token) -> None:
+        self.token = self._carry(token)
+        self._story.count("read")
+        if length != again:
+            self._story.violated(f"client {self.number}: {length}, then {again} entries of {owner} in one transaction")
+        if owner == self.number and length < self.acknowledged:
+            self._story.violated(f"client {owner} wrote {self.acknowledged} entries, and was shown {length}")
+        if length < self.seen.get(owner, 0):
+            self._story.violated(f"client {self.number} saw {self.seen[owner]} entries of {owner}, and then {length}")
+        self.seen[owner] = max(self.seen.get(owner, 0), length)
+
+
+class Client(_Client):
+    """One client, in one thread at a time."""
+
+    def __init__(self, factory: Callable[..., Session], *who: Any) -> None:
+        super().__init__(*who)
+        self._factory = factory
+
+    def step(self) -> None:
+        """One operation."""
+        try:
+            if self._appends():
+                self._append()
+            else:
+                self._read(self._owner())
+        except (DBAPIError, ShardkitError) as error:
+            self._failed(error)
+            time.sleep(0.005)
 
     def _append(self) -> None:
         with self._factory(token=self.token) as session:
@@ -145,33 +186,71 @@ class Client:
             except CommitUnknown:
                 self._find_out()
                 return
-            self.acknowledged = self.tried
-            self.token = self._carry(session.token)
-        self.seen[self.number] = self.acknowledged
-        self._story.count("append")
+            self._appended(session.token)
 
     def _find_out(self) -> None:
         """Whether the last entry is there, said by the master."""
         while True:
             with suppress(DBAPIError, ShardkitError), self._factory(read_from="master") as session:
-                self.tried = session.scalar(_length(self.number)) or 0
-                self.acknowledged = max(self.acknowledged, self.tried)
+                self._found(session.scalar(_length(self.number)) or 0)
                 return
             time.sleep(0.05)
 
     def _read(self, owner: int) -> None:
         with self._factory(token=self.token) as session:
             length = session.scalar(_length(owner)) or 0
-            again = session.scalar(_length(owner)) or 0 if self._random.random() < 0.1 else length
-            self.token = self._carry(session.token)
-        self._story.count("read")
-        if length != again:
-            self._story.violated(f"client {self.number}: {length}, then {again} entries of {owner} in one transaction")
-        if owner == self.number and length < self.acknowledged:
-            self._story.violated(f"client {owner} wrote {self.acknowledged} entries, and was shown {length}")
-        if length < self.seen.get(owner, 0):
-            self._story.violated(f"client {self.number} saw {self.seen[owner]} entries of {owner}, and then {length}")
-        self.seen[owner] = max(self.seen.get(owner, 0), length)
+            again = session.scalar(_length(owner)) or 0 if self._reads_twice() else length
+            self._shown(owner, length, again, session.token)
+
+
+class AsyncClient(_Client):
+    """One client, in a task."""
+
+    def __init__(self, factory: Callable[..., Any], *who: Any) -> None:
+        super().__init__(*who)
+        self._factory = factory
+
+    async def step(self) -> None:
+        """One operation."""
+        try:
+            if self._appends():
+                await self._append()
+            else:
+                await self._read(self._owner())
+        except (DBAPIError, ShardkitError) as error:
+            self._failed(error)
+            await asyncio.sleep(0.005)
+
+    async def _append(self) -> None:
+        async with self._factory(token=self.token) as session:
+            try:
+                session.add(Entry(owner=self.number, number=self.tried + 1))
+                await session.flush()
+            except (DBAPIError, ShardkitError):
+                await session.rollback()
+                raise
+            self.tried += 1
+            try:
+                await session.commit()
+            except CommitUnknown:
+                await self._find_out()
+                return
+            self._appended(session.token)
+
+    async def _find_out(self) -> None:
+        """Whether the last entry is there, said by the master."""
+        while True:
+            with suppress(DBAPIError, ShardkitError):
+                async with self._factory(read_from="master") as session:
+                    self._found(await session.scalar(_length(self.number)) or 0)
+                    return
+            await asyncio.sleep(0.05)
+
+    async def _read(self, owner: int) -> None:
+        async with self._factory(token=self.token) as session:
+            length = await session.scalar(_length(owner)) or 0
+            again = await session.scalar(_length(owner)) or 0 if self._reads_twice() else length
+            self._shown(owner, length, again, session.token)
 
 
 def _length(owner: int) -> sa.Select[tuple[int]]:
@@ -184,7 +263,7 @@ def run(
     *,
     threads: int = 6,
     clients: int = 12,
-    carry: Callable[[Token], Token] = lambda token: Token.loads(token.dumps("s3cret"), "s3cret"),
+    carry: Carry = as_a_cookie,
     faults: Callable[[threading.Event], None] | None = None,
     seconds: float = 300.0,
     append_share: float = 0.2,
@@ -198,7 +277,7 @@ def run(
     story = Story()
     factory = shardkit.sessionmaker(cluster, **{"read_from": "replica", **options})
     first = next(_runs) * _OWNERS
-    made = [Client(first + number, clients, factory, story, carry, append_share) for number in range(clients)]
+    made = [Client(factory, first + number, clients, story, carry, append_share) for number in range(clients)]
     done = threading.Event()
     end = time.monotonic() + seconds
     turn = itertools.count()
@@ -220,4 +299,42 @@ def run(
         worker.start()
     for worker in workers:
         worker.join()
+    return story
+
+
+async def run_async(
+    cluster: Cluster,
+    operations: int,
+    *,
+    clients: int = 12,
+    carry: Carry = as_a_cookie,
+    faults: Callable[[threading.Event], None] | None = None,
+    seconds: float = 300.0,
+    append_share: float = 0.2,
+    to_the_first: bool = False,
+) -> Story:
+    """`run` with clients that are tasks of one event loop."""
+    story = Story()
+    factory = shardkit.async_sessionmaker(cluster)
+    first = next(_runs) * _OWNERS
+    made = [AsyncClient(factory, first + number, clients, story, carry, append_share) for number in range(clients)]
+    done = threading.Event()
+    end = time.monotonic() + seconds
+
+    async def work(client: AsyncClient) -> None:
+        for turn in itertools.count():
+            await client.step()
+            if turn % 20 == 0:
+                client.learn(made[0])
+            enough = story.operations >= operations or (to_the_first and story.violations)
+            if enough or time.monotonic() > end:
+                return
+
+    striking = None if faults is None else asyncio.create_task(asyncio.to_thread(faults, done))
+    try:
+        await asyncio.gather(*map(work, made))
+    finally:
+        done.set()
+        if striking is not None:
+            await striking
     return story

@@ -579,11 +579,12 @@ def test_the_cluster_at_a_glance(
             "format": 1,
             "cluster": cluster,
             "keyspaces": {"k": {"partition": {"by": "hash"}, "tables": {"users": "id"}, "placement": {"s": "0-4095"}}},
-            "shards": {"s": {"master": shop_url, "replicas": [away]}},
+            "shards": {"s": {"master": shop_url, "replicas": [{"url": away, "weight": 5}]}},
         }
     )
     store = open_store(shell.source)
     store.publish(layout, expected_version=0)
+    assert re.search(rf"s +replica +{re.escape(away)} +5\n", shell("map", "show").stdout)
     store.announce(1)
     until(lambda: len(store.clients()) == 1)
     status = shell.json("status", expect=1)
@@ -592,12 +593,13 @@ def test_the_cluster_at_a_glance(
     master, replica = status["databases"]
     assert (master["role"], master["reachable"], master["writable"]) == ("master", True, True)
     assert (replica["role"], replica["reachable"]) == ("replica", False)
+    assert (master["weight"], replica["weight"]) == (None, 5)
     assert "cannot be reached" in replica["error"]
 
     result = shell("status", expect=1)
     assert "1 running process, all on this map" in result.stdout
     assert re.search(rf"s +master +{re.escape(Endpoint.parse(shop_url).address)} +up ", result.stdout)
-    assert re.search(rf"s +replica +{re.escape(Endpoint.parse(away).address)} +unreachable ", result.stdout)
+    assert re.search(rf"s +replica +{re.escape(Endpoint.parse(away).address)} +unreachable +- +- +5\n", result.stdout)
     assert "no user is set" in _without_user(shell)
     store.close()
 

@@ -13,12 +13,13 @@ import sqlalchemy as sa
 
 from shardkit.credentials import fixed
 from shardkit.errors import PreconditionFailed, UnknownTable
-from shardkit.mapstore import MapStore, open_store
+from shardkit.mapstore import MapStore, ZooKeeperMapStore, open_store
 from shardkit.own_tables import applied_position
 from shardkit.shardmap import ShardMap
 from shardkit.testing import LocalZooKeeper
 from shardkit.topology import Endpoint, ReplicationKind, Role, Shard
 from shardkit_cdc.daemon import Relay, hops_of
+from shardkit_cdc.livestate import LiveState, live_states
 from shardkit_cdc.relay import HopOptions, State
 from shardkit_cdc.status import hop_status
 from tests.relay_chain import Chain, relay_command, wait_for
@@ -198,6 +199,43 @@ def test_of_two_daemons_one_runs_and_the_other_takes_over(zookeeper: LocalZooKee
     first_store.close()
     second_store.close()
     pair.assert_equal()
+
+
+def test_how_the_databases_stand_is_told_in_zookeeper(zookeeper: LocalZooKeeper, pair: Chain) -> None:
+    source = published(zookeeper, pair, pair.database)
+    store, watcher = open_store(source), open_store(source)
+    assert isinstance(watcher, ZooKeeperMapStore)
+    master, replica = (server.endpoint(pair.database).url for server in pair.servers)
+
+    def live() -> dict[str, LiveState]:
+        return dict(live_states(watcher))
+
+    def stands(endpoint: str, *, reachable: bool) -> bool:
+        return endpoint in live() and live()[endpoint].reachable is reachable
+
+    assert live() == {}
+    with daemon(pair, store):
+        pair.sql("CREATE TABLE t (id INT PRIMARY KEY)", "INSERT INTO t VALUES (1)")
+        pair.settle()
+        wait_for(lambda: live().keys() == {master, replica}, "both are told")
+        wait_for(lambda: live()[replica].lag_seconds is not None, "the heartbeat has come through")
+        wait_for(lambda: live()[replica].position == live()[master].position != "", "the replica has all")
+        assert (live()[master].role, live()[master].writable, live()[master].lag_seconds) == ("master", True, None)
+        assert (live()[replica].role, live()[replica].epoch) == ("replica", 0)
+        pair.servers[1].kill()
+        try:
+            wait_for(lambda: stands(replica, reachable=False), "its end is told")
+            assert "no database server answers" in str(live()[replica].error)
+            assert stands(master, reachable=True)
+        finally:
+            pair.servers[1].start()
+        wait_for(lambda: stands(replica, reachable=True), "its return is told")
+    assert live() == {}
+    with daemon(pair, store):
+        wait_for(lambda: live().keys() == {master, replica}, "they are told again")
+        store.close()  # as if the process had ended
+        assert live() == {}
+    watcher.close()
 
 
 def test_leadership_ends_with_zookeeper_and_returns_with_it(pair: Chain) -> None:

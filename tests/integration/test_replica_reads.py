@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from shardkit import drivers, own_tables
 from shardkit.cluster import Cluster, create_cluster
 from shardkit.errors import NoFreshReplica, RoutingError, StaleReadError
 from shardkit.mapstore import MemoryMapStore
+from shardkit.replicas.health import Replica
+from shardkit.testing.database import LocalDatabaseServer
 from shardkit.topology import Endpoint
 from tests.integration.conftest import FLAVOUR, Shop, empty
 from tests.integration.shop import Base, User
@@ -320,6 +324,27 @@ def test_what_stays_loaded_after_a_commit_is_checked_too(replicated: ReplicatedS
     assert replicated.shop.rows("shop-0", "users", "age") == [(None,)]
 
 
+@pytest.mark.parametrize("end", ["commit", "rollback", "close"])
+def test_a_replica_that_is_lost_after_a_read_has_cost_nothing(
+    replicated: ReplicatedShop, request: pytest.FixtureRequest, end: str
+) -> None:
+    if replicated.shop.kind == "sqlite":
+        pytest.skip("SQLite has no connections that could be lost")
+    server: LocalDatabaseServer = request.getfixturevalue("database_server")
+    replicated.beat(0, 0)
+    replicated.catch_up()
+    wait_until(lambda: replicated.fresh() == {0, 1})
+    with shardkit.sessionmaker(replicated.cluster)() as session:
+        assert session.scalars(select(User.name).where(User.id == replicated.user)).one().startswith("replica")
+        names = ", ".join(f"'{replica.database}'" for replica in replicated.replicas)
+        for (number,) in server.execute(f"SELECT id FROM information_schema.processlist WHERE db IN ({names})"):
+            server.execute(f"KILL {number}")
+        getattr(session, end)()
+        assert replicated.cluster.metrics.lost_replicas.labels("shop-0")._value.get() == 1
+        wait_until(lambda: replicated.fresh() == {0, 1})
+        assert session.scalars(select(User.name).where(User.id == replicated.user)).one().startswith("replica")
+
+
 def test_replicas_come_and_go_while_clients_run(replicated: ReplicatedShop) -> None:
     replicated.beat(0, 0)
     shop, replicas = replicated.shop, replicated.replicas
@@ -343,6 +368,55 @@ def test_replicas_come_and_go_while_clients_run(replicated: ReplicatedShop) -> N
             assert {read() for _ in range(40)} == expected
         publish([])
         assert read() == "master"
+
+
+@pytest.mark.parametrize("now", [[0], [1, 0]], ids=["without it", "in another order"])
+def test_the_map_may_change_while_a_replica_is_chosen(
+    replicated: ReplicatedShop, monkeypatch: pytest.MonkeyPatch, now: list[int]
+) -> None:
+    replicated.beat(0, 0)
+    shop, replicas = replicated.shop, replicated.replicas
+    store = MemoryMapStore(shop.map({"shop-0": replicas}))
+    after = shop.map({"shop-0": [replicas[number] for number in now]})
+
+    def choose_before(candidates: list[Replica], *_: object) -> Replica:
+        store.publish(after, expected_version=cluster.map.version)
+        return next(replica for replica in candidates if replica[2] == replicas[1])
+
+    with create_cluster(store, max_lag=60.0, **shop.options) as cluster:
+        wait_until(cluster.health.wait)
+        monkeypatch.setattr("shardkit.cluster.choose", choose_before)
+        with shardkit.sessionmaker(cluster)() as session:
+            assert session.scalars(select(User.name).where(User.id == replicated.user)).one() == "replica 1"
+
+
+def test_reads_follow_the_weights_of_the_map(replicated: ReplicatedShop) -> None:
+    replicated.beat(0, 0)
+    shop, replicas = replicated.shop, replicated.replicas
+    plain = shop.map({"shop-0": replicas})
+    store = MemoryMapStore(plain)
+    with create_cluster(store, max_lag=60.0, **shop.options) as cluster:
+        sessions = shardkit.sessionmaker(cluster)
+
+        def reads(first: int, second: int) -> Counter[str]:
+            weights = dict(zip(replicas, (first, second), strict=True))
+            shards = {**plain.shards, "shop-0": replace(plain.shards["shop-0"], weights=weights)}
+            version = cluster.map.version
+            store.publish(plain.with_shards(shards), expected_version=version)
+            wait_until(lambda: cluster.map.version > version)
+            wait_until(cluster.health.wait)
+            found = Counter[str]()
+            for _ in range(200):
+                with sessions() as session:
+                    found[session.scalars(select(User.name).where(User.id == replicated.user)).one()] += 1
+            return found
+
+        found = reads(9, 1)
+        assert set(found) == {"replica 0", "replica 1"}
+        assert found["replica 0"] > 150
+        assert reads(0, 1) == {"replica 1": 200}
+        assert reads(0, 0) == {"master": 200}
+        assert reads(1, 0) == {"replica 0": 200}
 
 
 def test_a_driver_that_does_not_tell_is_asked(replicated: ReplicatedShop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import UTC, datetime
+
 import pytest
 
 from shardkit.cli.relay import MOST_OF_A_POSITION, short_position
-from shardkit.cli.status import EndpointStatus, Look, relay_note, relay_state, server_name, with_reads
+from shardkit.cli.status import EndpointStatus, Look, _row, relay_note, relay_state, server_name, with_reads
+from shardkit_cdc.livestate import LiveState
 
 
 @pytest.mark.parametrize(
@@ -28,6 +32,18 @@ def test_relays_that_do_not_run_come_with_the_command() -> None:
     assert relay_note(["running", None, "failed"]) is None
     note = relay_note(["new", "new", "stopped", None])
     assert note == "relays: 2 not started, 1 stopped; 'shardkit relay run' fills these databases"
+
+
+def test_a_database_that_only_the_relay_reaches_is_shown_by_its_word() -> None:
+    seen = LiveState("mysql://10.0.0.1:3306/shop", "replica", True, 0, "host:7", datetime.now(UTC), lag_seconds=0.25)
+
+    def shown(live: LiveState | None) -> tuple[object, ...]:
+        database = EndpointStatus("shop-0", "replica", seen.endpoint, False, live=live)
+        return _row(database, weights=False, reads=False, server=False)
+
+    assert shown(None)[3:] == ("unreachable", None, None)
+    assert shown(replace(seen, reachable=False, lag_seconds=None))[3:] == ("unreachable", None, None)
+    assert shown(seen)[3:] == ("unreachable from here, up for the relay", "0.25", None)
 
 
 def test_positions_are_short() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from random import Random
 
@@ -52,3 +53,43 @@ def test_idle_replicas_share_evenly() -> None:
     random = Random(7)
     counts = Counter(choose(["a", "b", "c"], lambda _: 0, random) for _ in range(3000))
     assert all(800 < count < 1200 for count in counts.values())
+
+
+WEIGHTS = {"a": 3, "b": 1, "c": 1}
+
+
+def test_idle_replicas_share_by_weight() -> None:
+    random = Random(7)
+    counts = Counter(choose(list(WEIGHTS), lambda _: 0, random, WEIGHTS.__getitem__) for _ in range(3000))
+    assert 1650 < counts["a"] < 1950
+    assert all(450 < counts[each] < 750 for each in "bc")
+
+
+@pytest.mark.parametrize(
+    ("busy", "taken"),
+    [
+        ({"a": 3, "b": 0}, {"b"}),
+        ({"a": 2, "b": 1}, {"a"}),
+        ({"a": 0, "b": 1}, {"a"}),
+        ({"a": 6, "b": 2}, {"a", "b"}),
+        ({"a": 1, "b": 0}, {"a", "b"}),  # one statement more on b would be more for it than a has
+    ],
+)
+def test_the_busier_for_its_weight_is_left_alone(busy: dict[str, int], taken: set[str]) -> None:
+    assert {choose(["a", "b"], busy.__getitem__, Random(seed), WEIGHTS.__getitem__) for seed in range(40)} == taken
+
+
+@pytest.mark.parametrize("clients", [1, 2, 4, 8, 32])
+def test_reads_follow_the_weights_however_many_clients_read(clients: int) -> None:
+    """Clients that read again as soon as they have an answer; the replicas are equally quick."""
+    random, busy, served = Random(7), Counter[str](), Counter[str]()
+    answers = sorted((random.random(), "") for _ in range(clients))
+    for _ in range(5000):
+        now, done = heapq.heappop(answers)
+        busy[done] -= 1
+        chosen = choose(["a", "b"], busy.__getitem__, random, WEIGHTS.__getitem__)
+        assert chosen is not None
+        busy[chosen] += 1
+        served[chosen] += 1
+        heapq.heappush(answers, (now + random.expovariate(1), chosen))
+    assert 0.7 < served["a"] / served.total() < 0.83

@@ -149,6 +149,21 @@ def test_a_map_survives_yaml_json_pickle_and_copy(shop: ShardMap) -> None:
     assert copy.deepcopy(published) == published
 
 
+def test_a_replica_may_carry_a_weight(shop: ShardMap) -> None:
+    first, second = shop.shards["shop-0"].replicas
+    assert [shop.shards["shop-0"].weight(each) for each in (first, second)] == [1, 1]
+    weighted = ShardMap.parse(SHOP.replace(f"{second}]", f"{{url: {second}, weight: 3}}]"))
+    assert weighted.shards["shop-0"].replicas == (first, second)
+    assert [weighted.shards["shop-0"].weight(each) for each in (first, second)] == [1, 3]
+    assert weighted != shop
+    assert ShardMap.parse(weighted.dump()) == weighted
+    assert ShardMap.from_json(weighted.to_json()) == weighted
+    assert shop.diff(weighted).lines == (f"shard shop-0: weight of {second} 1 -> 3",)
+    assert shop.diff(weighted).with_effect(Effect.CHANGES) == shop.diff(weighted).lines
+    assert ShardMap.parse(SHOP.replace(f"{second}]", f"{{url: {second}}}]")) == shop
+    assert ShardMap.parse(SHOP.replace(f"{second}]", f"{{url: {second}, weight: 1}}]")) == shop
+
+
 def test_yaml_is_readable(shop: ShardMap) -> None:
     text = shop.dump()
     assert "서울" in text

@@ -322,6 +322,51 @@ FAULTS = [
         "h",
         "line 11: shards.b.master: 'h' is not an endpoint: write mysql://host:3306/database or sqlite:///file.db",
     ),
+    (
+        "{master: mysql://h/a}",
+        "{master: mysql://h/a, replicas: [5]}",
+        "line 10: shards.a.replicas.0: must be an endpoint, or {url: mysql://host:3306/database, weight: 3}, not 5",
+    ),
+    (
+        "{master: mysql://h/a}",
+        "{master: mysql://h/a, replicas: [{weight: 2}]}",
+        "line 10: shards.a.replicas.0: 'url' is missing",
+    ),
+    (
+        "{master: mysql://h/a}",
+        "{master: mysql://h/a, replicas: [{url: mysql://h/r, weight: -1}]}",
+        "line 10: shards.a.replicas.0.weight: must be a whole number from 0 (no reads) to 256, not -1",
+    ),
+    (
+        "{master: mysql://h/a}",
+        "{master: mysql://h/a, replicas: [{url: mysql://h/r, weight: 257}]}",
+        "line 10: shards.a.replicas.0.weight: must be a whole number from 0 (no reads) to 256, not 257",
+    ),
+    (
+        "{master: mysql://h/a}",
+        "{master: mysql://h/a, replicas: [{url: mysql://h/r, weight: 0.5}]}",
+        "line 10: shards.a.replicas.0.weight: must be a whole number from 0 (no reads) to 256, not 0.5",
+    ),
+    (
+        "{master: mysql://h/a}",
+        "{master: mysql://h/a, replicas: [{url: mysql://h/r, wieght: 2}]}",
+        "line 10: shards.a.replicas.0.wieght: is not a field of the map: remove it or mend its spelling",
+    ),
+    (
+        "{master: mysql://h/a}",
+        "{master: mysql://h/a, replicas: [{url: 7}]}",
+        "line 10: shards.a.replicas.0.url: must be an endpoint: mysql://host:3306/database, not 7",
+    ),
+    (
+        "{master: mysql://h/a}",
+        "{master: mysql://h/a, replicas: [{url: h}]}",
+        "line 10: shards.a.replicas.0.url: 'h' is not an endpoint: write mysql://host:3306/database or sqlite:///file.db",
+    ),
+    (
+        "{master: mysql://h/a}",
+        "{master: {url: mysql://h/a, weight: 2}}",
+        "line 10: shards.a.master: must be an endpoint: mysql://host:3306/database, not {'url': 'mysql://h/a', 'weight': 2}",
+    ),
     # moves
     (
         "shards:",
