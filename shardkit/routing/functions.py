@@ -41,6 +41,9 @@ VOLATILE: Final = _names(
     "random_bytes randomblob sysdate utc_date utc_time utc_timestamp uuid uuid_short"
 )
 
+#: Those of them whose value nobody can foresee.
+RANDOM: Final = _names("rand random random_bytes randomblob uuid uuid_short")
+
 #: What they answer belongs to one connection: they say nothing over several.
 OF_THE_CONNECTION: Final = _names(
     "connection_id found_rows get_lock is_free_lock is_used_lock last_insert_id last_insert_rowid changes "

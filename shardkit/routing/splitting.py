@@ -31,8 +31,10 @@ from shardkit.routing.combining import Groups, Texts
 from shardkit.routing.conditions import Binds
 from shardkit.routing.expressions import contents_of, is_distinct
 from shardkit.routing.formulas import Formula
+from shardkit.routing.functions import RANDOM
 from shardkit.routing.grouping import Grouping, Sorted, least, refused
 from shardkit.routing.merge import MergePlan
+from shardkit.routing.naming import Names
 from shardkit.routing.queries import Occurrence, Query
 from shardkit.routing.shapes import Shape
 from shardkit.routing.sorting import Comparison, SortKey, bare, raw, sort_column
@@ -143,16 +145,20 @@ class _Splitting:
     # --- ORDER BY, DISTINCT, LIMIT
 
     def _order_by(self) -> Sequence[Sorted]:
-        return [self._sorted(each) for each in self.statement._order_by_clauses]  # noqa: SLF001 - no public reader
+        return [self._sorted(each, self._names.in_order_by) for each in self.statement._order_by_clauses]  # noqa: SLF001 - no public reader
 
-    def _sorted(self, element: Any) -> Sorted:
-        """ORDER BY's element without its direction, and the direction."""
+    def _sorted(self, element: Any, meaning: Callable[[Any], Any] = lambda element: element) -> Sorted:
+        """ORDER BY's element without its direction, and the direction.
+
+        :param meaning: tells what names stand for.
+        """
+        labelled = False
         descending, nulls_first = False, None
         while True:
             if element.__visit_name__ == "label_reference":
                 element = element.element
             elif element.__visit_name__ == "textual_label_reference":
-                element = self._named(element.element)
+                element, labelled = self._named(element.element), True
             elif isinstance(element, UnaryExpression) and element.modifier in _DIRECTIONS:
                 if element.modifier in (operators.desc_op, operators.asc_op):
                     descending = element.modifier is operators.desc_op
@@ -161,6 +167,11 @@ class _Splitting:
                 element = element.element
             else:
                 break
+        if isinstance(element, ColumnElement):
+            named, element = element, meaning(element)
+            labelled = labelled or named is not element or isinstance(element, sa.Label)
+        if labelled and element.type._has_column_expression:  # noqa: SLF001 - the only way to see that another value is selected
+            raise refused(f"ORDER BY or GROUP BY a label whose type {element.type!r} selects an expression of it")
         if not isinstance(element, ColumnElement) or getattr(element, "is_literal", False):
             raise refused("ORDER BY with raw SQL over several shards")
         if _is_value(element):
@@ -168,8 +179,8 @@ class _Splitting:
         contents = contents_of([element])
         if contents.subqueries:
             raise refused("ORDER BY with a subquery over several shards")
-        if contents.functions & {"rand", "random", "uuid"}:
-            raise refused("ORDER BY with a random value over several shards")
+        if contents.functions & RANDOM:
+            raise refused("ORDER BY or GROUP BY with a random value over several shards")
         return Sorted(element, descending, (not descending) if nulls_first is None else nulls_first)
 
     def _named(self, name: str) -> Any:
@@ -249,10 +260,10 @@ class _Splitting:
 
         :raises Refused: for a label that is a column's name, too: servers take the column.
         """
-        wanted: ColumnElement[Any] = self._sorted(clause).expression
+        wanted: ColumnElement[Any] = self._sorted(clause, self._names.in_group_by).expression
         name = wanted.name if isinstance(wanted, sa.Label) else None
         folded = _folded(name)  # servers tell no names apart by case
-        if folded is not None and folded in self._column_names and _folded(_name_of(bare(wanted))) != folded:
+        if folded is not None and folded in self._names.columns and _folded(_name_of(bare(wanted))) != folded:
             raise refused(
                 f"GROUP BY the label {name!r}, which is also a column's name: servers take the column",
                 "give the label another name",
@@ -260,9 +271,9 @@ class _Splitting:
         return wanted
 
     @cached_property
-    def _column_names(self) -> frozenset[str]:
-        froms = self.statement.get_final_froms()
-        return frozenset(column.name.casefold() for each in froms for column in each.c)
+    def _names(self) -> Names:
+        groups = [_unreferenced(each) for clause in self.statement._group_by_clauses for each in _each_of(clause)]  # noqa: SLF001 - no public reader
+        return Names(self.statement, _columns_of(self.statement), groups)
 
     def _collect(self, groups: Sequence[ColumnElement[Any]], is_key: Callable[[ClauseElement], bool]) -> _Collected:
         context, statement = self.context, self.statement
@@ -274,13 +285,17 @@ class _Splitting:
         own: list[Any] = []
         tests: list[Formula] = []
         for test in (test for each in statement._having_criteria for test in _ands(each)):  # noqa: SLF001 - no public reader
-            contents = contents_of([test])
+            meant = self._names.in_having(test)
+            contents = contents_of([meant])
             if contents.subqueries:
                 raise refused("HAVING with a subquery over several shards")
-            if contents.aggregates:
-                tests.append(grouping.test(test))
+            if contents.functions & RANDOM:
+                raise refused("HAVING with a random value over several shards")
+            # of a group's own columns every shard says the same, unless they are texts that are equal and yet differ
+            if contents.aggregates or any(key.comparison not in _ONE_VALUE for key in grouping.keys):
+                tests.append(grouping.test(meant))
             else:
-                own.append(test)  # what is true of a group's own columns is true on every shard
+                own.append(test)
         return _Collected(grouping, keys, order, own, tests)
 
     def _grouped(self, limit: int | None, offset: int) -> MergePlan:
@@ -347,6 +362,8 @@ def _same_column(one: Any, other: Any) -> bool:
     )
 
 
+#: How values compare of which equal ones are the same.
+_ONE_VALUE: Final = frozenset({Comparison.NUMBER, Comparison.BYTES})
 _DIRECTIONS: Final = (operators.desc_op, operators.asc_op, operators.nulls_first_op, operators.nulls_last_op)
 
 
@@ -360,6 +377,10 @@ def _ands(test: ClauseElement) -> Sequence[ClauseElement]:
     if isinstance(test, BooleanClauseList) and test.operator is operators.and_:
         return [inner for clause in test.clauses for inner in _ands(clause)]
     return [test]
+
+
+def _unreferenced(element: Any) -> Any:
+    return getattr(element, "element", element) if element.__visit_name__ == "label_reference" else element
 
 
 def _name_of(column: Any) -> str | None:
