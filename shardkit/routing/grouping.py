@@ -50,7 +50,7 @@ from shardkit.routing.conditions import Binds
 from shardkit.routing.expressions import contents_of, is_distinct
 from shardkit.routing.formulas import Call, Constant, Formula, Place
 from shardkit.routing.keyvalues import stored_type
-from shardkit.routing.sorting import Comparison, SortKey, bare, extreme_column, raw, sort_column
+from shardkit.routing.sorting import Comparison, SortKey, bare, extreme_column, raw, sort_column, without_null
 from shardkit.routing.spread import Refused
 
 
@@ -287,6 +287,7 @@ class Grouping:
             if different and not bare(by.expression).compare(value):
                 raise refused("GROUP_CONCAT(DISTINCT ...) sorted by something else, over several shards")
             column, comparison = sort_column(by.expression, self.dialect)
+            column = column if sqlite else without_null(column, comparison)
             self.finer.append(by.expression)
             order.append(SortKey(self.hide(least(column)), comparison, by.descending, by.nulls_first))
         key = None

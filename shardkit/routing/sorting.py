@@ -254,6 +254,16 @@ def extreme_column(function: Any, dialect: Dialect) -> tuple[ColumnElement[Any],
     return (*sort_column(function, dialect), True)
 
 
+def without_null(column: ColumnElement[Any], comparison: Comparison) -> ColumnElement[Any]:
+    """A hidden column of `sort_column` for an ORDER BY inside of GROUP_CONCAT: there both servers take NULL for 0, for
+    the day 0 or for an empty text (``group_concat_key_cmp_with_order()``; seen on MariaDB 10.11 and MySQL 9.7).
+    """
+    if isinstance(column, WeightString):
+        (text,) = column.clauses
+        return WeightString(sa.func.coalesce(text, sa.literal_column("''")))
+    return raw(sa.func.coalesce(column, sa.literal_column("0" if comparison is Comparison.NUMBER else "''")))
+
+
 def _by_collation(expression: ColumnElement[Any], collation: str | None) -> ColumnElement[Any]:
     match "BINARY" if collation is None else collation.upper():
         case "BINARY":

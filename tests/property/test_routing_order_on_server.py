@@ -290,6 +290,16 @@ def test_texts_are_put_together_as_the_server_does(databases: Databases, flavour
     assert databases.over_shards(none) == databases.at_once(none) == [(None, 0)]
 
 
+@pytest.mark.parametrize("name", [*text_columns(), "amount", "flag", "raw"])
+def test_texts_are_put_together_in_the_servers_order_of_nulls(databases: Databases, name: str) -> None:
+    """Inside of GROUP_CONCAT both servers take NULL for 0 or an empty text."""
+    c = databases.table.c
+    column = c[name if name in OTHERS else f"t_{name}"]
+    for by in (column, column.desc()):
+        statement = sa.select(sa.func.aggregate_strings(c.id, ",").aggregate_order_by(by, c.id))
+        assert databases.over_shards(statement) == databases.at_once(statement)
+
+
 def test_texts_are_cut_off_where_the_server_cuts_them(databases: Databases) -> None:
     c = databases.table.c
     statement = sa.select(sa.func.aggregate_strings(c["t_utf8mb4_bin"], ",").aggregate_order_by(c.id))
