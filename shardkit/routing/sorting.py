@@ -239,6 +239,18 @@ def sort_column(expression: ColumnElement[Any], dialect: Dialect) -> tuple[Colum
     return _on_server(expression, stored_type(expression.type, dialect), dialect)
 
 
+def row_column(expression: ColumnElement[Any], dialect: Dialect) -> tuple[ColumnElement[Any], Comparison]:
+    """`sort_column` for rows that are neither grouped nor made distinct: the servers sort a TIMESTAMP column as the
+    moment that it is, and a clock that goes back shows two moments alike.
+
+    :raises Refused: where the database's order cannot be told from outside.
+    """
+    column = bare(expression)
+    if dialect.name != "sqlite" and isinstance(stored_type(column.type, dialect), sa.TIMESTAMP) and _is_stored(column):
+        return raw(sa.func.unix_timestamp(column)), Comparison.NUMBER
+    return sort_column(expression, dialect)
+
+
 def extreme_column(function: Any, dialect: Dialect) -> tuple[ColumnElement[Any], Comparison, bool]:
     """The hidden column by which MIN or MAX of the shards' values is found, how its values compare, and whether they
     sort as the function's own value does: SQLite finds the least text by its column's collation, and sorts what it has

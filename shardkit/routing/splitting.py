@@ -37,7 +37,7 @@ from shardkit.routing.merge import MergePlan
 from shardkit.routing.naming import Names
 from shardkit.routing.queries import Occurrence, Query
 from shardkit.routing.shapes import Shape
-from shardkit.routing.sorting import Comparison, SortKey, bare, raw, sort_column
+from shardkit.routing.sorting import Comparison, SortKey, bare, raw, row_column, sort_column
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,11 @@ class _Splitting:
     def _order(self, wanted: Sorted) -> SortKey:
         if self.context.query.distinct and not self._is_selected(wanted.expression):
             raise refused("DISTINCT with ORDER BY on what is not selected, over several shards")
-        column, comparison = sort_column(wanted.expression, self.context.dialect)
+        query = self.context.query
+        how = sort_column if query.grouped or query.distinct else row_column
+        column, comparison = how(wanted.expression, self.context.dialect)
         contents = contents_of([wanted.expression])
-        if self.context.query.grouped and not contents.aggregates and not contents.windows:
+        if query.grouped and not contents.aggregates and not contents.windows:
             column = least(column)  # one value a group: MIN says so to ONLY_FULL_GROUP_BY
         return SortKey(self._hide(column), comparison, wanted.descending, wanted.nulls_first)
 

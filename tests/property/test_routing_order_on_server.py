@@ -460,6 +460,61 @@ def test_averages_of_groups_have_the_servers_digits(databases: Databases) -> Non
     assert [[str(value) for value in row] for row in over] == [[str(value) for value in row] for row in once]
 
 
+@pytest.fixture
+def clock_turned_back(databases: Databases) -> Iterator[None]:
+    """Connections are in a zone whose clocks went back from 3 to 2 on 2020-10-25."""
+    zone, turned = 9_001, 1_603_587_600
+    values = {
+        "time_zone": f"({zone}, 'N')",
+        "time_zone_name": f"('Shardkit/Fold', {zone})",
+        "time_zone_transition_type": f"({zone}, 0, 7200, 1, 'SUM'), ({zone}, 1, 3600, 0, 'WIN')",
+        "time_zone_transition": f"({zone}, 0, 0), ({zone}, {turned}, 1)",
+    }
+    for table, rows in values.items():
+        databases.server.execute(f"INSERT INTO mysql.{table} VALUES {rows}")
+
+    @sa.event.listens_for(sa.Engine, "connect")
+    def set_zone(connection: Any, record: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SET time_zone = 'Shardkit/Fold'")
+
+    for engine in databases.engines.values():
+        engine.dispose()
+    yield
+    sa.event.remove(sa.Engine, "connect", set_zone)
+    for engine in databases.engines.values():
+        engine.dispose()
+    for table, column in [(table, "name" if table.endswith("name") else "time_zone_id") for table in values]:
+        value = "'Shardkit/Fold'" if column == "name" else zone
+        databases.server.execute(f"DELETE FROM mysql.{table} WHERE {column} = {value}")
+
+
+def test_a_moment_of_the_hour_that_a_clock_runs_through_twice(databases: Databases, clock_turned_back: None) -> None:
+    """A TIMESTAMP is a moment, whatever the clock shows of it."""
+    table = sa.Table(
+        "moments", sa.MetaData(), sa.Column("id", sa.Integer), sa.Column("at", sa.TIMESTAMP, nullable=True)
+    )
+    moments = {n: 1_603_587_600 + 600 * n for n in range(-5, 6)}  # from 2:10 to 2:50, and once more
+    for name, engine in databases.engines.items():
+        table.drop(engine, checkfirst=True)
+        table.create(engine)
+        with engine.begin() as connection:
+            for n, moment in moments.items():
+                if name in ("whole", SHARDS[n % 3]):
+                    at = sa.func.from_unixtime(moment)
+                    connection.exec_driver_sql("SET time_zone = '+00:00'")
+                    connection.execute(table.insert().values(id=n, at=at))
+            connection.exec_driver_sql("SET time_zone = 'Shardkit/Fold'")
+    planner = Planner(ShardMap.parse(databases.map.dump().replace("things: id", "moments: id")), dialect_name="mysql")
+    at = table.c.at
+    for statement in (
+        sa.select(table.c.id).order_by(at),
+        sa.select(table.c.id, at).order_by(at.desc()).limit(6),
+        sa.select(sa.func.max(at), sa.func.min(at)),
+    ):
+        assert databases.over_shards(statement, planner) == databases.at_once(statement)
+
+
 def test_text_that_is_compared_on_several_levels_is_refused(databases: Databases, flavour: str) -> None:
     if flavour == "mysql":
         pytest.skip("MySQL's collations of several levels do not pad: their weights compare as they are")
