@@ -47,7 +47,7 @@ from shardkit.routing.combining import (
     Total,
 )
 from shardkit.routing.conditions import Binds
-from shardkit.routing.expressions import contents_of, is_distinct
+from shardkit.routing.expressions import contents_of, is_distinct, same
 from shardkit.routing.formulas import Call, Constant, Formula, Place
 from shardkit.routing.keyvalues import stored_type
 from shardkit.routing.sorting import Comparison, SortKey, bare, extreme_column, raw, sort_column, without_null
@@ -143,12 +143,12 @@ class Grouping:
 
     def _group(self, expression: Any) -> SortKey | None:
         for group, key in zip(self.groups, self.keys, strict=True):
-            if bare(group).compare(expression):
+            if same(bare(group), expression):
                 return key
         return None
 
     def _known(self, expression: Any) -> SortKey | None:
-        return next((key for each, key, _ in self._made if key is not None and each.compare(expression)), None)
+        return next((key for each, key, _ in self._made if key is not None and same(each, expression)), None)
 
     def blank(self, columns: Sequence[Any], width: int) -> tuple[Any, ...]:
         """The row that stands for no rows at all: for shards that answer with none, since they group more finely."""
@@ -284,7 +284,7 @@ class Grouping:
         order = []
         for each in () if order_by is None else order_by.clauses:
             by = self.sorted_by(each)
-            if different and not bare(by.expression).compare(value):
+            if different and not same(bare(by.expression), value):
                 raise refused("GROUP_CONCAT(DISTINCT ...) sorted by something else, over several shards")
             column, comparison = sort_column(by.expression, self.dialect)
             column = column if sqlite else without_null(column, comparison)
@@ -451,7 +451,7 @@ class Grouping:
     def _place_of(self, expression: Any) -> Place:
         """Where an aggregate's combined value stands; it is combined once, however often it is used."""
         for each, _, place in self._made:
-            if each.compare(expression):
+            if same(each, expression):
                 return Place(place)
         self._aggregate(expression, None)
         return Place(self._made[-1][2])

@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-import sqlalchemy as sa
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import ColumnClause, ColumnElement
+from sqlalchemy.sql.selectable import FromClause
 
 from shardkit.errors import RoutingError
+from shardkit.routing.expressions import same
 from shardkit.routing.sorting import bare
 from shardkit.routing.spread import Refused
 
@@ -26,11 +27,12 @@ _NAME: Final = re.compile(r"[^\W\d]\w*|`[^`]+`")
 class Names:
     """What the names in one SELECT mean.
 
+    :param froms: its FROM list.
     :param selected: its columns.
     :param groups: its GROUP BY.
     """
 
-    def __init__(self, statement: sa.Select[Any], selected: Sequence[Any], groups: Sequence[Any]) -> None:
+    def __init__(self, froms: Sequence[FromClause], selected: Sequence[Any], groups: Sequence[Any]) -> None:
         self._groups = groups
         self._selected: dict[str, list[ColumnElement[Any]]] = {}
         for column in selected:
@@ -38,7 +40,7 @@ class Names:
             if isinstance(column, ColumnElement) and isinstance(name, str):
                 self._selected.setdefault(name.casefold(), []).append(column)
         #: The columns' names of its FROM list.
-        self.columns = frozenset(column.name.casefold() for each in statement.get_final_froms() for column in each.c)
+        self.columns = frozenset(column.name.casefold() for each in froms for column in each.c)
 
     def in_order_by(self, element: ColumnElement[Any]) -> ColumnElement[Any]:
         """What a name in ORDER BY stands for; other expressions stay as they are.
@@ -70,9 +72,7 @@ class Names:
             if name is None or label is None or _is_column(label, name):
                 return None
             grouped = {getattr(bare(each), "name", "").casefold() for each in self._groups}
-            if name in self.columns or (
-                name in grouped and not any(bare(e).compare(bare(label)) for e in self._groups)
-            ):
+            if name in self.columns or (name in grouped and not any(same(bare(e), bare(label)) for e in self._groups)):
                 raise _ambiguous(name)
             return bare(label).self_group()
 
@@ -80,7 +80,7 @@ class Names:
 
     def _label(self, name: str) -> ColumnElement[Any] | None:
         found = self._selected.get(name, [])
-        if any(not bare(each).compare(bare(found[0])) for each in found):
+        if any(not same(bare(each), bare(found[0])) for each in found):
             raise _ambiguous(name)
         return found[0] if found else None
 

@@ -29,7 +29,7 @@ from sqlalchemy.sql.elements import Grouping as Parentheses
 
 from shardkit.routing.combining import Groups, Texts
 from shardkit.routing.conditions import Binds
-from shardkit.routing.expressions import contents_of, is_distinct
+from shardkit.routing.expressions import contents_of, is_distinct, same
 from shardkit.routing.formulas import Formula
 from shardkit.routing.functions import RANDOM
 from shardkit.routing.grouping import Grouping, Sorted, least, refused
@@ -220,7 +220,7 @@ class _Splitting:
 
     def _is_selected(self, expression: ClauseElement) -> bool:
         shown = [_undistinct(column) for column in _columns_of(self.statement) if isinstance(column, ColumnElement)]
-        if any(column.compare(bare(expression)) for column in shown):
+        if any(same(column, bare(expression)) for column in shown):
             return True
         parts = self.context.own().query.parts  # the columns of entities
         return parts is not None and any(_same_column(column, bare(expression)) for _, column in parts.columns)
@@ -275,7 +275,8 @@ class _Splitting:
     @cached_property
     def _names(self) -> Names:
         groups = [_unreferenced(each) for clause in self.statement._group_by_clauses for each in _each_of(clause)]  # noqa: SLF001 - no public reader
-        return Names(self.statement, _columns_of(self.statement), groups)
+        parts = self.context.query.parts  # a Select of the ORM does not always know its own FROM list
+        return Names(() if parts is None else parts.froms, _columns_of(self.statement), groups)
 
     def _collect(self, groups: Sequence[ColumnElement[Any]], is_key: Callable[[ClauseElement], bool]) -> _Collected:
         context, statement = self.context, self.statement
@@ -354,7 +355,7 @@ def _each_of(clause: Any) -> Sequence[Any]:
 
 def _same_column(one: Any, other: Any) -> bool:
     one = bare(one)
-    if isinstance(one, ColumnElement) and one.compare(other):
+    if isinstance(one, ColumnElement) and same(one, other):
         return True
     return (
         isinstance(one, sa.Column)

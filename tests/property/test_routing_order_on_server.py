@@ -460,6 +460,32 @@ def test_averages_of_groups_have_the_servers_digits(databases: Databases) -> Non
     assert [[str(value) for value in row] for row in over] == [[str(value) for value in row] for row in once]
 
 
+def test_dates_with_a_default_are_texts_to_the_server(databases: Databases) -> None:
+    c = databases.table.c
+    day, moment = date(2000, 1, 1), datetime(2001, 1, 1, 3)  # noqa: DTZ001 - DATETIME has no zone
+    for expression in (
+        sa.func.coalesce(c.day, day),
+        sa.func.coalesce(c.moment, moment),
+        sa.case((c.flag, c.day), else_=day),
+        sa.func.coalesce(c.moment, c.day),
+        sa.select(c.id, sa.func.coalesce(c.day, day).label("due")).subquery().c.due,
+    ):
+        by = expression.table.c.id if hasattr(expression, "table") else c.id
+        ordered = sa.select(by).order_by(expression.desc(), by).limit(40)
+        assert databases.over_shards(ordered) == databases.at_once(ordered)
+        groups = sa.select(expression, sa.func.count(by)).group_by(expression)
+        assert Counter(databases.over_shards(groups)) == Counter(databases.at_once(groups))
+    for other in (
+        sa.func.coalesce(c.day, sa.literal_column("'none'")),
+        sa.func.coalesce(c.day, moment),
+        sa.func.coalesce(c.hour, time(5)),
+        sa.func.coalesce(c.moment, c.raw),
+        sa.type_coerce(c.long, sa.Date),
+    ):
+        with pytest.raises(RoutingError):
+            databases.planner.plan(sa.select(other).distinct())
+
+
 @pytest.fixture
 def clock_turned_back(databases: Databases) -> Iterator[None]:
     """Connections are in a zone whose clocks went back from 3 to 2 on 2020-10-25."""

@@ -73,6 +73,19 @@ ANSWERED |= {
         "GROUP BY a label": sa.select((o.amount + 1).label("more"), many).group_by(named("more")),
     }.items()
 }
+ANSWERED["groups of joined tables by a label"] = (
+    sa.select((label := (o.amount + 1).label("more")), many)
+    .select_from(u)
+    .outerjoin(o, o.user_id == u.id)
+    .group_by(label)
+    .having(many > 1)
+)
+ANSWERED["aggregates of two classes"] = (
+    sa.select(u.country, count(u.age.distinct()), count(o.note.distinct()) + count(), total(o.amount) * 2)
+    .select_from(u)
+    .outerjoin(o, o.user_id == u.id)
+    .group_by(u.country)
+)
 ANSWERED["HAVING a label and a condition on equal texts"] = (
     sa.select(o.note, many).group_by(o.note).having(o.note == "a", sa.column("many") > 12)
 )
