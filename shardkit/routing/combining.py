@@ -354,16 +354,18 @@ def _compare_as(place: int | None, value: Any, whole: list[Any]) -> None:
 
 
 def _set(combine: Combine, sample: Row, whole: list[Any], value: Any) -> None:
-    whole[combine.raw] = value
+    whole[combine.raw] = _like(sample[combine.raw], value)
     if combine.visible is not None:
         whole[combine.visible] = _like(sample[combine.visible], value)
 
 
 def _like(sample: Any, value: Any) -> Any:
     """A combined value as the type that the statement's own column has."""
-    if type(sample) is type(value) or sample is None:
-        return value
+    if sample is None or value is None or (isinstance(sample, int) and isinstance(value, float)):
+        return value  # SQLite: a sum of integers on one shard, of floating point on another
     if isinstance(sample, Decimal):
         scale = -int(sample.as_tuple().exponent)
-        return as_decimal(Fraction(value), scale)
-    return type(sample)(value)
+        if isinstance(value, Decimal) and -int(value.as_tuple().exponent) >= scale:
+            return value
+        return as_decimal(Fraction(value), scale)  # of a default beside it the value takes the digits, too
+    return value if type(sample) is type(value) else type(sample)(value)

@@ -413,6 +413,8 @@ def test_a_case_has_the_digits_of_the_value_that_it_chooses(databases: Databases
         sa.case((many, sa.func.avg(x)), else_=0),
         sa.case((many, 1), else_=sa.func.sum(d)),
         sa.case((many, sa.func.sum(d) / 7)),
+        sa.case((many, sa.func.sum(sa.distinct(x)))),
+        sa.func.coalesce(sa.func.sum(sa.func.length(thirds.table.c.t)), Decimal("0.0")),
         sa.func.coalesce(sa.case((many, sa.func.sum(d))), 0),
     ):
         over, once = thirds.over_and_once(sa.select(g, expression).group_by(g).order_by(g))

@@ -80,6 +80,9 @@ ANSWERED["groups of joined tables by a label"] = (
     .group_by(label)
     .having(many > 1)
 )
+ANSWERED["sums that are whole numbers on some shards only"] = sa.select(
+    u.country, total(sa.case((u.age == 12, u.id * 0.5), else_=0))
+).group_by(u.country)
 ANSWERED["aggregates of two classes"] = (
     sa.select(u.country, count(u.age.distinct()), count(o.note.distinct()) + count(), total(o.amount) * 2)
     .select_from(u)
