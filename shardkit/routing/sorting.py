@@ -344,6 +344,13 @@ def _on_server(expression: Any, stored: Any, dialect: Dialect) -> tuple[ColumnEl
             return _text(expression, getattr(stored, "length", None))
         case NullType() if name.lower() in NUMERIC:
             return raw(expression), Comparison.NUMBER
+        case NullType() if name.lower() in _DAYS:
+            return _numbered(expression), Comparison.NUMBER
+        case NullType() if name.lower() in NO_LONGER:
+            argument = stored_type(_shortened(expression).type, dialect)
+            if isinstance(argument, sa.String) and not isinstance(argument, sa.Enum):
+                return _text(expression, argument.length)
+            raise _unsortable(expression, f"nothing is known of how {stored!r} sorts")
         case _:
             raise _unsortable(expression, f"nothing is known of how {stored!r} sorts")
 
@@ -371,6 +378,8 @@ _CLOCKS: Final = names_of(
     "from_unixtime last_day localtime localtimestamp makedate maketime now sec_to_time subdate sysdate timestamp "
     "timestampadd utc_date utc_time utc_timestamp"
 )
+#: Functions whose value is a day, whatever SQLAlchemy thinks of its type.
+_DAYS: Final = names_of("date last_day")
 _CHOOSING: Final = names_of("coalesce greatest ifnull least max min")
 _PASSING: Final = names_of("any_value first_value lag last_value lead nth_value nullif")
 
@@ -444,14 +453,18 @@ def _is_stored(expression: Any) -> bool:
 
 
 def _text(expression: ColumnElement[Any], length: int | None) -> tuple[ColumnElement[Any], Comparison]:
-    inner: Any = expression
-    while isinstance(inner, FunctionElement) and getattr(inner, "name", "").lower() in NO_LONGER:
-        inner = bare(next(iter(inner.clauses)))
-    if not isinstance(inner, ColumnClause):
+    if not isinstance(_shortened(expression), ColumnClause):
         raise _unsortable(expression, "the longest length of its text is not known")
     if length is None or length > LONGEST_TEXT:
         raise _unsortable(expression, f"it may be longer than max_sort_length ({LONGEST_TEXT} characters)")
     return WeightString(expression), Comparison.WEIGHTS
+
+
+def _shortened(expression: Any) -> Any:
+    """What functions that make no text longer are given."""
+    while isinstance(expression, FunctionElement) and getattr(expression, "name", "").lower() in NO_LONGER:
+        expression = bare(next(iter(expression.clauses)))
+    return expression
 
 
 def bare(expression: Any) -> Any:

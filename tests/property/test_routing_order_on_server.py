@@ -488,6 +488,29 @@ def test_dates_with_a_default_are_texts_to_the_server(databases: Databases) -> N
             databases.planner.plan(sa.select(other).distinct())
 
 
+@pytest.mark.parametrize("name", text_columns())
+def test_functions_of_texts_sort_by_the_collation(databases: Databases, name: str) -> None:
+    c = databases.table.c
+    text = c[f"t_{name}"]
+    for function in (
+        sa.func.lower(text),
+        sa.func.upper(text),
+        sa.func.left(text, 1),
+        sa.func.trim(sa.func.lower(text)),
+    ):
+        statement = sa.select(c.id).order_by(function.desc(), c.id).limit(50)
+        assert databases.over_shards(statement) == databases.at_once(statement)
+        groups = sa.select(sa.func.count(), sa.func.max(c.id)).select_from(databases.table).group_by(function)
+        assert Counter(databases.over_shards(groups)) == Counter(databases.at_once(groups))
+
+
+def test_moments_are_grouped_by_their_days(databases: Databases) -> None:
+    c = databases.table.c
+    for function in (sa.func.date(c.moment), sa.func.last_day(c.day)):
+        statement = sa.select(function, sa.func.count()).group_by(function).order_by(function.desc())
+        assert databases.over_shards(statement) == databases.at_once(statement)
+
+
 @pytest.fixture
 def clock_turned_back(databases: Databases) -> Iterator[None]:
     """Connections are in a zone whose clocks went back from 3 to 2 on 2020-10-25."""
