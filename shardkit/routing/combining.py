@@ -16,7 +16,7 @@ from math import sqrt
 from operator import and_, or_, xor
 from typing import Any, Final, Protocol, TypeAlias
 
-from shardkit.routing.formulas import Formula, as_decimal, quotient, value_of
+from shardkit.routing.formulas import Formula, Mean, as_decimal, quotient, value_of
 from shardkit.routing.sorting import Comparison, SortKey, comparable, identity, ordering
 
 Row: TypeAlias = tuple[Any, ...]
@@ -111,21 +111,27 @@ class Average:
     """AVG, from the parts' SUM and COUNT.
 
     :param total: the place of the part's SUM; :param count: of its COUNT.
+    :param compared: the place for what comparisons take it for, which comes with `Mean.rounds`; None: it is compared
+        with nothing.
     """
 
     visible: int | None
     raw: int
     total: int
     count: int
+    compared: int | None = None
     name: str = "AVG"
 
     def put(self, parts: Sequence[Row], whole: list[Any]) -> None:
+        _compare_as(self.compared, None, whole)
         present = [row for row in parts if row[self.raw] is not None]
         if not present:
             return
-        whole[self.total] = total([row[self.total] for row in present])
-        whole[self.count] = total([row[self.count] for row in present])
-        _set(self, present[0], whole, _average(whole[self.total], whole[self.count], present[0][self.raw]))
+        sum_, count = (total([row[place] for row in present]) for place in (self.total, self.count))
+        whole[self.total], whole[self.count] = sum_, count
+        value = _average(sum_, count, present[0][self.raw])
+        _set(self, present[0], whole, value)
+        _compare_as(self.compared, _mean(sum_, count, value, present[0], self.compared), whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +184,7 @@ class Different:
     :param how: ``count``, ``sum`` or ``avg``.
     :param value: the place of the value, as the driver gives it.
     :param key: what tells values apart.
+    :param compared: of an AVG, as in `Average`.
     """
 
     how: str
@@ -185,12 +192,14 @@ class Different:
     raw: int
     value: int
     key: SortKey
+    compared: int | None = None
 
     @property
     def name(self) -> str:
         return f"{self.how.upper()}(DISTINCT)"
 
     def put(self, parts: Sequence[Row], whole: list[Any]) -> None:
+        _compare_as(self.compared, None, whole)
         same = identity((self.key,))
         found = {same(row): row for row in parts if row[self.value] is not None}
         if self.how == "count":
@@ -199,9 +208,10 @@ class Different:
         if not found:
             return
         rows = list(found.values())
-        value = total([row[self.value] for row in rows])
+        sum_ = value = total([row[self.value] for row in rows])
         if self.how == "avg":
-            value = _average(value, len(rows), rows[0][self.raw])
+            value = _average(sum_, len(rows), rows[0][self.raw])
+            _compare_as(self.compared, _mean(sum_, len(rows), value, rows[0], self.compared), whole)
         _set(self, rows[0], whole, value)
 
 
@@ -251,19 +261,24 @@ class Computed:
 
     :param raw: the place of the hidden column with the shard's own value of it, which says how many digits a value has.
     :param process: makes the value of the statement's own column of the driver's; None: it is the same.
+    :param pads: of a CASE, the place of a flag: MariaDB gives each of its values as many digits as any of them has,
+        MySQL each its own (seen on MariaDB 10.11 and MySQL 9.7), and the shards may have chosen others.
     """
 
     visible: int | None
     raw: int
     formula: Formula
     process: Callable[[Any], Any] | None
+    pads: int | None = None
 
     def put(self, parts: Sequence[Row], whole: list[Any]) -> None:
         """Work it out; the aggregates that it uses are in ``whole``."""
         value = value_of(self.formula, whole)
         sample = next((row[self.raw] for row in parts if row[self.raw] is not None), None)
         if isinstance(sample, Decimal) and isinstance(value, int | Decimal):
-            value = as_decimal(Fraction(value), -int(sample.as_tuple().exponent))
+            own = self.pads is not None and not parts[0][self.pads]
+            shown = Decimal(value) if own else sample
+            value = as_decimal(Fraction(value), -int(shown.as_tuple().exponent))
         elif isinstance(sample, float) and isinstance(value, int | Decimal):
             value = float(value)
         whole[self.raw] = value
@@ -326,17 +341,31 @@ def _average(sum_: Any, count: Any, sample: Any) -> Any:
     return quotient(sum_, int(count), -int(Decimal(sample).as_tuple().exponent))
 
 
+def _mean(sum_: Any, count: Any, value: Any, sample: Row, compared: int | None) -> Any:
+    """An average as comparisons take it."""
+    if compared is None or not isinstance(value, Decimal):
+        return value
+    return Mean.of(sum_, int(count), value, rounds=bool(sample[compared]))
+
+
+def _compare_as(place: int | None, value: Any, whole: list[Any]) -> None:
+    if place is not None:
+        whole[place] = value
+
+
 def _set(combine: Combine, sample: Row, whole: list[Any], value: Any) -> None:
-    whole[combine.raw] = value
+    whole[combine.raw] = _like(sample[combine.raw], value)
     if combine.visible is not None:
         whole[combine.visible] = _like(sample[combine.visible], value)
 
 
 def _like(sample: Any, value: Any) -> Any:
     """A combined value as the type that the statement's own column has."""
-    if type(sample) is type(value) or sample is None:
-        return value
+    if sample is None or value is None or (isinstance(sample, int) and isinstance(value, float)):
+        return value  # SQLite: a sum of integers on one shard, of floating point on another
     if isinstance(sample, Decimal):
         scale = -int(sample.as_tuple().exponent)
-        return as_decimal(Fraction(value), scale)
-    return type(sample)(value)
+        if isinstance(value, Decimal) and -int(value.as_tuple().exponent) >= scale:
+            return value
+        return as_decimal(Fraction(value), scale)  # of a default beside it the value takes the digits, too
+    return value if type(sample) is type(value) else type(sample)(value)

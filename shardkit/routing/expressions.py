@@ -232,6 +232,14 @@ def is_distinct(element: Any) -> bool:
     return isinstance(element, UnaryExpression) and element.operator is operators.distinct_op
 
 
+def same(one: ClauseElement, other: ClauseElement) -> bool:
+    """Whether two expressions are alike."""
+    try:
+        return bool(one.compare(other))
+    except AttributeError:  # SQLAlchemy 2.1 cannot compare attributes of two mapped classes: they are not alike
+        return False
+
+
 def _name(function: FunctionElement[Any]) -> str:
     packages = tuple(getattr(function, "packagenames", ()))
     return ".".join((*packages, str(getattr(function, "name", type(function).__name__)))).lower()

@@ -8,10 +8,12 @@ rounded to its number of digits (``strings/decimal.c``, ``do_div_mod``): AVG of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Context, Decimal
 from fractions import Fraction
 from typing import Any, Final, TypeAlias
+
+from shardkit.errors import RoutingError
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,61 @@ def quotient(dividend: Any, divisor: Any, scale: int) -> Decimal:
 
     :param scale: digits after the point of the result, as the server sends them.
     """
+    return as_decimal(Fraction(_cut(dividend, divisor, scale)), scale)
+
+
+def _cut(dividend: Any, divisor: Any, scale: int) -> Decimal:
+    """A quotient before it is rounded."""
     one, other = _scale(dividend), _scale(divisor)
     more = max(0, scale - one - (_words(one) - one) - (_words(other) - other))
     digits = _words(_words(one) + _words(other) + more)
     exact = Fraction(dividend) / Fraction(divisor)
     cut = Fraction(int(abs(exact) * 10**digits), 10**digits)
-    return as_decimal(-cut if exact < 0 else cut, scale)
+    return as_decimal(-cut if exact < 0 else cut, digits)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """An AVG of exact numbers as the servers compare it: MySQL before it is rounded, MariaDB as it is shown; with
+    floating point both the former, or an exact quotient (seen on MariaDB 10.11 and MySQL 9.7).
+
+    :param certain: whether that is so. In BETWEEN, in IN and inside other expressions they do now this, now that.
+    """
+
+    exact: Fraction
+    unrounded: Decimal
+    shown: Decimal
+    rounds: bool
+    certain: bool = True
+
+    @classmethod
+    def of(cls, total: Any, count: int, shown: Decimal, *, rounds: bool) -> Mean:
+        """The AVG of so many values.
+
+        :param shown: as the server sends it.
+        :param rounds: whether the server compares what it shows.
+        """
+        scale = -int(shown.as_tuple().exponent)
+        return cls(Fraction(total) / count, _cut(total, count, scale), shown, rounds)
+
+    def __neg__(self) -> Mean:
+        return Mean(-self.exact, -self.unrounded, -self.shown, self.rounds, certain=False)
+
+    def within(self) -> Mean:
+        """The same as a part of an expression."""
+        return replace(self, certain=False)
+
+    def readings(self, other: Any) -> Sequence[Any]:
+        """What it may be for a comparison with another number."""
+        if not self.certain:
+            return (self.shown, self.unrounded, self.exact)
+        if isinstance(other, float):
+            return (self.unrounded, self.exact)
+        return (self.shown if self.rounds else self.unrounded,)
+
+
+def _within(value: Any) -> Any:
+    return value.within() if isinstance(value, Mean) else value
 
 
 def _scale(value: Any) -> int:
@@ -151,7 +202,7 @@ def divide_floats(one: Any, other: Any) -> Any:
 
 def coalesce(*values: Any) -> Any:
     """The first value that is not NULL."""
-    return next((value for value in values if value is not None), None)
+    return _within(next((value for value in values if value is not None), None))
 
 
 # --- logic: True, False, None ------------------------------------------------------------------------------------
@@ -160,7 +211,18 @@ def coalesce(*values: Any) -> Any:
 def _comparison(operation: Callable[[Any, Any], bool]) -> Callable[..., Any]:
     @_strict
     def compare(one: Any, other: Any) -> Any:
-        return operation(*_numbers(one, other))
+        if not isinstance(one, Mean) and not isinstance(other, Mean):
+            return operation(*_numbers(one, other))
+        ones = one.readings(other) if isinstance(one, Mean) else (one,)
+        others = other.readings(one) if isinstance(other, Mean) else (other,)
+        kind = float if isinstance(one, float) or isinstance(other, float) else Fraction
+        answers = {operation(kind(each), kind(than)) for each in ones for than in others}
+        if len(answers) > 1:
+            raise RoutingError(
+                "an AVG that is compared with a number between what the server shows of it and what it knows of it",
+                hint="compare the AVG itself with =, < or >, or SUM(x) with COUNT(x) * number",
+            )
+        return answers.pop()
 
     return compare
 
@@ -205,15 +267,17 @@ def is_not_null(value: Any) -> bool:
 
 def between(value: Any, low: Any, high: Any) -> Any:
     """``BETWEEN``."""
+    value, low, high = map(_within, (value, low, high))
     return both(less_or_equal(low, value), less_or_equal(value, high))
 
 
 def one_of(value: Any, *others: Any) -> Any:
     """``IN``."""
+    value = _within(value)
     return either(*(equal(value, other) for other in others)) if others else False
 
 
 def first_true(*parts: Any) -> Any:
     """``CASE WHEN``: conditions and values in turn, and the value of ELSE."""
     *pairs, other = parts
-    return next((value for test, value in zip(pairs[::2], pairs[1::2], strict=True) if test), other)
+    return _within(next((value for test, value in zip(pairs[::2], pairs[1::2], strict=True) if test), other))

@@ -6,19 +6,20 @@ from __future__ import annotations
 from typing import Final
 
 
-def _names(text: str) -> frozenset[str]:
+def names_of(text: str) -> frozenset[str]:
+    """Names that are written one after the other."""
     return frozenset(text.split())
 
 
 #: Many rows in, one value out.
-AGGREGATES: Final = _names(
+AGGREGATES: Final = names_of(
     "aggregate_strings any_value avg bit_and bit_or bit_xor count group_concat json_arrayagg json_group_array "
     "json_group_object json_objectagg max min std stddev stddev_pop stddev_samp string_agg sum total var_pop var_samp "
     "variance"
 )
 
 #: One row in, one value out; the same value for the same arguments.
-PURE: Final = _names(
+PURE: Final = names_of(
     "abs acos adddate addtime ascii asin atan atan2 bin bit_count bit_length ceil ceiling char char_length "
     "character_length coalesce concat concat_ws conv convert_tz cos cot crc32 date date_add date_format date_sub "
     "datediff day dayname dayofmonth dayofweek dayofyear degrees elt exp export_set field find_in_set floor format "
@@ -36,19 +37,22 @@ PURE: Final = _names(
 )
 
 #: One row in, one value out; another value every time, or on every server.
-VOLATILE: Final = _names(
+VOLATILE: Final = names_of(
     "curdate current_date current_time current_timestamp curtime localtime localtimestamp now rand random "
     "random_bytes randomblob sysdate utc_date utc_time utc_timestamp uuid uuid_short"
 )
 
+#: Those of them whose value nobody can foresee.
+RANDOM: Final = names_of("rand random random_bytes randomblob uuid uuid_short")
+
 #: What they answer belongs to one connection: they say nothing over several.
-OF_THE_CONNECTION: Final = _names(
+OF_THE_CONNECTION: Final = names_of(
     "connection_id found_rows get_lock is_free_lock is_used_lock last_insert_id last_insert_rowid changes "
     "release_all_locks release_lock row_count total_changes"
 )
 
 #: Functions whose value is a number whatever SQLAlchemy thinks of its type.
-NUMERIC: Final = _names(
+NUMERIC: Final = names_of(
     "abs ascii avg bit_count bit_length ceil ceiling char_length character_length count crc32 cume_dist datediff day "
     "dayofmonth dayofweek dayofyear dense_rank floor hour instr length locate microsecond minute mod month ntile "
     "octet_length percent_rank pow power quarter rank round row_number second sign sqrt strcmp sum time_to_sec "
@@ -56,4 +60,4 @@ NUMERIC: Final = _names(
 )
 
 #: Functions whose text is never longer than their first argument.
-NO_LONGER: Final = _names("left lower ltrim max min right rtrim substr substring trim upper")
+NO_LONGER: Final = names_of("left lower ltrim max min right rtrim substr substring trim upper")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Final
 
@@ -47,10 +47,10 @@ from shardkit.routing.combining import (
     Total,
 )
 from shardkit.routing.conditions import Binds
-from shardkit.routing.expressions import contents_of, is_distinct
+from shardkit.routing.expressions import contents_of, is_distinct, same
 from shardkit.routing.formulas import Call, Constant, Formula, Place
 from shardkit.routing.keyvalues import stored_type
-from shardkit.routing.sorting import Comparison, SortKey, bare, extreme_column, raw, sort_column
+from shardkit.routing.sorting import Comparison, SortKey, bare, extreme_column, raw, sort_column, without_null
 from shardkit.routing.spread import Refused
 
 
@@ -143,12 +143,12 @@ class Grouping:
 
     def _group(self, expression: Any) -> SortKey | None:
         for group, key in zip(self.groups, self.keys, strict=True):
-            if bare(group).compare(expression):
+            if same(bare(group), expression):
                 return key
         return None
 
     def _known(self, expression: Any) -> SortKey | None:
-        return next((key for each, key, _ in self._made if key is not None and each.compare(expression)), None)
+        return next((key for each, key, _ in self._made if key is not None and same(each, expression)), None)
 
     def blank(self, columns: Sequence[Any], width: int) -> tuple[Any, ...]:
         """The row that stands for no rows at all: for shards that answer with none, since they group more finely."""
@@ -236,7 +236,10 @@ class Grouping:
         if not isinstance(expression.type, NullType | sa.Float) or is_distinct(argument):
             raise refused(f"{name.upper()} with a type or DISTINCT, over several shards")
         sample, root = _DEVIATIONS[name]
-        exact = raw(argument + sa.literal_column("0e0"))  # as DOUBLE: MariaDB rounds those of exact numbers
+        number: ColumnElement[Any] = sa.type_coerce(
+            argument, sa.Double()
+        )  # what the server takes texts, dates and ENUMs for, too
+        exact = raw(number + sa.literal_column("0e0"))  # as DOUBLE: MariaDB rounds those of exact numbers
         return Deviation(
             name.upper(),
             place,
@@ -244,13 +247,15 @@ class Grouping:
             count=self.hide(raw(sa.func.count(argument))),
             mean=self.hide(raw(sa.func.avg(exact))),
             variance=self.hide(raw(sa.func.var_pop(exact))),
-            zero=self.hide(raw(sa.func.max(argument * sa.literal_column("0")))),
-            rounds=self.hide(raw(sa.func.version().like("%MariaDB%"))),
+            zero=self.hide(raw(sa.func.max(number * sa.literal_column("0")))),
+            rounds=self._of_mariadb(),
             sample=sample,
             root=root,
         )
 
     def _different(self, name: str, argument: Any, place: int | None, own: int) -> Combine:
+        if name != "count" and not (_is_number(argument) or isinstance(argument.type, sa.Boolean | sa.Float)):
+            raise refused(f"{name.upper()} of different values that are no numbers, over several shards")
         column, comparison = sort_column(argument, self.dialect)
         self.finer.append(argument)
         # FLOAT is sent rounded: its key is not
@@ -279,9 +284,10 @@ class Grouping:
         order = []
         for each in () if order_by is None else order_by.clauses:
             by = self.sorted_by(each)
-            if different and not bare(by.expression).compare(value):
+            if different and not same(bare(by.expression), value):
                 raise refused("GROUP_CONCAT(DISTINCT ...) sorted by something else, over several shards")
             column, comparison = sort_column(by.expression, self.dialect)
+            column = column if sqlite else without_null(column, comparison)
             self.finer.append(by.expression)
             order.append(SortKey(self.hide(least(column)), comparison, by.descending, by.nulls_first))
         key = None
@@ -303,21 +309,24 @@ class Grouping:
         process = expression.type.result_processor(self.dialect, None)
         if isinstance(expression.type, TypeDecorator):
             raise refused("an expression over aggregates with a type of its own, over several shards")
-        self.computed.append(Computed(place, own, formula, process))
+        pads = self._of_mariadb() if isinstance(expression, Case) and self.dialect.name != "sqlite" else None
+        self.computed.append(Computed(place, own, formula, process, pads))
         key = SortKey(own, self._as_number)
         self._made.append((expression, key, own))
         return key
 
-    def formula(self, expression: Any) -> Formula:
+    def formula(self, expression: Any, *, compared: bool = False) -> Formula:
         """A number made of aggregates.
 
+        :param compared: it is not shown, but compared with another.
         :raises Refused: for what only the database can work out.
         """
         expression = bare(expression)
         if is_constant(expression):
             return self._constant(expression)
         if self._is_aggregate(expression):
-            return self._aggregated(expression)
+            place = self._aggregated(expression)
+            return self._compared(place) if compared and _name(expression) == "avg" else place
         group = self._group(expression)
         if group is not None and _is_number(expression):
             return Place(self.hide(least(raw(expression))))
@@ -339,11 +348,12 @@ class Grouping:
                 digits = Place(self.hide(raw(sa.literal_column("@@div_precision_increment"))))
                 return Call(formulas.divide, (*arguments, digits))
             case UnaryExpression() if expression.operator is operators.neg:
-                return Call(formulas.negate, (self.formula(expression.element),))
+                return Call(formulas.negate, (self.formula(expression.element, compared=compared),))
             case FunctionElement() if _name(expression) in {"coalesce", "ifnull"}:
-                return Call(formulas.coalesce, tuple(self.formula(each) for each in expression.clauses))
+                values = tuple(self.formula(each, compared=compared) for each in expression.clauses)
+                return Call(formulas.coalesce, values)
             case Case() if expression.value is None:
-                return self._case(expression)
+                return self._case(expression, compared=compared)
         raise refused(
             f"{_name(expression).upper() or 'a column'} beside aggregates, over several shards",
             "select aggregates, GROUP BY columns, numbers made of them with + - * / and COALESCE, or group by the key",
@@ -410,14 +420,30 @@ class Grouping:
             return 0 if isinstance(expression.type, sa.Integer) else -1
         return expression.type.scale if isinstance(expression, ColumnClause) and _is_number(expression) else None
 
-    def _case(self, expression: Case[Any]) -> Formula:
+    def _case(self, expression: Case[Any], *, compared: bool) -> Formula:
         parts: list[Formula] = []
         for when, then in expression.whens:
-            parts += (self.test(when), self.formula(then))
-        parts.append(Constant(None) if expression.else_ is None else self.formula(expression.else_))
-        return Call(formulas.first_true, tuple(parts))
+            parts += (self.test(when), self.formula(then, compared=compared))
+        other = Constant(None) if expression.else_ is None else self.formula(expression.else_, compared=compared)
+        return Call(formulas.first_true, (*parts, other))
 
-    def _aggregated(self, expression: Any) -> Formula:
+    def _compared(self, average: Place) -> Place:
+        """Where comparisons find an AVG: servers compare it with other digits than they show."""
+        if self.dialect.name == "sqlite":
+            return average  # floating point
+        for number, combine in enumerate(self.combines):
+            if isinstance(combine, Average | Different) and combine.raw == average.index:
+                if combine.compared is None:
+                    combine = replace(combine, compared=self._of_mariadb())
+                    self.combines[number] = combine
+                return Place(combine.compared or 0)
+        return average
+
+    def _of_mariadb(self) -> int:
+        """A hidden column that tells the servers apart."""
+        return self.hide(raw(sa.func.version().like("%MariaDB%")))
+
+    def _aggregated(self, expression: Any) -> Place:
         if not _is_number(expression):
             raise refused(f"{_name(expression).upper()} of what is not a number in an expression, over several shards")
         return self._place_of(expression)
@@ -425,7 +451,7 @@ class Grouping:
     def _place_of(self, expression: Any) -> Place:
         """Where an aggregate's combined value stands; it is combined once, however often it is used."""
         for each, _, place in self._made:
-            if each.compare(expression):
+            if same(each, expression):
                 return Place(place)
         self._aggregate(expression, None)
         return Place(self._made[-1][2])
@@ -486,7 +512,7 @@ class Grouping:
         return self._place_of(expression) if self._is_aggregate(expression) else self.formula(expression)
 
     def _operand(self, expression: Any) -> Formula:
-        formula = self.formula(expression)
+        formula = self.formula(expression, compared=True)
         if isinstance(formula, Constant) and isinstance(formula.value, str | bytes):
             raise _untold()
         return formula

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.sql.elements import ClauseElement
+from sqlalchemy.sql.elements import BindParameter, ClauseElement
 from sqlalchemy.sql.selectable import ScalarSelect, SelectStatementGrouping, TableClause
 
 from shardkit.errors import KeyChange, RoutingError
@@ -126,7 +126,10 @@ class Inserts:
             places = [self._place(tables, row, Binds(sets[0] if sets else None, ()), mapper) for row in multi]
         else:
             base = _single_row(statement)
-            places = [self._place(tables, {**base, **row}, Binds(row, ()), mapper) for row in sets or ({},)]
+            fixed = _fixed(base, mapper)
+            places = [
+                self._place(tables, {**base, **_without(row, fixed)}, Binds(row, ()), mapper) for row in sets or ({},)
+            ]
         by_shard: dict[str, list[int]] = {}
         for number, place in enumerate(places):
             by_shard.setdefault(place.shard, []).append(number)
@@ -220,15 +223,17 @@ class Inserts:
                 shards=len(hosts),
             )
         if clause is not None:
-            self._check_upsert(clause, info, hosts)
+            self._check_upsert(clause, _table_of(statement), info, hosts)
         if (clause is not None or prefixes & _DEPENDING) and info.kind == "sharded":
             self._check_unique(statement, info, hosts)
 
-    def _check_upsert(self, clause: Any, info: TableInfo, hosts: Sequence[str]) -> None:
+    def _check_upsert(self, clause: Any, table: Any, info: TableInfo, hosts: Sequence[str]) -> None:
         parts = [clause, *getattr(clause, "clauses", ())]
+        by_key = {column.key: column.name for column in table.c}  # columns may be given by either
         for part in parts:
             changes = getattr(part, "update", None) or getattr(part, "update_values_to_set", None) or {}
-            if {name_of(column) for column in changes} & set(info.key):
+            changed = {name_of(column) for column in changes}
+            if (changed | {by_key.get(name) for name in changed}) & set(info.key):
                 raise KeyChange(
                     f"the upsert would change the key of {info.name}",
                     hint="leave the key column out of the update",
@@ -357,6 +362,21 @@ def _single_row(statement: sa.Insert) -> Mapping[Any, Any]:
     select: Any = statement.select
     columns = select.selected_columns if isinstance(select, sa.Select) else ()
     return {name: bare(column) for name, column in zip(statement._select_names, columns, strict=False)}  # noqa: SLF001
+
+
+def _fixed(base: Mapping[Any, Any], mapper: Any) -> frozenset[Any]:
+    """Names under which a parameter changes nothing: the statement gives their column a value of its own.
+
+    A plain value gives way to a parameter of the column's name; a named parameter and an SQL expression do not.
+    """
+    columns = [each for each, value in base.items() if not (isinstance(value, BindParameter) and value.unique)]
+    keys = {getattr(column, "key", column) for column in columns}
+    attributes = {attribute_of(mapper, column) for column in columns if isinstance(column, sa.ColumnElement)}
+    return frozenset(keys | attributes)
+
+
+def _without(row: Mapping[str, Any], names: frozenset[Any]) -> Mapping[str, Any]:
+    return {name: value for name, value in row.items() if name not in names} if names else row
 
 
 def _multi_rows(statement: sa.Insert, table: Any) -> list[Mapping[Any, Any]]:

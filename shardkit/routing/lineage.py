@@ -34,6 +34,7 @@ from sqlalchemy.sql.selectable import (
 
 from shardkit.routing.anatomy import Anatomy, SelectParts, Slot
 from shardkit.routing.expressions import Contents, Place, contents_of, is_distinct, raw_clauses
+from shardkit.routing.functions import RANDOM
 from shardkit.routing.keys import Fact, Facts, KeyPin, KnownColumn, Readers, Term, facts_of
 from shardkit.routing.keyvalues import exact_kind
 from shardkit.routing.queries import (
@@ -147,6 +148,7 @@ class Lineage:
         query.distinct = bool(select._distinct) or any(map(is_distinct, shown))  # noqa: SLF001
         contents = contents_of([*shown, *(each for clauses in _other_clauses(select) for each in clauses)])
         query.aggregates = contents.may_aggregate
+        query.random = bool((contents.functions | contents_of(select._where_criteria).functions) & RANDOM)  # noqa: SLF001
         self.unreadable += raw_clauses(select)
         return contents.windows
 

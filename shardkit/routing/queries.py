@@ -79,6 +79,7 @@ class Query:
     :param nodes: its FROM list.
     :param nested: the subqueries in its expressions.
     :param windows: for each window function, the columns that it is partitioned by.
+    :param random: whether its rows are another time others.
     :param aggregates: whether an aggregate stands in its columns, HAVING or ORDER BY.
     """
 
@@ -93,6 +94,7 @@ class Query:
     recursive: bool = False
     limited: bool = False
     ordered: bool = False
+    random: bool = False
     windows: tuple[tuple[KnownColumn | None, ...], ...] = ()
     aggregates: bool = False
     grouped_by: tuple[KnownColumn | None, ...] = ()
@@ -178,6 +180,16 @@ def limited_tables(query: Query) -> list[Occurrence]:
                 inner = [leaf for top in each.query.nodes for leaf in _leaves(top)]
                 return [leaf.occurrence for leaf in inner if isinstance(leaf, TableNode)]
     return []
+
+
+def loses_limited_rows(query: Query) -> bool:
+    """Whether an inner join around the subquery with the LIMIT may leave out rows that the LIMIT has counted."""
+    for node in query.nodes:
+        while isinstance(node, JoinNode):
+            if node.kind == "inner" and any(isinstance(e, DerivedNode) and e.query.limited for e in _leaves(node.left)):
+                return True
+            node = node.left
+    return False
 
 
 def _leaves(node: Node) -> Iterator[Node]:

@@ -17,7 +17,7 @@ from shardkit.routing.hints import Hint, hint_of
 from shardkit.routing.merge import MergePlan
 from shardkit.routing.moving import moves_on, restricted
 from shardkit.routing.policy import check_policy
-from shardkit.routing.queries import limited_tables
+from shardkit.routing.queries import limited_tables, loses_limited_rows
 from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStatement, StatementKind
 from shardkit.routing.shapes import Pinned, Shape, Shapes
 from shardkit.routing.splitting import SplitContext, merge_plan
@@ -203,6 +203,14 @@ class Reads:
                 RoutingError,
                 "contains_eager() of a collection under LIMIT over several shards: LIMIT cuts the collections",
                 "use selectinload() or joinedload(), or take the LIMIT away",
+                table=shape.tables[0],
+            )
+        if nested and loses_limited_rows(shape.query):
+            raise Refused(
+                RoutingError,
+                "an eager load with innerjoin=True beside LIMIT over several shards: LIMIT counts rows that the join "
+                "leaves out",
+                "use joinedload() without innerjoin=True, or selectinload()",
                 table=shape.tables[0],
             )
         context = SplitContext(

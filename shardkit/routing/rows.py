@@ -71,13 +71,14 @@ class Rows:
                 key=info.key,
             )
         attribute = attribute_of(mapper, column)
-        names = (column.key,) if attribute is None else (attribute, column.key)
+        # the ORM knows rows by attribute: what only a column is called is left out of them, or is another attribute
+        names = (column.key if attribute is None else attribute,)
         optional = bool(getattr(column, "nullable", True)) and not getattr(column, "primary_key", False)
         default = getattr(column, "default", None)
         constant = default.arg if default is not None and default.is_scalar else None
         counted = getattr(table, "autoincrement_column", None) is column and self._readers.dialect.name != "sqlite"
         reader = self._readers.of(column.type)
-        return KeyColumnOf(column, tuple(dict.fromkeys(names)), reader, optional, constant, counted)
+        return KeyColumnOf(column, names, reader, optional, constant, counted)
 
     def place(
         self, table: TableClause, row: Mapping[Any, Any], binds: Binds | None = None, mapper: Any = None

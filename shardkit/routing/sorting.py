@@ -9,7 +9,7 @@ and RTRIM leaves blanks at the end out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
@@ -23,21 +23,24 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import (
     BinaryExpression,
+    BindParameter,
+    Case,
     Cast,
     ColumnClause,
     ColumnElement,
     Grouping,
     Label,
+    Null,
     Over,
     TypeCoerce,
 )
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import CompoundSelect, SelectStatementGrouping
-from sqlalchemy.types import NullType
+from sqlalchemy.types import NullType, TypeDecorator
 
 from shardkit.errors import RoutingError
 from shardkit.routing.expressions import is_distinct
-from shardkit.routing.functions import NO_LONGER, NUMERIC
+from shardkit.routing.functions import NO_LONGER, NUMERIC, names_of
 from shardkit.routing.keyvalues import stored_type
 from shardkit.routing.spread import Refused
 
@@ -239,6 +242,18 @@ def sort_column(expression: ColumnElement[Any], dialect: Dialect) -> tuple[Colum
     return _on_server(expression, stored_type(expression.type, dialect), dialect)
 
 
+def row_column(expression: ColumnElement[Any], dialect: Dialect) -> tuple[ColumnElement[Any], Comparison]:
+    """`sort_column` for rows that are neither grouped nor made distinct: the servers sort a TIMESTAMP column as the
+    moment that it is, and a clock that goes back shows two moments alike.
+
+    :raises Refused: where the database's order cannot be told from outside.
+    """
+    column = bare(expression)
+    if dialect.name != "sqlite" and isinstance(stored_type(column.type, dialect), sa.TIMESTAMP) and _is_stored(column):
+        return raw(sa.func.unix_timestamp(column)), Comparison.NUMBER
+    return sort_column(expression, dialect)
+
+
 def extreme_column(function: Any, dialect: Dialect) -> tuple[ColumnElement[Any], Comparison, bool]:
     """The hidden column by which MIN or MAX of the shards' values is found, how its values compare, and whether they
     sort as the function's own value does: SQLite finds the least text by its column's collation, and sorts what it has
@@ -252,6 +267,16 @@ def extreme_column(function: Any, dialect: Dialect) -> tuple[ColumnElement[Any],
         sorts = collation is None or collation.upper() == "BINARY"
         return _by_collation(function, collation), Comparison.SQLITE, sorts
     return (*sort_column(function, dialect), True)
+
+
+def without_null(column: ColumnElement[Any], comparison: Comparison) -> ColumnElement[Any]:
+    """A hidden column of `sort_column` for an ORDER BY inside of GROUP_CONCAT: there both servers take NULL for 0, for
+    the day 0 or for an empty text (``group_concat_key_cmp_with_order()``; seen on MariaDB 10.11 and MySQL 9.7).
+    """
+    if isinstance(column, WeightString):
+        (text,) = column.clauses
+        return WeightString(sa.func.coalesce(text, sa.literal_column("''")))
+    return raw(sa.func.coalesce(column, sa.literal_column("0" if comparison is Comparison.NUMBER else "''")))
 
 
 def _by_collation(expression: ColumnElement[Any], collation: str | None) -> ColumnElement[Any]:
@@ -301,7 +326,7 @@ def _on_server(expression: Any, stored: Any, dialect: Dialect) -> tuple[ColumnEl
         case sa.Float():
             return raw(expression + sa.literal_column("0e0")), Comparison.NUMBER  # FLOAT is sent rounded: as DOUBLE
         case sa.Date() | sa.DateTime() | sa.Time():
-            return _numbered(expression), Comparison.NUMBER
+            return _moment(expression, stored), Comparison.NUMBER
         case sa.Uuid() if dialect.name == "mysql":
             if stored.native_uuid:  # MariaDB's own type sorts by its last part first, MySQL has none
                 raise _unsortable(expression, "a native UUID does not sort as text: use Uuid(native_uuid=False)")
@@ -319,8 +344,94 @@ def _on_server(expression: Any, stored: Any, dialect: Dialect) -> tuple[ColumnEl
             return _text(expression, getattr(stored, "length", None))
         case NullType() if name.lower() in NUMERIC:
             return raw(expression), Comparison.NUMBER
+        case NullType() if name.lower() in _DAYS:
+            return _numbered(expression), Comparison.NUMBER
+        case NullType() if name.lower() in NO_LONGER:
+            argument = stored_type(_shortened(expression).type, dialect)
+            if isinstance(argument, sa.String) and not isinstance(argument, sa.Enum):
+                return _text(expression, argument.length)
+            raise _unsortable(expression, f"nothing is known of how {stored!r} sorts")
         case _:
             raise _unsortable(expression, f"nothing is known of how {stored!r} sorts")
+
+
+def _moment(expression: Any, stored: Any) -> ColumnElement[Any]:
+    """The number that a date or time sorts as. A bound one is sent as a text: COALESCE of it and a column is a text to
+    the server, which sorts as they do where all are of one kind and written alike.
+
+    :raises Refused: for other texts, or what may be one.
+    """
+    kinds = set(_kinds_of_moment(expression))
+    if kinds <= _NATIVE:
+        return _numbered(expression)
+    if kinds <= {"date", "bound date", "null"}:
+        return _numbered(sa.cast(expression, mysql.DATE()))
+    if kinds <= {"datetime", "bound datetime", "null"}:
+        return _numbered(sa.cast(expression, mysql.DATETIME(fsp=6)))
+    raise _unsortable(expression, f"it is no {stored!r} to the server, or not in all rows")
+
+
+#: Dates and times to the server, as which it sorts them.
+_NATIVE: Final = frozenset({"date", "datetime", "fine datetime", "time", "null"})
+_CLOCKS: Final = names_of(
+    "adddate curdate current_date current_time current_timestamp curtime date date_add date_sub from_days "
+    "from_unixtime last_day localtime localtimestamp makedate maketime now sec_to_time subdate sysdate timestamp "
+    "timestampadd utc_date utc_time utc_timestamp"
+)
+#: Functions whose value is a day, whatever SQLAlchemy thinks of its type.
+_DAYS: Final = names_of("date last_day")
+_CHOOSING: Final = names_of("coalesce greatest ifnull least max min")
+_PASSING: Final = names_of("any_value first_value lag last_value lead nth_value nullif")
+
+
+def _kinds_of_moment(expression: Any) -> Iterator[str]:
+    """What an expression of a date's or time's type is made of, as the server sees it."""
+    expression = bare(expression)
+    if isinstance(expression, Over):
+        expression = bare(expression.element)
+    match expression:
+        case Null():
+            yield "null"
+        case BindParameter():
+            yield f"bound {_kind_of_moment(expression.type)}"
+        case Cast():
+            yield _kind_of_moment(expression.type)
+        case Case():
+            for each in (*(then for _, then in expression.whens), expression.else_):
+                if each is not None:
+                    yield from _kinds_of_moment(each)
+        case ColumnClause():
+            passed_on = [each for each in expression._proxies if each is not expression]  # noqa: SLF001 - no public reader
+            for each in passed_on:
+                yield from _kinds_of_moment(each)
+            if not passed_on:
+                yield _kind_of_moment(expression.type)
+        case FunctionElement():
+            name = getattr(expression, "name", "").lower()
+            arguments = [each.element if is_distinct(each) else each for each in map(bare, expression.clauses)]
+            if name in _CHOOSING:
+                for each in arguments:
+                    yield from _kinds_of_moment(each)
+            elif name in _PASSING and arguments:
+                yield from _kinds_of_moment(arguments[0])
+            else:
+                yield _kind_of_moment(expression.type) if name in _CLOCKS else "unknown"
+        case _:
+            yield "unknown"
+
+
+def _kind_of_moment(column_type: Any) -> str:
+    while isinstance(column_type, TypeDecorator):
+        column_type = column_type.impl_instance
+    match column_type:
+        case sa.DateTime():
+            return "fine datetime" if getattr(column_type, "fsp", None) else "datetime"
+        case sa.Date():
+            return "date"
+        case sa.Time():
+            return "time"
+        case _:
+            return "unknown"
 
 
 def _is_stored(expression: Any) -> bool:
@@ -342,14 +453,18 @@ def _is_stored(expression: Any) -> bool:
 
 
 def _text(expression: ColumnElement[Any], length: int | None) -> tuple[ColumnElement[Any], Comparison]:
-    inner: Any = expression
-    while isinstance(inner, FunctionElement) and getattr(inner, "name", "").lower() in NO_LONGER:
-        inner = bare(next(iter(inner.clauses)))
-    if not isinstance(inner, ColumnClause):
+    if not isinstance(_shortened(expression), ColumnClause):
         raise _unsortable(expression, "the longest length of its text is not known")
     if length is None or length > LONGEST_TEXT:
         raise _unsortable(expression, f"it may be longer than max_sort_length ({LONGEST_TEXT} characters)")
     return WeightString(expression), Comparison.WEIGHTS
+
+
+def _shortened(expression: Any) -> Any:
+    """What functions that make no text longer are given."""
+    while isinstance(expression, FunctionElement) and getattr(expression, "name", "").lower() in NO_LONGER:
+        expression = bare(next(iter(expression.clauses)))
+    return expression
 
 
 def bare(expression: Any) -> Any:

@@ -29,13 +29,15 @@ from sqlalchemy.sql.elements import Grouping as Parentheses
 
 from shardkit.routing.combining import Groups, Texts
 from shardkit.routing.conditions import Binds
-from shardkit.routing.expressions import contents_of, is_distinct
+from shardkit.routing.expressions import contents_of, is_distinct, same
 from shardkit.routing.formulas import Formula
+from shardkit.routing.functions import RANDOM
 from shardkit.routing.grouping import Grouping, Sorted, least, refused
 from shardkit.routing.merge import MergePlan
+from shardkit.routing.naming import Names
 from shardkit.routing.queries import Occurrence, Query
 from shardkit.routing.shapes import Shape
-from shardkit.routing.sorting import Comparison, SortKey, bare, raw, sort_column
+from shardkit.routing.sorting import Comparison, SortKey, bare, raw, row_column, sort_column
 
 
 @dataclass(frozen=True)
@@ -143,16 +145,20 @@ class _Splitting:
     # --- ORDER BY, DISTINCT, LIMIT
 
     def _order_by(self) -> Sequence[Sorted]:
-        return [self._sorted(each) for each in self.statement._order_by_clauses]  # noqa: SLF001 - no public reader
+        return [self._sorted(each, self._names.in_order_by) for each in self.statement._order_by_clauses]  # noqa: SLF001 - no public reader
 
-    def _sorted(self, element: Any) -> Sorted:
-        """ORDER BY's element without its direction, and the direction."""
+    def _sorted(self, element: Any, meaning: Callable[[Any], Any] = lambda element: element) -> Sorted:
+        """ORDER BY's element without its direction, and the direction.
+
+        :param meaning: tells what names stand for.
+        """
+        labelled = False
         descending, nulls_first = False, None
         while True:
             if element.__visit_name__ == "label_reference":
                 element = element.element
             elif element.__visit_name__ == "textual_label_reference":
-                element = self._named(element.element)
+                element, labelled = self._named(element.element), True
             elif isinstance(element, UnaryExpression) and element.modifier in _DIRECTIONS:
                 if element.modifier in (operators.desc_op, operators.asc_op):
                     descending = element.modifier is operators.desc_op
@@ -161,6 +167,11 @@ class _Splitting:
                 element = element.element
             else:
                 break
+        if isinstance(element, ColumnElement):
+            named, element = element, meaning(element)
+            labelled = labelled or named is not element or isinstance(element, sa.Label)
+        if labelled and element.type._has_column_expression:  # noqa: SLF001 - the only way to see that another value is selected
+            raise refused(f"ORDER BY or GROUP BY a label whose type {element.type!r} selects an expression of it")
         if not isinstance(element, ColumnElement) or getattr(element, "is_literal", False):
             raise refused("ORDER BY with raw SQL over several shards")
         if _is_value(element):
@@ -168,8 +179,8 @@ class _Splitting:
         contents = contents_of([element])
         if contents.subqueries:
             raise refused("ORDER BY with a subquery over several shards")
-        if contents.functions & {"rand", "random", "uuid"}:
-            raise refused("ORDER BY with a random value over several shards")
+        if contents.functions & RANDOM:
+            raise refused("ORDER BY or GROUP BY with a random value over several shards")
         return Sorted(element, descending, (not descending) if nulls_first is None else nulls_first)
 
     def _named(self, name: str) -> Any:
@@ -182,9 +193,11 @@ class _Splitting:
     def _order(self, wanted: Sorted) -> SortKey:
         if self.context.query.distinct and not self._is_selected(wanted.expression):
             raise refused("DISTINCT with ORDER BY on what is not selected, over several shards")
-        column, comparison = sort_column(wanted.expression, self.context.dialect)
+        query = self.context.query
+        how = sort_column if query.grouped or query.distinct else row_column
+        column, comparison = how(wanted.expression, self.context.dialect)
         contents = contents_of([wanted.expression])
-        if self.context.query.grouped and not contents.aggregates and not contents.windows:
+        if query.grouped and not contents.aggregates and not contents.windows:
             column = least(column)  # one value a group: MIN says so to ONLY_FULL_GROUP_BY
         return SortKey(self._hide(column), comparison, wanted.descending, wanted.nulls_first)
 
@@ -207,7 +220,7 @@ class _Splitting:
 
     def _is_selected(self, expression: ClauseElement) -> bool:
         shown = [_undistinct(column) for column in _columns_of(self.statement) if isinstance(column, ColumnElement)]
-        if any(column.compare(bare(expression)) for column in shown):
+        if any(same(column, bare(expression)) for column in shown):
             return True
         parts = self.context.own().query.parts  # the columns of entities
         return parts is not None and any(_same_column(column, bare(expression)) for _, column in parts.columns)
@@ -249,10 +262,10 @@ class _Splitting:
 
         :raises Refused: for a label that is a column's name, too: servers take the column.
         """
-        wanted: ColumnElement[Any] = self._sorted(clause).expression
+        wanted: ColumnElement[Any] = self._sorted(clause, self._names.in_group_by).expression
         name = wanted.name if isinstance(wanted, sa.Label) else None
         folded = _folded(name)  # servers tell no names apart by case
-        if folded is not None and folded in self._column_names and _folded(_name_of(bare(wanted))) != folded:
+        if folded is not None and folded in self._names.columns and _folded(_name_of(bare(wanted))) != folded:
             raise refused(
                 f"GROUP BY the label {name!r}, which is also a column's name: servers take the column",
                 "give the label another name",
@@ -260,9 +273,10 @@ class _Splitting:
         return wanted
 
     @cached_property
-    def _column_names(self) -> frozenset[str]:
-        froms = self.statement.get_final_froms()
-        return frozenset(column.name.casefold() for each in froms for column in each.c)
+    def _names(self) -> Names:
+        groups = [_unreferenced(each) for clause in self.statement._group_by_clauses for each in _each_of(clause)]  # noqa: SLF001 - no public reader
+        parts = self.context.query.parts  # a Select of the ORM does not always know its own FROM list
+        return Names(() if parts is None else parts.froms, _columns_of(self.statement), groups)
 
     def _collect(self, groups: Sequence[ColumnElement[Any]], is_key: Callable[[ClauseElement], bool]) -> _Collected:
         context, statement = self.context, self.statement
@@ -274,13 +288,17 @@ class _Splitting:
         own: list[Any] = []
         tests: list[Formula] = []
         for test in (test for each in statement._having_criteria for test in _ands(each)):  # noqa: SLF001 - no public reader
-            contents = contents_of([test])
+            meant = self._names.in_having(test)
+            contents = contents_of([meant])
             if contents.subqueries:
                 raise refused("HAVING with a subquery over several shards")
-            if contents.aggregates:
-                tests.append(grouping.test(test))
+            if contents.functions & RANDOM:
+                raise refused("HAVING with a random value over several shards")
+            # of a group's own columns every shard says the same, unless they are texts that are equal and yet differ
+            if contents.aggregates or any(key.comparison not in _ONE_VALUE for key in grouping.keys):
+                tests.append(grouping.test(meant))
             else:
-                own.append(test)  # what is true of a group's own columns is true on every shard
+                own.append(test)
         return _Collected(grouping, keys, order, own, tests)
 
     def _grouped(self, limit: int | None, offset: int) -> MergePlan:
@@ -337,7 +355,7 @@ def _each_of(clause: Any) -> Sequence[Any]:
 
 def _same_column(one: Any, other: Any) -> bool:
     one = bare(one)
-    if isinstance(one, ColumnElement) and one.compare(other):
+    if isinstance(one, ColumnElement) and same(one, other):
         return True
     return (
         isinstance(one, sa.Column)
@@ -347,6 +365,8 @@ def _same_column(one: Any, other: Any) -> bool:
     )
 
 
+#: How values compare of which equal ones are the same.
+_ONE_VALUE: Final = frozenset({Comparison.NUMBER, Comparison.BYTES})
 _DIRECTIONS: Final = (operators.desc_op, operators.asc_op, operators.nulls_first_op, operators.nulls_last_op)
 
 
@@ -360,6 +380,10 @@ def _ands(test: ClauseElement) -> Sequence[ClauseElement]:
     if isinstance(test, BooleanClauseList) and test.operator is operators.and_:
         return [inner for clause in test.clauses for inner in _ands(clause)]
     return [test]
+
+
+def _unreferenced(element: Any) -> Any:
+    return getattr(element, "element", element) if element.__visit_name__ == "label_reference" else element
 
 
 def _name_of(column: Any) -> str | None:

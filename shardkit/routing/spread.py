@@ -327,6 +327,13 @@ def _hosted(parted: Parted, reference: Everywhere) -> None:
 
 
 def _settled(query: Query, reference: Everywhere) -> None:
+    if query.random and reference.names:
+        raise Refused(
+            RoutingError,
+            f"a random value inside a subquery on {', '.join(reference.names)} is another on each shard",
+            "read the subquery first and pass its values, or name one shard with shardkit_shard",
+            table=reference.names[0],
+        )
     if query.limited and not query.ordered and reference.names:
         raise Refused(
             RoutingError,

@@ -208,7 +208,11 @@ class Flush:
                 added[home.generated.attribute] = self._session.cluster.next_id()
             if home.replicated:
                 added.update(missing_values(mapper, home.info, {**item, **added}, nulls=nulls))
+            added.update(home.defaults(item, nulls=nulls))
             values = item = {**item, **added} if added else item
+            left_out = [part.attribute for part in home.key if part.attribute in item and part.lacks(item, nulls=nulls)]
+            if left_out:  # None is left to the server's default: the row has no key
+                values = item = {name: value for name, value in item.items() if name not in left_out}
         if home.replicated and not update:
             _require_identity(home, mapper, values)
         return item

@@ -27,12 +27,26 @@ class KeyAttribute:
     :param attribute: its name on the object.
     :param position: where it stands in the primary key; None where it is no part of it.
     :param default: the column's default that Python computes, if any.
+    :param by_server: whether it has a default that only the server knows.
+    :param sends_none: whether the ORM sends None as a value; it leaves others out of an INSERT, to the default.
     """
 
     column: str
     attribute: str
     position: int | None
     default: Any = None
+    by_server: bool = False
+    sends_none: bool = False
+
+    def lacks(self, values: Mapping[str, Any], *, nulls: bool = False) -> bool:
+        """Whether a new row has no value for it, so that its default counts, if there is one.
+
+        :param nulls: whether None is sent as NULL, whatever the type.
+        """
+        if self.attribute not in values:
+            return True
+        defaulted = self.by_server or self.default is not None
+        return values[self.attribute] is None and defaulted and not (nulls or self.sends_none)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +143,22 @@ class Home:
     def fill(self, state: InstanceState[Any], next_id: Any) -> None:
         """Give a new object the values that decide where it lives: defaults that Python computes, a generated id."""
         values = state.dict
-        for part in self.key:
-            if part.default is not None and part.attribute not in values:
-                setattr(state.obj(), part.attribute, _computed(part, self.table))
+        for name, value in self.defaults(values).items():
+            setattr(state.obj(), name, value)
         if self.generated is not None and values.get(self.generated.attribute) is None:
             setattr(state.obj(), self.generated.attribute, next_id())
+
+    def defaults(self, values: Mapping[str, Any], *, nulls: bool = False) -> dict[str, Any]:
+        """The defaults that Python computes for key columns without a value in a new row, by attribute.
+
+        :param nulls: whether None is sent as NULL, where the ORM would leave the column to its default.
+        :raises MissingKey: for a default that cannot be computed before.
+        """
+        return {
+            part.attribute: _computed(part, self.table)
+            for part in self.key
+            if part.default is not None and part.lacks(values, nulls=nulls)
+        }
 
     def place_new(self, state: InstanceState[Any]) -> str | None:
         """The shard of a new object; None: all shards of a reference table.
@@ -146,8 +171,8 @@ class Home:
         row = {}
         for part in self.key:
             value = values.get(part.attribute, _ABSENT)
-            if value is _ABSENT or (value is None and part.position is not None):
-                continue  # a primary key of None is one that the database would make up
+            if value is _ABSENT or (value is None and (part.position is not None or part.lacks(values))):
+                continue  # a primary key of None, or one with a default, is one that the database would make up
             row[part.column] = value
         placement = self.view.planner.place(self.table, row)
         return None if placement is None else placement.shard
@@ -291,7 +316,11 @@ def _key_attribute(mapper: Mapper[Any], table: Table, name: str) -> KeyAttribute
             key=[name],
             hint="map the column, or mend the key in the shard map",
         )
-    return KeyAttribute(name, attribute, _position(mapper, column), _python_default(column))
+    default = _python_default(column)
+    by_server = default is None and (column.default is not None or column.server_default is not None)
+    return KeyAttribute(
+        name, attribute, _position(mapper, column), default, by_server, column.type.should_evaluate_none
+    )
 
 
 def _position(mapper: Mapper[Any], column: Column[Any]) -> int | None:

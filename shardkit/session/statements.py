@@ -177,7 +177,8 @@ class RoutedSession(IdentitySession):
                 if view.map.sole_host is None or named in view.map.shards:
                     route_options = replace(route_options, shard=named)
         if isinstance(statement, Insert):
-            nulls = bool({**statement._execution_options, **options}.get("render_nulls"))
+            of_insert = {**statement._execution_options, **options}
+            nulls = bool(of_insert.get("render_nulls")) or of_insert.get("dml_strategy") == "raw"
             statement, params = filled(statement, params, view, self.cluster.next_id, nulls=nulls)
         try:
             route = view.planner.plan(statement, params, route_options)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import event, insert, inspect, select, text, update
+from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, joinedload, mapped_column, relationship
 
@@ -196,7 +197,10 @@ def pages(shop: Shop) -> Iterator[Cluster]:
                 "keyspaces": {
                     "pages": {
                         "partition": {"by": "range", "buckets": {"low": [None, 100], "high": [100, None]}},
-                        "tables": {"pages": "owner", "pictures": "owner", "comments": "owner"},
+                        "tables": dict.fromkeys(
+                            ("pages", "pictures", "comments", "tickets", "seats", "shelves"), "owner"
+                        ),
+                        "reference": ["rates"],
                         "placement": {"shop-0": ["low"], "shop-1": ["high"]},
                     }
                 },
@@ -239,6 +243,130 @@ def test_rows_that_would_go_with_the_old_row_are_not_lost(shop: Shop, pages: Clu
         session.commit()
     assert shop.rows("shop-0", "comments", "id") == [(1,)]
     assert shop.rows("shop-0", "pages", "owner") == [(5,)]
+
+
+# --- rows whose key is not what it seems --------------------------------------------------------------------------
+
+
+class Ticket(Base):
+    """Its attributes are called like each other's columns, and its key has a default."""
+
+    __tablename__ = "tickets"
+    id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    tenant: Mapped[int | None] = mapped_column("owner", sa.BigInteger, default=105)
+    owner: Mapped[int | None] = mapped_column("seller", sa.BigInteger)
+
+
+class Seat(Base):
+    """The default of its key is the server's."""
+
+    __tablename__ = "seats"
+    id: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    owner: Mapped[int | None] = mapped_column(sa.BigInteger, server_default="105")
+
+
+class Rate(Base):
+    """A reference table with a default that Python computes."""
+
+    __tablename__ = "rates"
+    code: Mapped[str] = mapped_column(sa.String(3), primary_key=True)
+    percent: Mapped[int | None] = mapped_column(default=lambda: 7)
+
+
+shelves = sa.Table(
+    "shelves",
+    Base.metadata,
+    sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("owner", sa.BigInteger, primary_key=True, autoincrement=False, key="tenant"),
+    sa.Column("books", sa.Integer),
+)
+
+
+def on_shards(shop: Shop, table: str, columns: str) -> list[Any]:
+    return [shop.rows(shard, table, columns) for shard in SHARDS[:2]]
+
+
+def test_rows_of_the_orm_are_known_by_their_attributes(shop: Shop, pages: Cluster) -> None:
+    """What only the column is called is another attribute here: the row has no key but its default."""
+    with session_of(pages) as session:
+        session.execute(insert(Ticket), [{"id": 1, "owner": 5}, {"id": 2, "tenant": 5, "owner": 105}])
+        session.commit()
+    assert on_shards(shop, "tickets", "id, owner, seller") == [[(2, 5, 105)], [(1, 105, 5)]]
+
+
+@pytest.mark.parametrize("how", ["execute", "one", "mappings", "objects", "flush"])
+def test_none_is_left_to_a_keys_default_where_the_orm_leaves_it(shop: Shop, pages: Cluster, how: str) -> None:
+    rows = [{"id": 1, "tenant": None}, {"id": 2, "tenant": 5}, {"id": 3}]
+
+    def write(session: Session, model: Any, rows: Any) -> None:
+        match how:
+            case "execute":
+                session.execute(insert(model), rows)
+            case "one":
+                for row in rows:
+                    session.execute(insert(model), row)
+            case "mappings":
+                session.bulk_insert_mappings(model, rows)
+            case "objects":
+                session.bulk_save_objects([model(**row) for row in rows])
+            case _:
+                session.add_all([model(**row) for row in rows])
+                session.flush()
+
+    with session_of(pages) as session:
+        write(session, Ticket, rows)
+        session.commit()
+        with pytest.raises(RoutingError, match="no value for its key"):
+            write(session, Seat, [{"id": 1, "owner": None}])
+    assert on_shards(shop, "tickets", "id, owner") == [[(2, 5)], [(1, 105), (3, 105)]]
+
+
+def test_none_is_a_key_where_it_is_sent(shop: Shop, pages: Cluster) -> None:
+    with session_of(pages) as session:
+        session.execute(insert(Ticket).values(id=1, tenant=None))
+        session.execute(insert(Ticket), [{"id": 2, "tenant": None}], execution_options={"render_nulls": True})
+        session.execute(insert(Ticket.__table__), [{"id": 3, "owner": None}])
+        session.bulk_insert_mappings(Ticket, [{"id": 4, "tenant": None}], render_nulls=True)
+        session.commit()
+    assert on_shards(shop, "tickets", "id, owner") == [[(1, None), (2, None), (3, None), (4, None)], []]
+
+
+@pytest.mark.parametrize("given", [sa.bindparam("chosen"), sa.null()], ids=["parameter", "null"])
+def test_a_parameter_does_not_move_what_the_statement_says_itself(shop: Shop, pages: Cluster, given: Any) -> None:
+    statement = insert(Ticket.__table__).values(owner=given)
+    with session_of(pages) as session:
+        session.execute(statement, {"id": 1, "chosen": 5, "owner": 105})
+        session.execute(statement, [{"id": 2, "chosen": 5, "owner": 105}, {"id": 3, "chosen": 6, "owner": 105}])
+        session.commit()
+    first, second = on_shards(shop, "tickets", "id")
+    assert (first, second) == ([(1,), (2,), (3,)], [])
+
+
+def test_an_upsert_of_a_key_by_its_columns_other_name_is_refused(shop: Shop, pages: Cluster) -> None:
+    values = {"id": 1, "tenant": 5, "books": 1}
+    if shop.kind == "sqlite":
+        one = sqlite.insert(shelves).values(values)
+        changes = [one.on_conflict_do_update(index_elements=["id", "owner"], set_={name: 105}) for name in ("tenant",)]
+    else:
+        other = mysql.insert(shelves).values(values)
+        changes = [other.on_duplicate_key_update(tenant=105), other.on_duplicate_key_update([("tenant", 105)])]
+    with session_of(pages) as session:
+        session.execute(insert(shelves), values)
+        session.commit()
+        for change in changes:
+            with pytest.raises(KeyChange):
+                session.execute(change)
+    assert on_shards(shop, "shelves", "id, owner") == [[(1, 5)], []]
+
+
+def test_a_reference_table_gets_the_values_that_the_statement_says(shop: Shop, pages: Cluster) -> None:
+    with session_of(pages) as session:
+        session.execute(insert(Rate).values(code="a", percent=None))
+        session.execute(insert(Rate).values(percent=3), [{"code": "b"}])
+        session.execute(insert(Rate), [{"code": "c"}, {"code": "d", "percent": None}, {"code": "e", "percent": 1}])
+        session.commit()
+    every = [("a", None), ("b", 3), ("c", 7), ("d", 7), ("e", 1)]
+    assert on_shards(shop, "rates", "code, percent") == [every, every]
 
 
 # --- ids, engines, statements that end transactions ---------------------------------------------------------------

@@ -290,6 +290,16 @@ def test_texts_are_put_together_as_the_server_does(databases: Databases, flavour
     assert databases.over_shards(none) == databases.at_once(none) == [(None, 0)]
 
 
+@pytest.mark.parametrize("name", [*text_columns(), "amount", "flag", "raw"])
+def test_texts_are_put_together_in_the_servers_order_of_nulls(databases: Databases, name: str) -> None:
+    """Inside of GROUP_CONCAT both servers take NULL for 0 or an empty text."""
+    c = databases.table.c
+    column = c[name if name in OTHERS else f"t_{name}"]
+    for by in (column, column.desc()):
+        statement = sa.select(sa.func.aggregate_strings(c.id, ",").aggregate_order_by(by, c.id))
+        assert databases.over_shards(statement) == databases.at_once(statement)
+
+
 def test_texts_are_cut_off_where_the_server_cuts_them(databases: Databases) -> None:
     c = databases.table.c
     statement = sa.select(sa.func.aggregate_strings(c["t_utf8mb4_bin"], ",").aggregate_order_by(c.id))
@@ -334,6 +344,100 @@ def test_groups_are_filtered_by_any_condition(databases: Databases) -> None:
         assert databases.over_shards(statement) == databases.at_once(statement), str(condition)
 
 
+class Thirds:
+    """A table of groups whose averages have no end, spread so that no shard has a whole group."""
+
+    def __init__(self, databases: Databases) -> None:
+        self.databases = databases
+        self.table = sa.Table(
+            "parts", sa.MetaData(), sa.Column("id", sa.Integer), sa.Column("g", sa.Integer), sa.Column("x", sa.Integer),
+            sa.Column("d", sa.Numeric(10, 3)), sa.Column("size", sa.Enum("small", "large", name="sizes")),
+            sa.Column("t", databases.texts[COMMON[1]].type),
+        )  # fmt: skip
+        rows = [
+            {"id": n, "g": n % 4, "x": (5, 0, 0)[n // 4], "d": Decimal(n) / 8, "size": ("large", "small")[n % 2],
+             "t": ("a", "á", "A ")[n // 4]}
+            for n in range(12)
+        ]  # fmt: skip
+        by_shard = {shard: [row for row in rows if row["id"] // 4 == n] for n, shard in enumerate(SHARDS)}
+        for name, own in {**by_shard, "whole": rows}.items():
+            engine = databases.engines[name]
+            self.table.drop(engine, checkfirst=True)
+            self.table.create(engine)
+            with engine.begin() as connection:
+                connection.execute(self.table.insert(), own)
+        document = databases.map.dump().replace("things: id", "parts: id")
+        self.planner = Planner(ShardMap.parse(document), dialect_name="mysql")
+
+    def over_and_once(self, statement: Any) -> tuple[list[list[str]], list[list[str]]]:
+        over, once = self.databases.over_shards(statement, self.planner), self.databases.at_once(statement)
+        return [[str(value) for value in row] for row in over], [[str(value) for value in row] for row in once]
+
+
+@pytest.mark.parametrize("limit", [Decimal("1.6667"), Decimal("1.6666"), 1.6667, 5 / 3, 2, Decimal("1.666666666")])
+def test_averages_are_compared_with_the_digits_that_the_server_has(databases: Databases, limit: Any) -> None:
+    """MySQL compares an AVG before it is rounded; in some expressions both servers do, and that is refused."""
+    thirds = Thirds(databases)
+    g, average = thirds.table.c.g, sa.func.avg(thirds.table.c.x)
+    alone = (average == limit, average < limit, limit <= average, sa.not_(average >= limit), average != limit)
+    if limit != 5 / 3:
+        for plain in alone:
+            shown = sa.select(g, average, sa.case((plain, 1), else_=0)).group_by(g).order_by(g)
+            over, once = thirds.over_and_once(shown)
+            assert over == once
+            over, once = thirds.over_and_once(sa.select(g).group_by(g).having(plain).order_by(g))
+            assert over == once
+    for part in (
+        *alone,
+        sa.func.coalesce(average, 0) == limit,
+        -average <= -limit,
+        average.between(limit, 9),
+        average.in_([limit, 9]),
+        sa.case((sa.func.count() > 1, average), else_=0) < limit,
+    ):
+        try:
+            over, once = thirds.over_and_once(sa.select(g).group_by(g).having(part).order_by(g))
+        except RoutingError:
+            assert abs(Decimal(limit) - Decimal(5) / 3) < Decimal("0.0001")
+        else:
+            assert over == once
+
+
+def test_a_case_has_the_digits_of_the_value_that_it_chooses(databases: Databases) -> None:
+    """No shard has more than one row of a group, all of them together have three."""
+    thirds = Thirds(databases)
+    g, d, x = (thirds.table.c[name] for name in ("g", "d", "x"))
+    many = sa.func.count() > 2
+    for expression in (
+        sa.case((many, sa.func.sum(d)), else_=0),
+        sa.case((many, sa.func.avg(x)), else_=0),
+        sa.case((many, 1), else_=sa.func.sum(d)),
+        sa.case((many, sa.func.sum(d) / 7)),
+        sa.case((many, sa.func.sum(sa.distinct(x)))),
+        sa.func.coalesce(sa.func.sum(sa.func.length(thirds.table.c.t)), Decimal("0.0")),
+        sa.func.coalesce(sa.case((many, sa.func.sum(d))), 0),
+    ):
+        over, once = thirds.over_and_once(sa.select(g, expression).group_by(g).order_by(g))
+        assert over == once
+
+
+def test_deviations_of_words_are_those_of_their_numbers(databases: Databases) -> None:
+    c = databases.table.c
+    for column in (c.size, c.day, c["t_utf8mb4_bin"]):
+        statement = sa.select(sa.func.std(column), sa.func.var_samp(column))
+        (over,), (once,) = databases.over_shards(statement), databases.at_once(statement)
+        assert over == pytest.approx(once, rel=1e-9)
+
+
+def test_texts_that_are_equal_and_yet_differ_are_one_group_for_having(databases: Databases) -> None:
+    """A condition that not all of them fulfil takes the whole group, or nothing of it."""
+    thirds = Thirds(databases)
+    t = thirds.table.c.t
+    statement = sa.select(sa.func.count()).select_from(thirds.table).group_by(t).having(sa.func.length(t) == 1)
+    over = databases.over_shards(statement, thirds.planner)
+    assert over in ([], [(12,)])
+
+
 @pytest.mark.parametrize("name", text_columns())
 def test_unions_are_sorted_and_told_apart_by_the_server(databases: Databases, name: str) -> None:
     c = databases.table.c
@@ -356,6 +460,110 @@ def test_averages_of_groups_have_the_servers_digits(databases: Databases) -> Non
     )
     over, once = databases.over_shards(statement), databases.at_once(statement)
     assert [[str(value) for value in row] for row in over] == [[str(value) for value in row] for row in once]
+
+
+def test_dates_with_a_default_are_texts_to_the_server(databases: Databases) -> None:
+    c = databases.table.c
+    day, moment = date(2000, 1, 1), datetime(2001, 1, 1, 3)  # noqa: DTZ001 - DATETIME has no zone
+    for expression in (
+        sa.func.coalesce(c.day, day),
+        sa.func.coalesce(c.moment, moment),
+        sa.case((c.flag, c.day), else_=day),
+        sa.func.coalesce(c.moment, c.day),
+        sa.select(c.id, sa.func.coalesce(c.day, day).label("due")).subquery().c.due,
+    ):
+        by = expression.table.c.id if hasattr(expression, "table") else c.id
+        ordered = sa.select(by).order_by(expression.desc(), by).limit(40)
+        assert databases.over_shards(ordered) == databases.at_once(ordered)
+        groups = sa.select(expression, sa.func.count(by)).group_by(expression)
+        assert Counter(databases.over_shards(groups)) == Counter(databases.at_once(groups))
+    for other in (
+        sa.func.coalesce(c.day, sa.literal_column("'none'")),
+        sa.func.coalesce(c.day, moment),
+        sa.func.coalesce(c.hour, time(5)),
+        sa.func.coalesce(c.moment, c.raw),
+        sa.type_coerce(c.long, sa.Date),
+    ):
+        with pytest.raises(RoutingError):
+            databases.planner.plan(sa.select(other).distinct())
+
+
+@pytest.mark.parametrize("name", text_columns())
+def test_functions_of_texts_sort_by_the_collation(databases: Databases, name: str) -> None:
+    c = databases.table.c
+    text = c[f"t_{name}"]
+    for function in (
+        sa.func.lower(text),
+        sa.func.upper(text),
+        sa.func.left(text, 1),
+        sa.func.trim(sa.func.lower(text)),
+    ):
+        statement = sa.select(c.id).order_by(function.desc(), c.id).limit(50)
+        assert databases.over_shards(statement) == databases.at_once(statement)
+        groups = sa.select(sa.func.count(), sa.func.max(c.id)).select_from(databases.table).group_by(function)
+        assert Counter(databases.over_shards(groups)) == Counter(databases.at_once(groups))
+
+
+def test_moments_are_grouped_by_their_days(databases: Databases) -> None:
+    c = databases.table.c
+    for function in (sa.func.date(c.moment), sa.func.last_day(c.day)):
+        statement = sa.select(function, sa.func.count()).group_by(function).order_by(function.desc())
+        assert databases.over_shards(statement) == databases.at_once(statement)
+
+
+@pytest.fixture
+def clock_turned_back(databases: Databases) -> Iterator[None]:
+    """Connections are in a zone whose clocks went back from 3 to 2 on 2020-10-25."""
+    zone, turned = 9_001, 1_603_587_600
+    values = {
+        "time_zone": f"({zone}, 'N')",
+        "time_zone_name": f"('Shardkit/Fold', {zone})",
+        "time_zone_transition_type": f"({zone}, 0, 7200, 1, 'SUM'), ({zone}, 1, 3600, 0, 'WIN')",
+        "time_zone_transition": f"({zone}, 0, 0), ({zone}, {turned}, 1)",
+    }
+    for table, rows in values.items():
+        databases.server.execute(f"INSERT INTO mysql.{table} VALUES {rows}")
+
+    @sa.event.listens_for(sa.Engine, "connect")
+    def set_zone(connection: Any, record: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SET time_zone = 'Shardkit/Fold'")
+
+    for engine in databases.engines.values():
+        engine.dispose()
+    yield
+    sa.event.remove(sa.Engine, "connect", set_zone)
+    for engine in databases.engines.values():
+        engine.dispose()
+    for table, column in [(table, "name" if table.endswith("name") else "time_zone_id") for table in values]:
+        value = "'Shardkit/Fold'" if column == "name" else zone
+        databases.server.execute(f"DELETE FROM mysql.{table} WHERE {column} = {value}")
+
+
+def test_a_moment_of_the_hour_that_a_clock_runs_through_twice(databases: Databases, clock_turned_back: None) -> None:
+    """A TIMESTAMP is a moment, whatever the clock shows of it."""
+    table = sa.Table(
+        "moments", sa.MetaData(), sa.Column("id", sa.Integer), sa.Column("at", sa.TIMESTAMP, nullable=True)
+    )
+    moments = {n: 1_603_587_600 + 600 * n for n in range(-5, 6)}  # from 2:10 to 2:50, and once more
+    for name, engine in databases.engines.items():
+        table.drop(engine, checkfirst=True)
+        table.create(engine)
+        with engine.begin() as connection:
+            for n, moment in moments.items():
+                if name in ("whole", SHARDS[n % 3]):
+                    at = sa.func.from_unixtime(moment)
+                    connection.exec_driver_sql("SET time_zone = '+00:00'")
+                    connection.execute(table.insert().values(id=n, at=at))
+            connection.exec_driver_sql("SET time_zone = 'Shardkit/Fold'")
+    planner = Planner(ShardMap.parse(databases.map.dump().replace("things: id", "moments: id")), dialect_name="mysql")
+    at = table.c.at
+    for statement in (
+        sa.select(table.c.id).order_by(at),
+        sa.select(table.c.id, at).order_by(at.desc()).limit(6),
+        sa.select(sa.func.max(at), sa.func.min(at)),
+    ):
+        assert databases.over_shards(statement, planner) == databases.at_once(statement)
 
 
 def test_text_that_is_compared_on_several_levels_is_refused(databases: Databases, flavour: str) -> None:
