@@ -141,7 +141,7 @@ class Chain:
             return None
         return position if str(position) else None
 
-    def settle(self) -> None:
+    def settle(self, deadline: float = DEADLINE) -> None:
         """Wait until the last server has everything that the master's log holds for the database.
 
         A last own transaction carries the position over other databases' ones, which do not move it by themselves.
@@ -166,7 +166,7 @@ class Chain:
                 found = cursor.fetchone()
                 return found is not None and parse_position(self.flavour, found[0]).covers(end)
 
-            wait_for(arrived, lambda: f"{self.last.name} reaches {end}; {self.story()}")
+            wait_for(arrived, lambda: f"{self.last.name} reaches {end}; {self.story()}", deadline=deadline)
 
     def contents(self, server: LocalDatabaseServer) -> Mapping[str, tuple[object, ...]]:
         """Every table, view and routine with its definition and, of tables, its checksum; shardkit's own left out."""

@@ -24,6 +24,8 @@ from tests.relay_chain import Chain
 
 #: Seconds that one statement may take.
 PATIENCE = 20
+#: Seconds that copies may take: rows without a key are looked for one by one, by any replica.
+CATCH_UP = 600.0
 #: What is compared goes away with these; it is compared before them.
 _TAKES_AWAY = re.compile(r"\s*(DROP|TRUNCATE|CREATE\s+OR\s+REPLACE)\b", re.IGNORECASE)
 _READS = re.compile(r"\s*\(*\s*(SELECT|SET|PREPARE|DEALLOCATE|DO|VALUES|WITH)\b", re.IGNORECASE)
@@ -171,7 +173,7 @@ class Corpus:
         if not self._changed:
             return
         try:
-            self._chain.settle()
+            self._chain.settle(CATCH_UP)
             self._chain.assert_equal()
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
