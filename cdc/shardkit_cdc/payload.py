@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator
 
 from shardkit.errors import BadEvent
-from shardkit_cdc.events import RELAXED_UNIQUE_CHECKS, ROWS_FLAGS_AT, STMT_END
+from shardkit_cdc.events import RELAXED_UNIQUE_CHECKS, ROWS, ROWS_FLAGS_AT, STMT_END, TABLE_MAP, Event
 from shardkit_cdc.table_map import TableMap
 from shardkit_cdc.transactions import Rows
 
@@ -79,6 +79,34 @@ def payloads(rows: Iterable[Rows], *, largest: int, usual: int = STATEMENT_BYTES
     if body:
         body[last] |= STMT_END
         yield bytes(front + body)
+
+
+def unpacked(payload: bytes, maps: dict[bytes, TableMap]) -> list[Rows]:
+    """The row events of a payload again.
+
+    :param maps: table maps met before, by their bytes: equal ones stay one object.
+    :raises BadEvent: when it is none.
+    """
+    tables: dict[bytes, TableMap] = {}
+    found: list[Rows] = []
+    at = 0
+    while at < len(payload):
+        size = int.from_bytes(payload[at + 9 : at + 13], "little")
+        data = payload[at : at + size]
+        if size < ROWS_FLAGS_AT or len(data) != size:
+            raise BadEvent("stored row events are truncated")
+        event = Event(data[4], data)
+        if event.kind == TABLE_MAP:
+            table = maps.get(data)
+            if table is None:
+                table = maps[data] = TableMap.parse(event)
+            tables[table.table_id] = table
+        elif event.kind in ROWS and data[19:25] in tables:
+            found.append(Rows(tables[data[19:25]], event))
+        else:
+            raise BadEvent(f"stored row events hold an event of kind {event.kind}")
+        at += size
+    return found
 
 
 def binlog_statement(payload: bytes) -> bytes:

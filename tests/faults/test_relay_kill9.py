@@ -179,11 +179,12 @@ class Load:
             cursor.execute(statement)
 
 
-def test_killed_in_the_middle_of_a_mixed_load(chain: Chain, tmp_path: Path, daemons: list[Daemon]) -> None:
+@pytest.mark.parametrize("path", ["raw", "sql"])
+def test_killed_in_the_middle_of_a_mixed_load(chain: Chain, tmp_path: Path, daemons: list[Daemon], path: str) -> None:
     seed = random.randrange(10**9)
     logger.info("seed %d", seed)  # shown when the test fails
     dice = random.Random(seed)
-    daemon = Daemon(map_of(chain, tmp_path / "map.yaml"), tmp_path / "relay.log")
+    daemon = Daemon(map_of(chain, tmp_path / "map.yaml"), tmp_path / "relay.log", "--apply", path)
     daemons.append(daemon)
     chain.story = lambda: f"the daemon says {daemon.log()[-3000:]}"
     load = Load(chain, seed)
