@@ -243,6 +243,7 @@ class Applier:
         return len(row.event.data) + len(row.table.data) > self._largest
 
     def _detour(self, rows: Sequence[Rows], fits: Mapping[TableMap, bool], where: str) -> None:
+        self._sql.interrupted()
         self.counts.bytes += self._sql.write(rows, at=where)
         for table in {row.table for row in rows}:
             self.detours.setdefault(

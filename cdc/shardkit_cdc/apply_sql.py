@@ -1,8 +1,9 @@
 """The SQL path: decoded rows as statements, where a target does not take row events as they are.
 
 Rows of one table stay in the log's order, so that unique keys never collide on the way; neighbours of one kind become
-one statement. Tables that no foreign key links are written one after the other, whatever their order in the log:
-within one target transaction nobody can tell. Every statement has to find exactly the rows that it is for.
+one statement. Tables that no foreign key links are written one after the other, whatever their order in the log: within
+one target transaction nobody can tell. Only what stands before a row of the position table stays before it. Every
+statement has to find exactly the rows that it is for.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pymysql
 from pymysql.constants import CLIENT
 
+from shardkit import own_tables
 from shardkit.errors import BadEvent, Drift, PreconditionFailed
 from shardkit.gtid import Flavour
 from shardkit.topology import Endpoint
@@ -118,6 +120,10 @@ class SqlWriter:
         self._known.clear()
         self._flags = None
 
+    def interrupted(self) -> None:
+        """Row events were applied on this connection: what they left the session at is not known."""
+        self._flags = None
+
     def write(self, rows: Sequence[Rows], *, at: str) -> int:
         """Write rows; the bytes that were sent.
 
@@ -135,6 +141,8 @@ class SqlWriter:
                 self._set(flags)
             known = self._known.get(table) or self._look(table, at)
             kind = _INSERT if event.kind in WRITE_ROWS else _UPDATE if event.kind in UPDATE_ROWS else _DELETE
+            if table.table == own_tables.position.name:
+                sent += self._flush(queues, at)  # it tells what stands before it in this server's own log
             queue = queues.setdefault("" if known.linked else known.qualified, [])
             if not queue or queue[-1].table is not known or queue[-1].kind != kind:
                 queue.append(_Step(known, kind))
@@ -350,7 +358,7 @@ def require_sight(connection: Connection, endpoint: Endpoint) -> None:
     """
     with connection.cursor() as cursor:
         cursor.execute("SHOW GRANTS")
-        if not any(_grants_trigger(str(line), endpoint.database) for (line,) in cursor.fetchall()):
+        if not any(grants_trigger(str(line), endpoint.database) for (line,) in cursor.fetchall()):
             raise PreconditionFailed(
                 f"the relay's user cannot see whether tables of {endpoint} have triggers, which statements would fire",
                 hint=f"grant it, to the user itself: GRANT TRIGGER ON `{endpoint.database}`.* TO ...",
@@ -382,15 +390,15 @@ def prepare_statements(connection: Connection, flavour: Flavour, endpoint: Endpo
     return int(found[0]) if found else 0
 
 
-_GRANT = re.compile(r"GRANT (?P<rights>.+) ON (?P<place>\S+)\.\* TO ", re.IGNORECASE)
+_GRANT = re.compile(r"GRANT (?P<rights>.+) ON (?P<place>\*|[`\"].+[`\"])\.\* TO ", re.IGNORECASE)
 
 
-def _grants_trigger(line: str, database: str) -> bool:
+def grants_trigger(line: str, database: str) -> bool:
     """Whether a line of SHOW GRANTS gives the TRIGGER right on a database."""
     found = _GRANT.match(line)
     if found is None or not {"TRIGGER", "ALL PRIVILEGES"} & {right.strip() for right in found["rights"].split(",")}:
         return False
     # In a grant an underscore stands for any character and a percent sign for any text, unless escaped.
-    place = re.split(r"(\\.|[%_])", found["place"].strip("`").replace("``", "`"))
+    place = re.split(r"(\\.|[%_])", found["place"].strip('`"').replace("``", "`"))
     pattern = "".join({"%": ".*", "_": "."}.get(part) or re.escape(part.removeprefix("\\")) for part in place)
     return found["place"] == "*" or re.fullmatch(pattern, database) is not None

@@ -64,6 +64,7 @@ class SchemaChanger:
         self._flavour = flavour
         self._charsets = charsets or {}
         self._marks: bool | None = None
+        self._entered: list[str] = []  # the session variables of the statement at hand
         self._claim = claim
         self._hop = hop
         # The change that a runner before us had begun, if its place in the target's log says that it ran.
@@ -196,6 +197,7 @@ class SchemaChanger:
         if query.database:  # before the character set changes: the name is sent in it
             self._connection.select_db(query.database)
         cursor.execute("SET " + ", ".join(f"SESSION {name} = %s" for name in names), values)
+        self._entered = names
         if not marked:
             return
         if self._flavour is Flavour.MARIADB:
@@ -225,8 +227,10 @@ class SchemaChanger:
             self._query("SET SESSION gtid_domain_id = DEFAULT")
         elif marked:
             self._query("SET SESSION gtid_next = 'AUTOMATIC'")
-        if self._flavour is Flavour.MYSQL and self._source is Flavour.MYSQL and marked:
-            defaults += ["default_collation_for_utf8mb4", "explicit_defaults_for_timestamp"]
+        # To set these takes a privilege, which an account that did not have to set them may lack.
+        guarded = ("default_collation_for_utf8mb4", "explicit_defaults_for_timestamp")
+        defaults += [name for name in guarded if name in self._entered]
+        self._entered = []
         self._query("SET " + ", ".join(f"SESSION {name} = DEFAULT" for name in defaults))
         self._query("SET NAMES utf8mb4")
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +16,14 @@ from shardkit.gtid import Flavour
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit_cdc.apply_path import AskedPath
 from shardkit_cdc.relay import HopOptions
+from tests.faults.test_relay_kill9 import Daemon, Load, map_of
 from tests.integration.test_relay_replay import COLUMNS, GENERATED
 from tests.relay_chain import Chain, relay_command
 from tests.relay_fixtures import chain_over, servers
+
+logger = logging.getLogger(__name__)
+
+KILLS = int(os.environ.get("SHARDKIT_TEST_KILLS", "3"))
 
 pytestmark = [pytest.mark.mariadb, pytest.mark.mysql]
 
@@ -130,8 +139,6 @@ def test_schema_changes_and_transactions_of_every_kind(abroad: Chain) -> None:
 
 
 def test_the_path_and_the_position_are_told(abroad: Chain, tmp_path: Path) -> None:
-    from tests.faults.test_relay_kill9 import map_of
-
     abroad.start()
     abroad.sql("CREATE TABLE t (id INT PRIMARY KEY)", "INSERT INTO t VALUES (1)")
     abroad.settle()
@@ -168,3 +175,44 @@ def test_a_table_that_came_out_differently_stops_the_hop(families: dict[str, Loc
         assert isinstance(error, Drift)
         assert "doc is" in error.message
         assert chain.database in error.message
+
+
+def test_killed_in_the_middle_of_a_mixed_load(abroad: Chain, tmp_path: Path) -> None:
+    seed = random.randrange(10**9)
+    logger.info("seed %d", seed)  # shown when the test fails
+    dice = random.Random(seed)
+    daemon = Daemon(map_of(abroad, tmp_path / "map.yaml"), tmp_path / "relay.log")
+    abroad.story = lambda: f"the daemon says {daemon.log()[-3000:]}"
+    load = Load(abroad, seed)
+    load.start()
+    try:
+        for _ in range(KILLS):
+            daemon.start()
+            daemon.wait_for_log(*(f"hop {spec.name}: running" for spec in abroad.specs))
+            threading.Event().wait(dice.uniform(0, 0.7))  # the moment of the kill is the test's random input
+            daemon.kill()
+        load.stop()
+        daemon.start()
+        abroad.settle()
+    finally:
+        load.stop()
+        if daemon.process is not None and daemon.process.poll() is None:
+            daemon.kill()
+    tables = [name for (name,) in rows(abroad.master, abroad, "SHOW TABLES") if not str(name).startswith("shardkit_")]
+    assert len(tables) > 4
+    for table in tables:
+        if table == "settled":
+            continue
+        columns = ", ".join(
+            f"`{name}`"
+            for (name,) in abroad.master.execute(
+                "SELECT column_name FROM information_schema.columns WHERE table_schema = %s AND table_name = %s "
+                "ORDER BY column_name",
+                abroad.database,
+                str(table),
+            )
+        )
+        query = f"SELECT {columns} FROM `{table}` ORDER BY {columns}"
+        master, copy = (rows(server, abroad, query) for server in abroad.servers)
+        assert copy == master, table
+    assert rows(abroad.last, abroad, "SELECT SUM(balance) FROM accounts") == [(100_000,)]
