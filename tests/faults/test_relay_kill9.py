@@ -190,7 +190,7 @@ def test_killed_in_the_middle_of_a_mixed_load(chain: Chain, tmp_path: Path, daem
     load = Load(chain, seed)
     load.start()
     try:
-        for _ in range(KILLS):
+        for _ in range(KILLS if path == "raw" else (KILLS + 1) // 2):
             daemon.start()
             daemon.wait_for_log(*(f"hop {spec.name}: running" for spec in chain.specs))
             threading.Event().wait(dice.uniform(0, 0.7))  # the moment of the kill is the test's random input

@@ -14,8 +14,11 @@ import pytest
 from shardkit.errors import BadEvent, Drift, MissingServer, PreconditionFailed
 from shardkit.gtid import Flavour
 from shardkit.testing.database import LocalDatabaseServer
+from shardkit_cdc import skip as skipping
 from shardkit_cdc.apply_path import AskedPath
 from shardkit_cdc.relay import HopOptions
+from shardkit_cdc.seed import seed
+from shardkit_cdc.verify import verify
 from tests.faults.test_relay_kill9 import Daemon, Load, map_of
 from tests.integration.test_relay_replay import COLUMNS, GENERATED
 from tests.relay_chain import Chain, relay_command
@@ -165,6 +168,25 @@ def test_what_means_something_else_there_stops_the_hop(abroad: Chain) -> None:
     assert isinstance(error, BadEvent)
     assert "CREATE VIEW" in error.message
     assert "skip" in str(error.hint)
+    assert error.at is not None
+    abroad.stop()
+    credentials = abroad.master.credentials
+    skipping.skip(skipping.look(abroad.specs[0], credentials, error.at, cluster="test"), credentials, by="pytest")
+    abroad.start()
+    abroad.sql("INSERT INTO t VALUES (1)")
+    abroad.settle()
+    assert rows(abroad.last, abroad, "SELECT id FROM t") == [(1,)]
+
+
+def test_copies_are_filled_and_compared_within_one_family(abroad: Chain) -> None:
+    spec, credentials = abroad.specs[0], abroad.master.credentials
+    with pytest.raises(PreconditionFailed, match="is mysql"):
+        seed(spec, credentials)
+    abroad.start()
+    abroad.sql("CREATE TABLE t (id INT PRIMARY KEY)")
+    abroad.settle()
+    with pytest.raises(PreconditionFailed, match="is mysql"):
+        verify(spec, credentials)
 
 
 def test_a_table_that_came_out_differently_stops_the_hop(families: dict[str, LocalDatabaseServer]) -> None:
