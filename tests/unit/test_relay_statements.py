@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 
+from shardkit.errors import BadEvent
 from shardkit.gtid import Flavour
 from shardkit_cdc.apply_sql import grants_trigger
+from shardkit_cdc.payload import payloads, unpacked
 from shardkit_cdc.row_image import ABSENT, Image
 from shardkit_cdc.schema import TargetColumn, in_log_order
 from shardkit_cdc.sql_table import NotCarried, SqlTable, sql_column
-from shardkit_cdc.table_map import Column, ColumnType
+from shardkit_cdc.table_map import Column, ColumnType, TableMap
+from shardkit_cdc.transactions import Rows
+from tests.binlog_bytes import table_map, write_rows
 
 LOGGED = [
     Column(ColumnType.LONG, 0, False, name="id"),
@@ -83,3 +89,16 @@ def test_what_cannot_be_carried_names_its_column() -> None:
 )
 def test_who_may_see_triggers(line: str, seen: bool) -> None:
     assert grants_trigger(line, "shop") is seen
+
+
+def test_stored_row_events_come_back_with_one_table_map_for_equal_ones() -> None:
+    shop = TableMap.parse(table_map(b"\x01" + bytes(5), "shop", "t"))
+    rows = [Rows(shop, write_rows(shop.table_id, bytes([0, number, 0, 0, 0]))) for number in range(3)]
+    (payload,) = payloads(rows, largest=1 << 20)
+    maps: dict[bytes, TableMap] = {}
+    found = unpacked(payload, maps) + unpacked(payload, maps)
+    assert [row.event.data[-5:] for row in found] == [row.event.data[-5:] for row in rows * 2]
+    assert len({row.table for row in found}) == 1
+    for cut in range(1, len(payload)):
+        with suppress(BadEvent):
+            assert len(unpacked(payload[:cut], {})) < len(rows)
