@@ -233,6 +233,11 @@ def parse_position(flavour: Flavour, text: str) -> Position:
     return MariaDBPosition.parse(text) if flavour is Flavour.MARIADB else MySQLPosition.parse(text)
 
 
+def family_of(position: str) -> Flavour:
+    """Which server family wrote a position, by its look: relays carry them to servers of the other one, too."""
+    return Flavour.MYSQL if ":" in position else Flavour.MARIADB
+
+
 def parse_gtid(flavour: Flavour, text: str) -> Gtid:
     """Read one transaction's id: ``0-1-100``, or ``uuid:100``.
 

@@ -29,7 +29,9 @@ PREFIX = "shardkit_"
 #: Where alembic notes the revision of shardkit's own tables; an application's ``alembic_version`` is left alone.
 VERSION_TABLE = "shardkit_schema_version"
 #: Own tables whose rows belong to one server; the relay leaves them out.
-LOCAL_TABLES = frozenset({VERSION_TABLE, "shardkit_prepared", "shardkit_migration_steps", "shardkit_pause"})
+LOCAL_TABLES = frozenset(
+    {VERSION_TABLE, "shardkit_prepared", "shardkit_migration_steps", "shardkit_pause", "shardkit_apply_path"}
+)
 #: Position rows under this prefix are a master's history and travel; rows of hops do not.
 HISTORY_PREFIX = "history:"
 HOP_PREFIX = "hop:"
@@ -102,6 +104,15 @@ pause = sa.Table(
     sa.Column("hop", ascii_name(190), primary_key=True, comment="hop:<name>"),
     sa.Column("paused_by", sa.String(190), nullable=False, comment="user and machine"),
     sa.Column("paused_at", sa.BigInteger, nullable=False, comment="microseconds since the epoch, UTC, this server's"),
+)
+
+#: How the rows of each hop into this database reach it; `shardkit_cdc.apply_path`. Rows belong to this server alone.
+apply_path = sa.Table(
+    "shardkit_apply_path",
+    metadata,
+    sa.Column("hop", ascii_name(190), primary_key=True, comment="hop:<name>"),
+    sa.Column("path", ascii_name(8), nullable=False, comment="raw or sql"),
+    sa.Column("reason", sa.Text, nullable=False, comment="why it is not raw"),
 )
 
 #: What an application's revision has done so far on this server, statement by statement; empty when none is under way.

@@ -106,3 +106,9 @@ class RelayMetrics:
             ("hop", "gtid"),
             registry=self.registry,
         )
+        self.apply_info = Gauge(
+            "shardkit_relay_apply_info",
+            "1 for the path in use: row events (raw) or statements (sql).",
+            ("hop", "path"),
+            registry=self.registry,
+        )

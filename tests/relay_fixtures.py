@@ -40,17 +40,18 @@ def relay_servers(flavour: str) -> Iterator[list[LocalDatabaseServer]]:
 def own_pair(flavour: str) -> Iterator[Chain]:
     """master -> one target on servers of the test's own, to be stopped, killed and purged."""
     with servers(flavour, 2) as started:
-        yield from _chain(started)
+        yield from chain_over(started)
 
 
 @pytest.fixture
 def own_chain(flavour: str) -> Iterator[Chain]:
     """master -> staging -> replica on servers of the test's own."""
     with servers(flavour, 3) as started:
-        yield from _chain(started)
+        yield from chain_over(started)
 
 
-def _chain(links: Sequence[LocalDatabaseServer]) -> Iterator[Chain]:
+def chain_over(links: Sequence[LocalDatabaseServer]) -> Iterator[Chain]:
+    """A chain over these servers on a new database, dropped afterwards. For fixtures to yield from."""
     database = f"relay_{next(_numbers)}"
     for server in links:
         server.execute(f"CREATE DATABASE {database} CHARACTER SET utf8mb4")
@@ -75,10 +76,10 @@ def _forget_prepared(server: LocalDatabaseServer) -> None:
 @pytest.fixture
 def chain(relay_servers: list[LocalDatabaseServer]) -> Iterator[Chain]:
     """master -> staging -> replica, not started."""
-    yield from _chain(relay_servers)
+    yield from chain_over(relay_servers)
 
 
 @pytest.fixture
 def pair(relay_servers: list[LocalDatabaseServer]) -> Iterator[Chain]:
     """master -> one target, not started."""
-    yield from _chain(relay_servers[:2])
+    yield from chain_over(relay_servers[:2])

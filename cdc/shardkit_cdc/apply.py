@@ -1,13 +1,15 @@
-"""Transactions of the source as transactions of the target: row events as they are, with the position.
+"""Transactions of the source as transactions of the target, with the position.
 
-A target transaction is: the position's compare-and-set, BINLOG statements with the row events of as many source
-transactions as were waiting, the master's history, COMMIT. Its end is always the end of a source transaction.
+A target transaction is: the position's compare-and-set, the row events of as many source transactions as were waiting
+(in BINLOG statements, or where that is impossible as statements of the SQL path), the master's history, COMMIT. Its end
+is always the end of a source transaction.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,16 @@ from shardkit import own_tables
 from shardkit.errors import BadEvent, Drift, RelayError
 from shardkit.gtid import Flavour, Gtid, Position
 from shardkit.topology import Endpoint
+from shardkit_cdc.apply_path import ApplyPath, Chosen
+from shardkit_cdc.apply_sql import SqlWriter, prepare_statements
 from shardkit_cdc.connection import DENIED, PASSING, READ_ONLY, code_of, server_errors, text_of
 from shardkit_cdc.events import Format
-from shardkit_cdc.payload import binlog_statement, largest_payload, payloads
+from shardkit_cdc.payload import binlog_statement, largest_payload, payloads, unpacked
 from shardkit_cdc.position import Claim
 from shardkit_cdc.schema import SchemaCheck
 from shardkit_cdc.schema_change import SchemaChanger
 from shardkit_cdc.selection import Selected
+from shardkit_cdc.table_map import TableMap
 from shardkit_cdc.transactions import Outcome, Rows
 
 if TYPE_CHECKING:
@@ -66,30 +71,64 @@ class _Parts:
 class Applier:
     """Applies selected transactions to one target through one connection. Not thread-safe.
 
-    :param connection: of the claim; nothing else may use it.
+    :param connection: of the claim, opened with `apply_sql.CONNECTION_FLAGS`; nothing else may use it.
+    :param source: the family that wrote the log.
+    :param flavour: the target's.
     :param claim: the hop's position.
     :param form: the format of the source's log.
+    :param chosen: the path of all rows; of row events, single tables and events may have to take the other one.
+    :param detours: whether they may.
+    :param charsets: of a source of the other family: its collations' character sets by id.
     """
 
     def __init__(
-        self, connection: Connection, endpoint: Endpoint, flavour: Flavour, claim: Claim, form: Format, *, hop: str
+        self,
+        connection: Connection,
+        endpoint: Endpoint,
+        claim: Claim,
+        form: Format,
+        *,
+        source: Flavour,
+        flavour: Flavour,
+        chosen: Chosen,
+        detours: bool,
+        charsets: Mapping[int, str] | None,
+        hop: str,
     ) -> None:
         self._connection = connection
         self._endpoint = endpoint
         self._claim = claim
         self._hop = hop
-        self._check = SchemaCheck(connection)
-        self._changer = SchemaChanger(connection, flavour, claim, hop=hop)
+        self._chosen = chosen
+        self._may_detour = detours
+        self._all_sql = chosen.path is ApplyPath.SQL
+        self._check = SchemaCheck(connection, by_name=self._all_sql or detours, charsets=charsets)
+        self._changer = SchemaChanger(connection, claim, source=source, flavour=flavour, charsets=charsets, hop=hop)
+        self._maps: dict[bytes, TableMap] = {}  # of stored XA branches
+        #: Tables whose rows take the SQL path although the hop's do not, and why.
+        self.detours: dict[str, str] = {}
         self._parts: _Parts | None = None
         self._passed: Position | None = None
         self.counts = Counts()
         with server_errors(endpoint, hop, doing="preparing the connection"):
-            self._largest = largest_payload(prepare_session(connection, flavour, form))
+            if self._all_sql:
+                packet = prepare_statements(connection, flavour, endpoint)
+            else:
+                packet = prepare_session(connection, flavour, form)
+        self._largest = largest_payload(packet)
+        self._sql = SqlWriter(connection, endpoint, self._check, source=source, flavour=flavour, largest=packet)
 
     @property
     def position(self) -> Position:
         """How far the target is."""
         return self._claim.position
+
+    @property
+    def path(self) -> Chosen:
+        """How rows are applied: the path chosen, with the tables that had to leave it."""
+        if not self.detours:
+            return self._chosen
+        return Chosen(self._chosen.path, "; ".join(f"{table}: {why}" for table, why in sorted(self.detours.items())))
 
     @property
     def busy(self) -> bool:
@@ -179,14 +218,40 @@ class Applier:
         self._commit(after, len(run))
 
     def _write(self, rows: Sequence[Rows], where: str) -> None:
-        for table in {row.table for row in rows}:
-            self._check.check(table, at=where)
+        tables = {row.table for row in rows}
+        fits = {table: self._check.check(table, at=where) for table in tables}
         try:
-            for payload in payloads(rows, largest=self._largest):
-                self._send(payload, where)
-        except BadEvent as error:
+            if self._all_sql:
+                self.counts.bytes += self._sql.write(rows, at=where)
+            elif not self._may_detour or (all(fits.values()) and not any(map(self._is_large, rows))):
+                self._write_raw(rows, where)
+            else:
+                for raw, run in itertools.groupby(rows, lambda row: fits[row.table] and not self._is_large(row)):
+                    if raw:
+                        self._write_raw(run, where)
+                    else:
+                        self._detour(list(run), fits, where)
+        except (BadEvent, Drift) as error:
             raise error.of_hop(self._hop, at=where) from error.__cause__
         self.counts.row_events += len(rows)
+
+    def _write_raw(self, rows: Iterable[Rows], where: str) -> None:
+        for payload in payloads(rows, largest=self._largest):
+            self._send(payload, where)
+
+    def _is_large(self, row: Rows) -> bool:
+        return len(row.event.data) + len(row.table.data) > self._largest
+
+    def _detour(self, rows: Sequence[Rows], fits: Mapping[TableMap, bool], where: str) -> None:
+        self._sql.interrupted()
+        self.counts.bytes += self._sql.write(rows, at=where)
+        for table in {row.table for row in rows}:
+            self.detours.setdefault(
+                table.table,
+                "a row event too large for the target's max_allowed_packet"
+                if fits[table]
+                else "its columns stand in another order on the target",
+            )
 
     def _send(self, payload: bytes, where: str) -> None:
         try:
@@ -232,6 +297,7 @@ class Applier:
         if selected.change is not None:
             self._changer.run(selected.change, transaction.gtid)
             self._check.forget()
+            self._sql.forget()
             if transaction.last and not transaction.rows:
                 self._apply_together([selected])
                 return
@@ -304,7 +370,7 @@ class Applier:
                 found = cursor.fetchone()
             if found is None:
                 break
-            self._send(found[0], where)
+            self._write(unpacked(found[0], self._maps), where)
             part += 1
         self._drop_stored(xid)
 

@@ -54,11 +54,13 @@ def connect(
     *,
     autocommit: bool = False,
     read_timeout: float | None = None,
+    flags: int = 0,
     kind: type[C] | None = None,
 ) -> C | pymysql.Connection[Any]:
     """Open a connection to an endpoint's database.
 
     :param read_timeout: seconds to wait for an answer; None for as long as it takes.
+    :param flags: of the client protocol, beyond the driver's usual ones (`pymysql.constants.CLIENT`).
     :raises PreconditionFailed: wrong password, unknown database, no right to it.
     :raises Unreachable: no server answers there.
     """
@@ -72,6 +74,7 @@ def connect(
             database=endpoint.database,
             charset="utf8mb4",
             autocommit=autocommit,
+            client_flag=flags,
             connect_timeout=CONNECT_TIMEOUT,
             # The driver's connect_timeout ends with the TCP handshake: a server that takes the connection and says
             # nothing (stopped, frozen) would never be given up.

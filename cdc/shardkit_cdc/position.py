@@ -199,8 +199,17 @@ class Claim:
             insert_row(self._connection, self._history, gtid=str(after), source=self.source, ddl_origin="")
 
     def intend(self, gtid: str) -> int:
-        """Note durably that a schema change is about to run; its number among this hop's changes on this target."""
-        number = self.ddl_number + 1
+        """Note durably that a schema change is about to run; its number among this hop's changes on this target.
+
+        :param gtid: the change's, or whatever the next runner has to find of it.
+        """
+        return self._note_change(gtid, self.ddl_number + 1)
+
+    def withdraw(self) -> None:
+        """Note durably that the schema change that was intended did not run."""
+        self._note_change("", self.ddl_number)
+
+    def _note_change(self, gtid: str, number: int) -> int:
         with self._connection.cursor() as cursor:
             changed = cursor.execute(
                 f"UPDATE {_TABLE} SET counter = counter + 1, ddl_gtid = %s, ddl_number = %s, updated_at = {_NOW} "

@@ -108,8 +108,11 @@ def source_faults(source: ServerFacts) -> list[tuple[str, str]]:
     return faults
 
 
-def target_faults(target: ServerFacts) -> list[tuple[str, str]]:
-    """Why row events cannot be applied to a server."""
+def target_faults(target: ServerFacts, *, statements: bool = False) -> list[tuple[str, str]]:
+    """Why rows cannot be applied to a server.
+
+    :param statements: they come as statements, not as row events.
+    """
     faults: list[tuple[str, str]] = []
     if not target.has("log_bin", "ON", "1"):
         faults.append(
@@ -120,28 +123,40 @@ def target_faults(target: ServerFacts) -> list[tuple[str, str]]:
         )
     if not target.has("gtid_mode", "ON"):
         faults.append((f"its gtid_mode is {target.settings['gtid_mode']}", "gtid_mode=ON, enforce_gtid_consistency=ON"))
-    if not target.has("slave_run_triggers_for_rbr", "NO"):
-        faults.append(("its triggers would fire for row events", "slave_run_triggers_for_rbr=NO"))
-    if target.flavour is Flavour.MARIADB and not target.has("slave_exec_mode", "STRICT"):
-        faults.append(("it passes over rows that are missing or there already", "slave_exec_mode=STRICT"))
+    if not statements:
+        faults += _row_event_faults(target)
     if not target.has("super_read_only", "OFF", "0"):
         faults.append(("super_read_only refuses BINLOG", "super_read_only=OFF (read_only may stay on)"))
     return faults
 
 
-def refuse_faults(source: ServerFacts, target: ServerFacts) -> None:
-    """:raises PreconditionFailed: naming every setting that has to change on either server."""
+def _row_event_faults(target: ServerFacts) -> list[tuple[str, str]]:
+    faults: list[tuple[str, str]] = []
+    if not target.has("slave_run_triggers_for_rbr", "NO"):
+        faults.append(("its triggers would fire for row events", "slave_run_triggers_for_rbr=NO"))
+    if target.flavour is Flavour.MARIADB and not target.has("slave_exec_mode", "STRICT"):
+        faults.append(("it passes over rows that are missing or there already", "slave_exec_mode=STRICT"))
+    return faults
+
+
+def refuse_faults(source: ServerFacts, target: ServerFacts, *, statements: bool = False) -> None:
+    """See that a server's log can be applied to another.
+
+    :param statements: rows come as statements (the SQL path), which pass between server families.
+    :raises PreconditionFailed: naming every setting that has to change on either server.
+    """
     found = [(source.endpoint, *fault) for fault in source_faults(source)]
-    found += [(target.endpoint, *fault) for fault in target_faults(target)]
+    found += [(target.endpoint, *fault) for fault in target_faults(target, statements=statements)]
     if found:
         raise PreconditionFailed(
             "; ".join(f"{endpoint.address}: {fault}" for endpoint, fault, _ in found),
             hint="set " + "; ".join(f"{setting} on {endpoint.address}" for endpoint, _, setting in found),
         )
-    if source.flavour is not target.flavour:
+    if source.flavour is not target.flavour and not statements:
         raise PreconditionFailed(
             f"{source.endpoint.address} is {source.flavour} and {target.endpoint.address} is {target.flavour}",
-            hint="row events pass between servers of one family only: use the same on both ends",
+            hint="a copy can be filled from a server of its own family only; between families, relay from the "
+            "beginning of the log into an empty target",
         )
     if source.identity == target.identity and source.endpoint.database == target.endpoint.database:
         raise PreconditionFailed(
@@ -149,13 +164,15 @@ def refuse_faults(source: ServerFacts, target: ServerFacts) -> None:
             f"({source.identity})",
             hint="give every server a server_id (and on MySQL an auto.cnf) of its own, or mend the map",
         )
-    if source.charset != target.charset:
+    # Between families the collations' names differ: the character set has to be the same.
+    same = 2 if source.flavour is target.flavour else 1
+    if source.charset[:same] != target.charset[:same]:
         raise PreconditionFailed(
             f"the database {source.endpoint.database} has the default {'/'.join(source.charset)} on "
             f"{source.endpoint.address} and {'/'.join(target.charset)} on {target.endpoint.address}: "
             "tables made without a character set would differ",
             hint=f"on {target.endpoint.address}: ALTER DATABASE `{target.endpoint.database}` "
-            f"CHARACTER SET {source.charset[0]} COLLATE {source.charset[1]}",
+            f"CHARACTER SET {source.charset[0]}" + (f" COLLATE {source.charset[1]}" if same == 2 else ""),
         )
 
 

@@ -34,12 +34,15 @@ from shardkit.telemetry import RelayMetrics
 from shardkit.topology import Endpoint, Role
 from shardkit_cdc import own_schema, preflight
 from shardkit_cdc.apply import Applier, prepare_session
+from shardkit_cdc.apply_path import ApplyPath, AskedPath, Chosen, choose, note_path, read_path, without_privilege
+from shardkit_cdc.apply_sql import CONNECTION_FLAGS, prepare_statements
 from shardkit_cdc.backlog import Backlog
 from shardkit_cdc.connection import connect, server_errors
 from shardkit_cdc.election import Election, Unopposed
 from shardkit_cdc.pause import LOOK_SECONDS, Pause, read_pause
 from shardkit_cdc.position import Claim, HopRow, note_error, read_row
 from shardkit_cdc.preflight import ServerFacts
+from shardkit_cdc.schema import charsets_by_id
 from shardkit_cdc.selection import Selected, Selector
 from shardkit_cdc.start import begin_from_start
 from shardkit_cdc.stream import BinlogStream
@@ -109,6 +112,7 @@ class HopOptions:
     :param settle_seconds: how often the position moves past other databases' transactions alone.
     :param heartbeat: seconds of silence after which the source's server sends a sign of life.
     :param retry_seconds: the shortest and the longest pause between two attempts.
+    :param apply: how rows reach the target.
     """
 
     batch_transactions: int = 1000
@@ -117,6 +121,7 @@ class HopOptions:
     settle_seconds: float = 10.0
     heartbeat: float = 1.0
     retry_seconds: tuple[float, float] = (0.1, 10.0)
+    apply: AskedPath = AskedPath.AUTO
 
 
 @dataclass(slots=True)
@@ -255,18 +260,32 @@ class Hop:
 
     def _serve(self, lost: threading.Event) -> None:
         spec = self.spec
-        target = connect(spec.target, self._credentials)
+        target = connect(spec.target, self._credentials, flags=CONNECTION_FLAGS)
         with closing(target):
             if self._rested(target, lost):
                 return
             source = connect(spec.source, self._credentials, autocommit=True)
             with closing(source), server_errors(spec.source, spec.name, doing="asking it for its settings"):
                 source_facts = preflight.ask(source, spec.source)
+                charsets = charsets_by_id(source)
             with server_errors(spec.target, spec.name, doing="taking the hop over"):
-                stream, claim = self._resume(source_facts, target)
+                target_facts = preflight.ask(target, spec.target)
+                stream, claim, chosen = self._resume(source_facts, target_facts, target)
             with closing(stream):
-                applier = Applier(target, spec.target, source_facts.flavour, claim, stream.begin(), hop=spec.name)
-                self._run(stream, applier, source_facts, lost, lambda: self._paused(target, busy=applier.busy))
+                applier = Applier(
+                    target,
+                    spec.target,
+                    claim,
+                    stream.begin(),
+                    source=source_facts.flavour,
+                    flavour=target_facts.flavour,
+                    chosen=chosen,
+                    detours=self._options.apply is AskedPath.AUTO,
+                    charsets=charsets if source_facts.flavour is not target_facts.flavour else None,
+                    hop=spec.name,
+                )
+                self._tell_path(target, applier.path)
+                self._run(stream, applier, target, source_facts, lost, lambda: self._paused(target, busy=applier.busy))
 
     def _rested(self, target: Connection, lost: threading.Event) -> bool:
         """Wait as long as the hop is paused, elected but without a claim; false when it is not."""
@@ -285,23 +304,38 @@ class Hop:
                 target.rollback()
         return found
 
-    def _resume(self, source: ServerFacts, target: Connection) -> tuple[BinlogStream, Claim]:
+    def _resume(
+        self, source: ServerFacts, target_facts: ServerFacts, target: Connection
+    ) -> tuple[BinlogStream, Claim, Chosen]:
         """Check that the hop can run before anything is changed, then take it over."""
         spec = self.spec
-        target_facts = preflight.ask(target, spec.target)
         target.rollback()
-        preflight.refuse_faults(source, target_facts)
+        chosen = choose(self._options.apply, source, target_facts)
+        preflight.refuse_faults(source, target_facts, statements=chosen.path is ApplyPath.SQL)
         row = self._position_row(target)
         if row is not None:
             preflight.refuse_other_log(row.source, source, target_facts, hop=spec.name)
         stream = self._open(source.flavour, row.gtid if row else "")
         try:
             form = stream.begin()
-            prepare_session(target, source.flavour, form)  # tells whether BINLOG is allowed here
+            if chosen.path is ApplyPath.RAW:
+                try:
+                    prepare_session(target, source.flavour, form)  # tells whether BINLOG is allowed here
+                except pymysql.MySQLError as error:
+                    target.rollback()
+                    chosen = without_privilege(error, self._options.apply, target_facts)
+            if chosen.path is ApplyPath.SQL:
+                prepare_statements(target, target_facts.flavour, spec.target)
             own_schema.upgrade(spec.target, self._credentials)
             if row is None:
                 begin_from_start(
-                    spec, source, target, self._credentials, log_began=form.timestamp, vouched=self._options.from_start
+                    spec,
+                    source,
+                    target,
+                    self._credentials,
+                    flavour=target_facts.flavour,
+                    log_began=form.timestamp,
+                    vouched=self._options.from_start,
                 )
             claim = Claim.take(
                 target,
@@ -320,7 +354,20 @@ class Hop:
         except BaseException:
             stream.close()
             raise
-        return stream, claim
+        return stream, claim, chosen
+
+    def _tell_path(self, target: Connection, chosen: Chosen) -> None:
+        """Say in the log, the metrics and the target how rows reach it, where that is news."""
+        spec = self.spec
+        with server_errors(spec.target, spec.name, doing="noting the path"):
+            known = read_path(target, spec.key)
+            if known != chosen:
+                note_path(target, spec.key, chosen)
+            target.rollback()
+        for path in ApplyPath:
+            self._metrics.apply_info.labels(spec.name, path.value).set(path is chosen.path)
+        if known != chosen and (chosen.reason or known):
+            logger.info("hop %s: rows are applied as %s", spec.name, chosen)
 
     def _position_row(self, target: Connection) -> HopRow | None:
         if not own_schema.exists(target):
@@ -347,6 +394,7 @@ class Hop:
         self,
         stream: BinlogStream,
         applier: Applier,
+        target: Connection,
         source: ServerFacts,
         lost: threading.Event,
         paused: Callable[[], Pause | None],
@@ -366,6 +414,7 @@ class Hop:
         try:
             settle_at = time.monotonic() + options.settle_seconds
             look_at = 0.0
+            told = applier.path
             while not self._stop.is_set() and not lost.is_set():
                 if time.monotonic() >= look_at:
                     if paused() is not None:
@@ -376,6 +425,9 @@ class Hop:
                 )
                 if any(selected.own for selected in batch):
                     applier.apply(batch)
+                    if applier.path != told and not applier.busy:
+                        told = applier.path
+                        self._tell_path(target, told)
                 elif batch:
                     applier.pass_over(selected.transaction.gtid for selected in batch)
                 if applier.passing and time.monotonic() >= settle_at:

@@ -3,13 +3,16 @@
 Row events map columns by their place: on a table with fewer, reordered or differently typed columns they apply
 silently wrong. So before the first rows of a table after a start, a reconnect or a schema change, its table map is
 compared with the target's information_schema. Extra indexes are nobody's business.
+
+Columns that are only in another order, and those of a server of the other family, fit by name: not for row events as
+they are, but for the SQL path.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pymysql
@@ -25,7 +28,11 @@ METADATA_HINT = "set binlog_row_metadata=FULL on the source; what is in its log 
 
 @dataclass(frozen=True, slots=True)
 class TargetColumn:
-    """One row of information_schema.columns, as far as it matters here."""
+    """One row of information_schema.columns, as far as it matters here.
+
+    :param computed: by the server from other columns: nobody writes it.
+    :param extra: the column of that name: what the server does to it by itself.
+    """
 
     name: str
     data_type: str
@@ -36,6 +43,9 @@ class TargetColumn:
     scale: int | None
     fraction: int | None
     collation: int | None
+    charset: str | None = None
+    computed: bool = False
+    extra: str = ""
 
 
 _BLOB_WIDTHS = {"tiny": 1, "medium": 3, "long": 4}
@@ -121,6 +131,37 @@ def differences(logged: Sequence[Column], target: Sequence[TargetColumn]) -> lis
     return found
 
 
+def in_log_order(logged: Sequence[Column], target: Sequence[TargetColumn]) -> list[TargetColumn] | None:
+    """The target's columns as the log has them; None where one side has a name that the other lacks."""
+    by_name = {column.name.casefold(): column for column in target}
+    found = [by_name.get((column.name or "").casefold()) for column in logged]
+    ordered = [column for column in found if column is not None]
+    return ordered if len(ordered) == len(logged) == len(target) else None
+
+
+def differences_by_name(
+    logged: Sequence[Column], ordered: Sequence[TargetColumn], charsets: Mapping[int, str]
+) -> list[str]:
+    """As `differences`, between server families: character sets are compared, collations are not.
+
+    :param ordered: the target's columns in the log's order.
+    :param charsets: of the source's collations by id.
+    """
+    found: list[str] = []
+    plain: list[Column] = []
+    for source, mine in zip(logged, ordered, strict=True):
+        charset = None if source.collation is None else charsets.get(source.collation, "")
+        if charset is not None and charset != (mine.charset or "binary"):
+            found.append(
+                f"{mine.name} is in {mine.charset or 'binary'} on the target and {charset or 'another'} in the log"
+            )
+        if source.type == ColumnType.JSON and mine.data_type == "longtext" and mine.charset == "utf8mb4":
+            # MariaDB's JSON is a LONGTEXT, which takes the document's text.
+            source = replace(source, type=ColumnType.BLOB, metadata=4)
+        plain.append(replace(source, collation=None, name=mine.name))
+    return found + differences(plain, [replace(column, collation=None) for column in ordered])
+
+
 def _same_members(logged: Sequence[bytes], column_type: str) -> bool:
     mine = [member.replace("''", "'") for member in _MEMBER.findall(column_type)]
     if len(mine) != len(logged):
@@ -147,27 +188,52 @@ def _unsigned(column: TargetColumn) -> bool:
     return "unsigned" in column.column_type or "zerofill" in column.column_type
 
 
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """How a table map and the target's table go together: the target's columns in the log's order."""
+
+    as_it_is: bool
+    columns: Sequence[TargetColumn]
+
+
 class SchemaCheck:
     """Compares each table map once with the target's table.
 
     :param connection: to the target; only read through.
+    :param by_name: whether columns may stand in another order on the target: the SQL path writes them then.
+    :param charsets: of a source of the other family: its collations' character sets by id. Then only the SQL path
+        writes, and collations may differ.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(
+        self, connection: Connection, *, by_name: bool = False, charsets: Mapping[int, str] | None = None
+    ) -> None:
         self._connection = connection
-        self._seen: set[TableMap] = set()
+        self._by_name = by_name
+        self._charsets = charsets
+        self._seen: dict[TableMap, _Fit] = {}
         self._collations: Mapping[str, int] | None = None
 
     def forget(self) -> None:
         """A schema change has run: look again."""
         self._seen.clear()
 
-    def check(self, table: TableMap, *, at: str) -> None:
-        """:raises Drift: when the target's table is missing or different.
+    def check(self, table: TableMap, *, at: str) -> bool:
+        """Whether row events fit as they are; false where columns fit by name only.
+
+        :raises Drift: when the target's table is missing or different.
         :raises BadEvent: when the log does not name its columns.
         """
-        if table in self._seen:
-            return
+        fit = self._seen.get(table)
+        if fit is None:
+            fit = self._seen[table] = self._fit(table, at)
+        return fit.as_it_is
+
+    def target_columns(self, table: TableMap) -> Sequence[TargetColumn]:
+        """The target's columns of a table that has been checked, in the log's order."""
+        return self._seen[table].columns
+
+    def _fit(self, table: TableMap, at: str) -> _Fit:
         logged = table.columns()
         if any(column.name is None for column in logged):
             raise BadEvent(f"the log does not name the columns of {table.qualified}", at=at, hint=METADATA_HINT)
@@ -182,14 +248,21 @@ class SchemaCheck:
         names = [column.name for column in logged]
         if names[-2:] == ["row_start", "row_end"] and len(logged) == len(target) + 2:
             logged = logged[:-2]  # MariaDB's system versioning: implicit columns that information_schema leaves out
-        found = differences(logged, target)
+        ordered = in_log_order(logged, target) if self._by_name else None
+        if ordered is None:
+            found = differences(logged, target)
+            ordered = target
+        elif self._charsets is not None:
+            found = differences_by_name(logged, ordered, self._charsets)
+        else:
+            found = differences(logged, ordered)
         if found:
             raise Drift(
                 f"the target's table {table.qualified} is not the source's: {'; '.join(found[:5])}",
                 at=at,
                 hint="change the target's table to be like the source's, then start the hop again",
             )
-        self._seen.add(table)
+        return _Fit(ordered == target, ordered)
 
     def _refuse_engine(self, table: TableMap, at: str) -> None:
         """Rows in a table without transactions would stay when their target transaction is undone, and come twice."""
@@ -209,11 +282,14 @@ class SchemaCheck:
             )
 
     def _target_columns(self, table: TableMap) -> list[TargetColumn]:
-        collations = self._collation_ids()
+        if self._collations is None:
+            self._collations = collation_ids(self._connection)
+        collations = self._collations
         with self._connection.cursor() as cursor:
             cursor.execute(
                 "SELECT column_name, data_type, column_type, is_nullable, character_octet_length, numeric_precision, "
-                "numeric_scale, datetime_precision, collation_name FROM information_schema.columns "
+                "numeric_scale, datetime_precision, collation_name, character_set_name, extra, generation_expression "
+                "FROM information_schema.columns "
                 "WHERE table_schema = %s AND table_name = %s ORDER BY ordinal_position",
                 (table.database, table.table),
             )
@@ -228,27 +304,52 @@ class SchemaCheck:
                     scale,
                     fraction,
                     collations.get(collation),
+                    None if charset is None else _same_charset(charset),
+                    "GENERATED" in extra.upper().replace("DEFAULT_GENERATED", "") or bool(expression),
+                    extra,
                 )
-                for name, data_type, column_type, nullable, octets, precision, scale, fraction, collation in cursor
+                for (
+                    name,
+                    data_type,
+                    column_type,
+                    nullable,
+                    octets,
+                    precision,
+                    scale,
+                    fraction,
+                    collation,
+                    charset,
+                    extra,
+                    expression,
+                ) in cursor
             ]
 
-    def _collation_ids(self) -> Mapping[str, int]:
-        if self._collations is None:
-            with self._connection.cursor() as cursor:
-                cursor.execute("SHOW COLLATION")
-                found = {name: number for name, _charset, number, *_ in cursor.fetchall() if number is not None}
-                # MariaDB 10.10+ gives collations that fit several character sets one id for each.
-                cursor.execute(
-                    "SELECT COUNT(*) FROM information_schema.columns WHERE table_schema = 'information_schema' "
-                    "AND table_name = 'COLLATION_CHARACTER_SET_APPLICABILITY' AND column_name = 'FULL_COLLATION_NAME'"
-                )
-                if cursor.fetchone() == (1,):
-                    cursor.execute(
-                        "SELECT full_collation_name, id FROM information_schema.collation_character_set_applicability"
-                    )
-                    found.update({name: number for name, number in cursor.fetchall() if number is not None})
-            self._collations = found
-        return self._collations
+
+def collation_ids(connection: Connection) -> dict[str, int]:
+    """The id by which the log names each of a server's collations, by the collation's full name."""
+    with connection.cursor() as cursor:
+        cursor.execute("SHOW COLLATION")
+        found = {name: number for name, _charset, number, *_ in cursor.fetchall() if number is not None}
+        # MariaDB 10.10+ gives collations that fit several character sets one id for each.
+        cursor.execute(
+            "SELECT COUNT(*) FROM information_schema.columns WHERE table_schema = 'information_schema' "
+            "AND table_name = 'COLLATION_CHARACTER_SET_APPLICABILITY' AND column_name = 'FULL_COLLATION_NAME'"
+        )
+        if cursor.fetchone() == (1,):
+            cursor.execute(
+                "SELECT full_collation_name, id FROM information_schema.collation_character_set_applicability"
+            )
+            found.update({name: number for name, number in cursor.fetchall() if number is not None})
+    return found
+
+
+def charsets_by_id(connection: Connection) -> dict[int, str]:
+    """The character set of each of a server's collations, by the collation's id."""
+    return {number: _same_charset(name.split("_")[0]) for name, number in collation_ids(connection).items()}
+
+
+def _same_charset(name: str) -> str:
+    return "utf8mb3" if name == "utf8" else name
 
 
 def _text(value: str | bytes) -> str:

@@ -8,6 +8,7 @@ tables could not tell: an index, a default or a TRUNCATE leaves them looking equ
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pymysql
@@ -24,6 +25,18 @@ from shardkit_cdc.statement import Effect
 if TYPE_CHECKING:
     Connection = pymysql.Connection[Any]
 
+#: Lock wait timeout and deadlock: the statement did not run.
+_NOT_GIVEN = frozenset({1205, 1213})
+#: Stands before the GTID in the note of a change that the target's log will not know as this hop's.
+_UNMARKED = "unmarked:"
+
+#: What passes between server families: what these statements make is compared with the log before the first rows.
+_ABROAD = frozenset({"TABLE", "INDEX"})
+#: Bits of sql_mode with one meaning in both families (sql/system_variables.h, sql/sql_class.h).
+_COMMON_MODES = sum(1 << bit for bit in (0, 1, 2, 3, 5, 6, 7, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 29, 30, 31))
+#: Bits that the other family may do without: NO_AUTO_CREATE_USER.
+_IDLE_MODES = 1 << 28
+
 #: MySQL logs CREATE TABLE ... SELECT as a CREATE TABLE with this at its end, followed by rows.
 _ATOMIC_CREATE = re.compile(rb"\s+START\s+TRANSACTION\s*$", re.IGNORECASE)
 
@@ -32,11 +45,29 @@ _UNKNOWN = frozenset({1051, 4091, 4092})
 
 
 class SchemaChanger:
-    """Runs schema changes on one target, each exactly once."""
+    """Runs schema changes on one target, each exactly once.
 
-    def __init__(self, connection: Connection, flavour: Flavour, claim: Claim, *, hop: str) -> None:
+    :param source: the family that wrote the log.
+    :param flavour: the target's.
+    :param charsets: of a source of the other family: its collations' character sets by id.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        claim: Claim,
+        *,
+        source: Flavour,
+        flavour: Flavour,
+        charsets: Mapping[int, str] | None,
+        hop: str,
+    ) -> None:
         self._connection = connection
+        self._source = source
         self._flavour = flavour
+        self._charsets = charsets or {}
+        self._marks: bool | None = None
+        self._entered: list[str] = []  # the session variables of the statement at hand
         self._claim = claim
         self._hop = hop
         # The change that a runner before us had begun, if its place in the target's log says that it ran.
@@ -55,18 +86,71 @@ class SchemaChanger:
         if change.outline.effect is Effect.DATABASE and change.outline.verb == "DROP":
             self._refuse_drop(change.query, at)
             return
-        number = self._claim.intend(at)
+        if self._claim.ddl_gtid == _UNMARKED + at:
+            raise BadEvent(
+                "a schema change was cut short, and the target's log cannot tell whether it ran: "
+                f"{_shown(change.query)}",
+                hop=self._hop,
+                at=at,
+                hint="look at the target, run the statement there if it did not run, then `shardkit relay skip --at "
+                f"GTID`; {_mark_hint(self._flavour)} lets the relay tell by itself",
+            )
+        if self._source is not self._flavour:
+            self._refuse_abroad(change, at)
+        marked = self._may_mark()
+        number = self._claim.intend(at if marked else _UNMARKED + at)
         try:
             with self._connection.cursor() as cursor:
-                self._enter(cursor, change.query, number)
+                self._enter(cursor, change.query, number, marked=marked)
                 self._execute(change, at)
+        except (pymysql.MySQLError, Drift) as error:
+            cause = error.__cause__ if isinstance(error, Drift) else error
+            if not marked and cause is not None and (code_of(cause) not in PASSING or code_of(cause) in _NOT_GIVEN):
+                self._claim.withdraw()  # it was refused: there is nothing to be in doubt about
+            raise
         finally:
-            self._leave()
+            self._leave(marked=marked)
+
+    def _may_mark(self) -> bool:
+        """Whether the account may give the hop's own identity to what it logs."""
+        if self._marks is None:
+            self._connection.rollback()
+            try:
+                if self._flavour is Flavour.MARIADB:
+                    self._query(f"SET SESSION gtid_domain_id = {int(self._claim.ddl_origin)}")
+                    self._query("SET SESSION gtid_domain_id = DEFAULT")
+                else:
+                    self._query("SET SESSION gtid_next = 'AUTOMATIC'")
+                self._marks = True
+            except pymysql.MySQLError as error:
+                if code_of(error) not in DENIED:
+                    raise
+                self._marks = False
+        return self._marks
+
+    def _refuse_abroad(self, change: SchemaChange, at: str) -> None:
+        """Stop at what means something else, or nothing, to the other server family."""
+        outline, session = change.outline, change.query.session
+        reason = ""
+        if outline.kind not in _ABROAD:
+            reason = f"{outline.verb} {outline.kind} does not pass between server families"
+        elif (session.sql_mode or 0) & ~(_COMMON_MODES | _IDLE_MODES):
+            reason = f"a statement ran under an sql_mode that the target's family does not have ({session.sql_mode})"
+        elif session.character_set_client is not None and session.character_set_client not in self._charsets:
+            reason = f"a statement is in an unknown character set ({session.character_set_client})"
+        if reason:
+            raise BadEvent(
+                f"{reason}: {_shown(change.query)}",
+                hop=self._hop,
+                at=at,
+                hint="run on the target by hand what does the same there, if anything; then `shardkit relay skip --at "
+                "GTID`",
+            )
 
     def _execute(self, change: SchemaChange, at: str) -> None:
         query = change.query
         text = query.text
-        if self._flavour is Flavour.MYSQL:
+        if self._source is Flavour.MYSQL:
             text = _ATOMIC_CREATE.sub(b"", text)
         try:
             self._connection.query(text)
@@ -105,7 +189,7 @@ class SchemaChanger:
                 hint="drop the tables one by one, or take the shard out of the map before dropping its database",
             )
 
-    def _enter(self, cursor: pymysql.cursors.Cursor, query: Query, number: int) -> None:
+    def _enter(self, cursor: pymysql.cursors.Cursor, query: Query, number: int, *, marked: bool) -> None:
         """Become the session that the statement ran in, and mark what it logs as this hop's change number so-and-so."""
         session = query.session
         names = ["timestamp", "foreign_key_checks", "unique_checks"]
@@ -114,12 +198,16 @@ class SchemaChanger:
             int(session.foreign_key_checks),
             int(session.unique_checks),
         ]
-        for name, value in _said(session, self._flavour):
+        said = _said(session, self._flavour) if self._source is self._flavour else _said_abroad(session, self._charsets)
+        for name, value in said:
             names.append(name)
             values.append(value)
         if query.database:  # before the character set changes: the name is sent in it
             self._connection.select_db(query.database)
         cursor.execute("SET " + ", ".join(f"SESSION {name} = %s" for name in names), values)
+        self._entered = names
+        if not marked:
+            return
         if self._flavour is Flavour.MARIADB:
             # One after the other: the number is checked against the domain that is set by then.
             cursor.execute("SET SESSION gtid_domain_id = %s", (int(self._claim.ddl_origin),))
@@ -127,7 +215,7 @@ class SchemaChanger:
         else:
             cursor.execute("SET SESSION gtid_next = %s", (f"{self._claim.ddl_origin}:{number}",))
 
-    def _leave(self) -> None:
+    def _leave(self, *, marked: bool) -> None:
         """Be the applying session again. A connection that is gone needs nothing."""
         defaults = [
             "sql_mode",
@@ -142,12 +230,15 @@ class SchemaChanger:
         ]
         if not self._connection.open:
             return
-        if self._flavour is Flavour.MARIADB:
+        if marked and self._flavour is Flavour.MARIADB:
             self._query("SET SESSION gtid_seq_no = 0")
             self._query("SET SESSION gtid_domain_id = DEFAULT")
-        else:
+        elif marked:
             self._query("SET SESSION gtid_next = 'AUTOMATIC'")
-            defaults += ["default_collation_for_utf8mb4", "explicit_defaults_for_timestamp"]
+        # To set these takes a privilege, which an account that did not have to set them may lack.
+        guarded = ("default_collation_for_utf8mb4", "explicit_defaults_for_timestamp")
+        defaults += [name for name in guarded if name in self._entered]
+        self._entered = []
         self._query("SET " + ", ".join(f"SESSION {name} = DEFAULT" for name in defaults))
         self._query("SET NAMES utf8mb4")
 
@@ -176,6 +267,25 @@ def _said(session: SessionState, flavour: Flavour) -> list[tuple[str, object]]:
     if flavour is Flavour.MYSQL and session.default_collation_for_utf8mb4 is not None:
         found.append(("default_collation_for_utf8mb4", session.default_collation_for_utf8mb4))
     return found
+
+
+def _said_abroad(session: SessionState, charsets: Mapping[int, str]) -> list[tuple[str, object]]:
+    """The same for the other server family: what both have, by name. Numbers of collations and modes differ."""
+    found: list[tuple[str, object]] = []
+    if session.sql_mode is not None:
+        found.append(("sql_mode", session.sql_mode & _COMMON_MODES))
+    if session.character_set_client is not None:
+        charset = charsets[session.character_set_client]
+        found += [("character_set_client", charset), ("character_set_connection", charset)]
+    if session.time_zone is not None:
+        found.append(("time_zone", session.time_zone))
+    if session.auto_increment is not None:
+        found += zip(("auto_increment_increment", "auto_increment_offset"), session.auto_increment, strict=True)
+    return found
+
+
+def _mark_hint(flavour: Flavour) -> str:
+    return "GRANT BINLOG REPLAY" if flavour is Flavour.MARIADB else "GRANT REPLICATION_APPLIER"
 
 
 def has_run(connection: Connection, flavour: Flavour, claim: Claim) -> bool:

@@ -404,7 +404,7 @@ class _Seed:
                 spec.key,
                 gtid=str(position),
                 source=facts.identity,
-                ddl_origin=new_origin(target.connection, facts.flavour),
+                ddl_origin=new_origin(target.connection, target.flavour),
                 epoch=self._epoch,
             )
             insert_row(

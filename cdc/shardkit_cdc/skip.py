@@ -18,7 +18,7 @@ import pymysql
 from shardkit import own_tables
 from shardkit.credentials import CredentialSource
 from shardkit.errors import PreconditionFailed
-from shardkit.gtid import Flavour, Gtid, Position, parse_gtid, parse_position
+from shardkit.gtid import Flavour, Gtid, Position, family_of, parse_gtid, parse_position
 from shardkit_cdc import own_schema, preflight, schema_change
 from shardkit_cdc.connection import connect, server_errors
 from shardkit_cdc.position import Claim, HopRow, is_held, lock_name, read_row
@@ -91,11 +91,11 @@ def look(spec: HopSpec, credentials: CredentialSource, at: str, *, cluster: str)
     target = connect(spec.target, credentials, autocommit=True)
     with closing(target), server_errors(spec.target, spec.name, doing="looking at the hop"):
         target_facts = preflight.ask(target, spec.target)
-        flavour = target_facts.flavour
+        flavour = family_of(at)
         gtid = _gtid(flavour, at)
         row = _stopped_row(spec, target, gtid)
         schema_changed = row.ddl_gtid == str(gtid) and schema_change.has_run(
-            target, flavour, Claim(target, flavour, row, history=None)
+            target, target_facts.flavour, Claim(target, flavour, row, history=None)
         )
     before = parse_position(flavour, row.gtid)
     source = connect(spec.source, credentials, autocommit=True)

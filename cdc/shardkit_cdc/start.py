@@ -50,6 +50,7 @@ def begin_from_start(
     target: Connection,
     credentials: CredentialSource,
     *,
+    flavour: Flavour,
     log_began: int,
     vouched: bool,
 ) -> None:
@@ -57,6 +58,7 @@ def begin_from_start(
 
     The stream has been opened there, so the source still has its log from the beginning.
 
+    :param flavour: the target's.
     :param log_began: when the oldest log file was begun, seconds since the epoch by the source's clock.
     :param vouched: the operator says that the log holds every table (``--from-start``).
     :raises PreconditionFailed: when the target is not empty, or is being filled, or the source has tables that are
@@ -80,7 +82,7 @@ def begin_from_start(
         link.key,
         gtid="",
         source=source.identity,
-        ddl_origin=new_origin(target, source.flavour),
+        ddl_origin=new_origin(target, flavour),
     )
     target.commit()
 

@@ -17,6 +17,7 @@ from shardkit.errors import ShardkitError
 from shardkit.gtid import Flavour, parse_position
 from shardkit.topology import Shard
 from shardkit_cdc import own_schema, preflight
+from shardkit_cdc.apply_path import read_path
 from shardkit_cdc.connection import connect, server_errors
 from shardkit_cdc.daemon import hops_of
 from shardkit_cdc.pause import read_pause
@@ -44,6 +45,8 @@ class HopStatus:
         on; None where that cannot be told (no limit in time, no heartbeat, no answer).
     :param runner: who runs it, or ran it last.
     :param error: why it stopped, or why nothing is known.
+    :param apply: how rows reach the target, ``raw`` or ``sql``; empty where no runner has said so.
+    :param apply_reason: why it is not ``raw``, for the hop or for some of its tables.
     :param paused_by: who paused it; None while it is not paused.
     :param paused_at: since when, by the target's clock.
     """
@@ -61,6 +64,8 @@ class HopStatus:
     epoch: int | None = None
     runner: str = ""
     error: str = ""
+    apply: str = ""
+    apply_reason: str = ""
     paused_by: str | None = None
     paused_at: datetime | None = None
 
@@ -93,10 +98,12 @@ def _look(spec: HopSpec, credentials: CredentialSource) -> HopStatus:
             row = read_row(target, spec.key) if own_schema.exists(target) else None
             if row is None:
                 return new
+            path = read_path(target, spec.key)
             running = is_held(target, lock_name(spec.target.database, spec.key))
             lag = _lag(target, spec.shard)
-        position = parse_position(facts.flavour, row.gtid)
-        log = _log(spec, credentials, facts.flavour)
+        family = _family(row, facts.flavour)
+        position = parse_position(family, row.gtid)
+        log = _log(spec, credentials, family)
     except ShardkitError as error:
         return replace(new, state="unreachable", error=str(error))
     # A runner reads on past other databases' transactions before it moves the position: what it reads is not lost.
@@ -110,8 +117,16 @@ def _look(spec: HopSpec, credentials: CredentialSource) -> HopStatus:
         retention_left=None if log is None or lost else log.seconds_left(lag),
         epoch=row.epoch,
         runner=row.runner,
+        apply=path.path.value if path else "",
+        apply_reason=path.reason if path else "",
         error=str(position_lost(spec.source.address, hop=spec.name)) if lost else row.error,
     )
+
+
+def _family(row: HopRow, flavour: Flavour) -> Flavour:
+    """The family of the source, as its identity in the row says."""
+    word = row.source.partition(":")[0]
+    return Flavour(word) if word in set(Flavour) else flavour
 
 
 def _state(row: HopRow, *, running: bool, paused: bool) -> str:

@@ -172,6 +172,11 @@ def open_pair(spec: HopSpec, credentials: CredentialSource, patience: float = PA
             stack.enter_context(closing(Database(endpoint, credentials, hop=spec.name)))
             for endpoint in (spec.source, spec.target)
         )
+        if source.flavour is not target.flavour:
+            raise PreconditionFailed(
+                f"{spec.source.address} is {source.flavour} and {spec.target.address} is {target.flavour}",
+                hint="only servers of one family can be compared: each writes values in its own way",
+            )
         for each in (source, target):
             each.run("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")  # locks the gaps of missing rows too
         source.run(f"SET SESSION innodb_lock_wait_timeout = {LOCKED_SECONDS:.0f}")

@@ -53,6 +53,14 @@ def _address(_context: click.Context, _parameter: click.Parameter, value: str | 
     help="Begin new hops at the source's first transaction, although it has tables older than its log.",
 )
 @click.option(
+    "--apply",
+    "asked",
+    type=click.Choice(["auto", "raw", "sql"]),
+    default="auto",
+    show_default=True,
+    help="How rows reach the targets: as row events (raw), as statements (sql), or raw wherever possible.",
+)
+@click.option(
     "--log",
     "log_format",
     type=click.Choice(["console", "json"]),
@@ -67,7 +75,12 @@ def _address(_context: click.Context, _parameter: click.Parameter, value: str | 
     help="Serve /livez, /readyz and /metrics there, on 127.0.0.1 where no host is given.",
 )
 def run(
-    map_source: str, shards: tuple[str, ...], from_start: bool, log_format: str, listen: tuple[str, int] | None
+    map_source: str,
+    shards: tuple[str, ...],
+    from_start: bool,
+    asked: str,
+    log_format: str,
+    listen: tuple[str, int] | None,
 ) -> None:
     """Relay until told to stop (Ctrl-C or SIGTERM).
 
@@ -77,6 +90,7 @@ def run(
     from shardkit.cli.failures import explain  # these import the drivers, which --help does not need
     from shardkit.credentials import from_environment
     from shardkit.errors import PreconditionFailed, RelayError
+    from shardkit_cdc.apply_path import AskedPath
     from shardkit_cdc.daemon import Relay, tune_process
     from shardkit_cdc.health import HealthServer
     from shardkit_cdc.relay import HopOptions
@@ -93,7 +107,7 @@ def run(
             store,
             from_environment(),
             shards=shards,
-            options=HopOptions(from_start=from_start),
+            options=HopOptions(from_start=from_start, apply=AskedPath(asked)),
         )
         if listen is not None:
             health = HealthServer(listen, unready=daemon.unready, registry=daemon.metrics.registry)
@@ -164,6 +178,9 @@ def status(map_source: str, shards: tuple[str, ...], out: Output) -> int:
     if not hops:
         out.note("no shard has a staging database or replicas that the relay fills")
     for hop in hops:
+        if hop.apply_reason:
+            how = "statements" if hop.apply == "sql" else "row events, some as statements"
+            out.note(f"{hop.hop}: rows are applied as {how}: {hop.apply_reason}")
         if hop.paused_at is not None:
             out.note(f"{hop.hop}: paused by {hop.paused_by} since {hop.paused_at.isoformat(timespec='seconds')}")
         if hop.error:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from sqlalchemy.engine import Dialect
 
 from shardkit import own_tables
-from shardkit.gtid import Flavour, MariaDBGtid, MariaDBPosition, Position, parse_position
+from shardkit.gtid import Flavour, MariaDBGtid, MariaDBPosition, Position, family_of, parse_position
 from shardkit.replicas.token import Mark
 from shardkit.topology import ReplicationKind, Role
 
@@ -21,16 +21,14 @@ class PositionQuery:
     :param expression: an SQL expression for it, as text.
     :param in_snapshot: whether the expression belongs to the snapshot of the transaction that asks: it then tells the
         position of the data which the same transaction sees. Else it is a little behind what can be seen, or ahead.
-    :param flavour: how the text is written.
     """
 
     expression: str
     in_snapshot: bool
-    flavour: Flavour
 
     def read(self, text: str | bytes | None) -> Position | None:
         """The position; None where the database does not have one."""
-        return _read(self.flavour, text) if text else None
+        return _read(text) if text else None
 
 
 class Told(NamedTuple):
@@ -53,9 +51,10 @@ class Told(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _read(flavour: Flavour, text: str | bytes) -> Position:
+def _read(text: str | bytes) -> Position:
     found = text.decode() if isinstance(text, bytes) else text
-    return _newest(found) if flavour is Flavour.MARIADB else parse_position(flavour, found)
+    # A replica may be of another family than the master whose position it holds.
+    return _newest(found) if family_of(found) is Flavour.MARIADB else parse_position(Flavour.MYSQL, found)
 
 
 def flavour_of(dialect: Dialect) -> Flavour:
@@ -69,17 +68,17 @@ def position_query(shard: str, role: Role, replication: ReplicationKind, flavour
     if role is Role.MASTER:
         # written before the engine commits on MariaDB (sql/log.cc), so never behind what can be seen
         variable = "@@global.gtid_binlog_pos" if flavour is Flavour.MARIADB else "@@global.gtid_executed"
-        return PositionQuery(variable, in_snapshot=False, flavour=flavour)
+        return PositionQuery(variable, in_snapshot=False)
     if replication is ReplicationKind.RELAY:
         table = own_tables.position.name
         where = f"hop = '{own_tables.HISTORY_PREFIX}{shard}'"
-        return PositionQuery(f"(SELECT gtid FROM {table} WHERE {where})", in_snapshot=True, flavour=flavour)
+        return PositionQuery(f"(SELECT gtid FROM {table} WHERE {where})", in_snapshot=True)
     if flavour is Flavour.MARIADB:
         # the table that MariaDB's applier writes in each transaction (MariaDB Knowledge Base, "gtid_slave_pos table")
         entry = "CONCAT_WS('-', domain_id, server_id, seq_no)"
         table = f"(SELECT GROUP_CONCAT({entry}) FROM mysql.gtid_slave_pos)"
-        return PositionQuery(table, in_snapshot=True, flavour=flavour)
-    return PositionQuery("@@global.gtid_executed", in_snapshot=False, flavour=flavour)
+        return PositionQuery(table, in_snapshot=True)
+    return PositionQuery("@@global.gtid_executed", in_snapshot=False)
 
 
 def _newest(text: str) -> MariaDBPosition:

@@ -183,17 +183,18 @@ class Load:
             cursor.execute(statement)
 
 
-def test_killed_in_the_middle_of_a_mixed_load(chain: Chain, tmp_path: Path, daemons: list[Daemon]) -> None:
+@pytest.mark.parametrize("path", ["raw", "sql"])
+def test_killed_in_the_middle_of_a_mixed_load(chain: Chain, tmp_path: Path, daemons: list[Daemon], path: str) -> None:
     seed = random.randrange(10**9)
     logger.info("seed %d", seed)  # shown when the test fails
     dice = random.Random(seed)
-    daemon = Daemon(map_of(chain, tmp_path / "map.yaml"), tmp_path / "relay.log")
+    daemon = Daemon(map_of(chain, tmp_path / "map.yaml"), tmp_path / "relay.log", "--apply", path)
     daemons.append(daemon)
     chain.story = lambda: f"the daemon says {daemon.log()[-3000:]}"
     load = Load(chain, seed)
     load.start()
     try:
-        for _ in range(KILLS):
+        for _ in range(KILLS if path == "raw" else (KILLS + 1) // 2):
             daemon.start()
             daemon.wait_for_log(*(f"hop {spec.name}: running" for spec in chain.specs))
             threading.Event().wait(dice.uniform(0, 0.7))  # the moment of the kill is the test's random input

@@ -165,7 +165,7 @@ def test_no_packet_makes_it_fail(message: bytes) -> None:
 
 
 def test_of_several_ids_of_a_domain_the_newest_counts() -> None:
-    query = PositionQuery("", in_snapshot=True, flavour=Flavour.MARIADB)
+    query = PositionQuery("", in_snapshot=True)
     assert query.read("0-1-7,0-1-9,2-1-1,0-1-8") == MariaDBPosition.parse("0-1-9,2-1-1")
     assert query.read(b"") is None
     assert query.read(None) is None
