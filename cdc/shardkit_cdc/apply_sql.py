@@ -24,7 +24,7 @@ from shardkit.topology import Endpoint
 from shardkit_cdc.connection import DENIED, PASSING, READ_ONLY, code_of, text_of
 from shardkit_cdc.events import ROWS_FLAGS_AT, UPDATE_ROWS, WRITE_ROWS
 from shardkit_cdc.row_image import Image, RowDecoder
-from shardkit_cdc.schema import SchemaCheck
+from shardkit_cdc.schema import SchemaCheck, without_hashes
 from shardkit_cdc.sql_table import NotCarried, SqlTable, sql_column
 from shardkit_cdc.table_map import TableMap
 from shardkit_cdc.transactions import Rows
@@ -172,7 +172,8 @@ class SqlWriter:
         self._check.check(table, at=at)
         decoder = RowDecoder(table)
         targets = self._check.target_columns(table)
-        self._refuse_kind(table, at, period=len(decoder.columns) != len(targets))
+        logged_columns = without_hashes(decoder.columns)
+        self._refuse_kind(table, at, period=len(logged_columns) != len(targets))
         self._refuse_triggers(table, at)
         columns = [
             sql_column(
@@ -183,7 +184,7 @@ class SqlWriter:
                 source=self._source,
                 flavour=self._flavour,
             )
-            for place, (logged, target) in enumerate(zip(decoder.columns, targets, strict=True))
+            for place, (logged, target) in enumerate(zip(logged_columns, targets, strict=True))
         ]
         name = "`{}`.`{}`".format(table.database.replace("`", "``"), table.table.replace("`", "``"))
         known = _Known(table.qualified, decoder, SqlTable(name, columns, self._key(table)), self._is_linked(table))

@@ -131,6 +131,18 @@ def differences(logged: Sequence[Column], target: Sequence[TargetColumn]) -> lis
     return found
 
 
+#: MariaDB's hidden column of a UNIQUE index over values too long for an index (sql/table.cc, LONG_HASH_FIELD).
+_HASH = re.compile(r"DB_ROW_HASH_\d+")
+
+
+def without_hashes(logged: Sequence[Column]) -> Sequence[Column]:
+    """The columns without those that MariaDB adds, at the end, for UNIQUE indexes over long values."""
+    hashes = 0
+    while hashes < len(logged) and _HASH.fullmatch(logged[-1 - hashes].name or ""):
+        hashes += 1
+    return logged[: len(logged) - hashes]
+
+
 def in_log_order(logged: Sequence[Column], target: Sequence[TargetColumn]) -> list[TargetColumn] | None:
     """The target's columns as the log has them; None where one side has a name that the other lacks."""
     by_name = {column.name.casefold(): column for column in target}
@@ -234,7 +246,7 @@ class SchemaCheck:
         return self._seen[table].columns
 
     def _fit(self, table: TableMap, at: str) -> _Fit:
-        logged = table.columns()
+        logged: Sequence[Column] = table.columns()
         if any(column.name is None for column in logged):
             raise BadEvent(f"the log does not name the columns of {table.qualified}", at=at, hint=METADATA_HINT)
         target = self._target_columns(table)
@@ -245,24 +257,44 @@ class SchemaCheck:
                 hint="the target was not filled from this source from the start: fill it anew (shardkit relay seed)",
             )
         self._refuse_engine(table, at)
+        hashes = len(logged) - len(without_hashes(logged))
+        if hashes != (found := self._hashes(table)):
+            raise Drift(
+                f"{table.qualified} has {hashes} UNIQUE indexes over long values on the source and {found} on the "
+                "target, and row events hold a hidden column for each",
+                at=at,
+                hint="give the target's table the source's UNIQUE indexes, then start the hop again",
+            )
+        logged = without_hashes(logged)
         names = [column.name for column in logged]
         if names[-2:] == ["row_start", "row_end"] and len(logged) == len(target) + 2:
             logged = logged[:-2]  # MariaDB's system versioning: implicit columns that information_schema leaves out
         ordered = in_log_order(logged, target) if self._by_name else None
         if ordered is None:
-            found = differences(logged, target)
+            different = differences(logged, target)
             ordered = target
         elif self._charsets is not None:
-            found = differences_by_name(logged, ordered, self._charsets)
+            different = differences_by_name(logged, ordered, self._charsets)
         else:
-            found = differences(logged, ordered)
-        if found:
+            different = differences(logged, ordered)
+        if different:
             raise Drift(
-                f"the target's table {table.qualified} is not the source's: {'; '.join(found[:5])}",
+                f"the target's table {table.qualified} is not the source's: {'; '.join(different[:5])}",
                 at=at,
                 hint="change the target's table to be like the source's, then start the hop again",
             )
         return _Fit(ordered == target, ordered)
+
+    def _hashes(self, table: TableMap) -> int:
+        """How many such indexes the target's table has."""
+        with self._connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT COUNT(DISTINCT index_name) FROM information_schema.statistics "
+                "WHERE table_schema = %s AND table_name = %s AND index_type = 'HASH' AND non_unique = 0",
+                (table.database, table.table),
+            )
+            row = cursor.fetchone()
+        return int(row[0]) if row else 0
 
     def _refuse_engine(self, table: TableMap, at: str) -> None:
         """Rows in a table without transactions would stay when their target transaction is undone, and come twice."""
