@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pymysql
 import pytest
 
+from shardkit.testing.database import LocalDatabaseServer
+from shardkit_cdc.seed import seed
 from tests.relay_chain import Chain, wait_for
 
 pytest_plugins = ["tests.relay_fixtures"]
@@ -237,3 +241,102 @@ def test_a_stopped_process_that_wakes_up_finds_itself_fenced(
     pair.sql("INSERT INTO t VALUES (4)")
     pair.settle()
     pair.assert_equal()
+
+
+# --- the long run: relay and targets, inside COMMIT and inside DDL too
+
+SOAK_KILLS = int(os.environ.get("SHARDKIT_TEST_SOAK_KILLS", "110"))
+#: Seconds that a moment is waited for; the kill comes then all the same.
+PATIENCE = 2.0
+
+#: A moment -> how the relay's statement of that moment begins.
+MOMENTS = {"inside COMMIT": ("COMMIT",), "inside DDL": ("ALTER", "CREATE", "TRUNCATE", "RENAME"), "at random": ()}
+
+
+class Misfortune:
+    """Kills relays and targets at chosen moments, and counts what was met.
+
+    :param daemon: the relay of the chain.
+    """
+
+    def __init__(self, chain: Chain, daemon: Daemon, dice: random.Random) -> None:
+        self._chain = chain
+        self._daemon = daemon
+        self._dice = dice
+        self.met: Counter[str] = Counter()
+
+    def kill_relay(self, target: LocalDatabaseServer) -> None:
+        """Kill the relay when it is in the chosen moment at the target."""
+        self._wait_for_moment("relay", target)
+        self._daemon.kill()
+
+    def kill_server(self, target: LocalDatabaseServer) -> None:
+        """Kill the target and start it again; the relay goes on by itself."""
+        self._wait_for_moment("server", target)
+        target.kill()
+        target.start()
+
+    def _wait_for_moment(self, who: str, target: LocalDatabaseServer) -> None:
+        moment = self._dice.choice(list(MOMENTS))
+        if not MOMENTS[moment]:
+            time.sleep(self._dice.uniform(0, 0.7))
+        elif not self._seen(target, MOMENTS[moment]):
+            moment = "missed"
+        self.met[f"{who} {moment}"] += 1
+
+    def _seen(self, target: LocalDatabaseServer, begins: tuple[str, ...]) -> bool:
+        connection = target.connect(autocommit=True)
+        end = time.monotonic() + PATIENCE
+        with connection, connection.cursor() as cursor:
+            while time.monotonic() < end:
+                cursor.execute(
+                    "SELECT info FROM information_schema.processlist WHERE db = %s AND command = 'Query'",
+                    (self._chain.database,),
+                )
+                if any((info or "").upper().startswith(begins) for (info,) in cursor.fetchall()):
+                    return True
+        return False
+
+
+@pytest.mark.soak
+def test_relay_and_targets_are_killed_again_and_again(
+    own_chain: Chain, tmp_path: Path, daemons: list[Daemon], record_property: pytest.RecordProperty
+) -> None:
+    chain = own_chain
+    number = random.randrange(10**9)
+    logger.info("seed %d", number)  # shown when the test fails
+    dice = random.Random(number)
+    daemon = Daemon(map_of(chain, tmp_path / "map.yaml"), tmp_path / "relay.log")
+    daemons.append(daemon)
+    chain.story = lambda: f"the daemon says {daemon.log()[-3000:]}"
+    luck = Misfortune(chain, daemon, dice)
+    load = Load(chain, number)
+    load.start()
+    staging_filled = False
+    try:
+        for turn in range(SOAK_KILLS):
+            daemon.start()
+            daemon.wait_for_log(*(f"hop {spec.name}: running" for spec in chain.specs))
+            target = dice.choice(chain.servers[1:])
+            if turn % 5 == 4:
+                luck.kill_server(target)
+            luck.kill_relay(target)
+            if turn >= SOAK_KILLS // 2 and not staging_filled:
+                # Staging is replaced by one with another log; the replica finds its place in it.
+                load.schema_changes = False
+                time.sleep(1)  # the one that may be under way comes to its end
+                seed(chain.specs[0], chain.master.credentials, confirm=lambda _found: None, patience=60.0)
+                load.schema_changes = staging_filled = True
+    finally:
+        load.stop()
+    daemon.start()
+    chain.settle()
+    chain.assert_equal()
+    assert chain.last.execute("SELECT SUM(balance) FROM accounts", database=chain.database) == [(100_000,)]
+    assert staging_filled
+    assert sum(count for what, count in luck.met.items() if what.startswith("relay")) == SOAK_KILLS
+    assert sum(count for what, count in luck.met.items() if what.startswith("server")) == SOAK_KILLS // 5
+    for moment in ("inside COMMIT", "inside DDL"):
+        assert luck.met[f"relay {moment}"] >= SOAK_KILLS // 20, luck.met
+    logger.warning("%d transactions, %s", load.transactions, dict(luck.met))
+    record_property("kills", dict(luck.met))
