@@ -52,6 +52,8 @@ class ColumnType(IntEnum):
 NUMERIC = frozenset({1, 2, 3, 4, 5, 8, 9, 246})
 #: Types whose collation stands in the metadata's character columns list.
 CHARACTER = frozenset({15, 140, 141, 249, 250, 251, 252, 253, 254})
+#: The metadata's field COLUMN_VISIBILITY, of MySQL since 8.0.23; MariaDB has none.
+_VISIBILITY = 12
 #: The metadata's fields SIMPLE_PRIMARY_KEY and PRIMARY_KEY_WITH_PREFIX.
 _PRIMARY_KEY = frozenset({8, 9})
 _ONE_BYTE = frozenset({4, 5, 17, 18, 19, 140, 242, 245, 249, 250, 251, 252, 255})
@@ -204,8 +206,10 @@ def _signedness(bits: bytes, types: list[int]) -> dict[int, bool]:
 
 def _collations(extra: dict[int, bytes], types: list[int]) -> dict[int, int]:
     found: dict[int, int] = {}
+    # MariaDB's list has the GEOMETRY columns, too (Field_geom::binlog_type_info in sql/field.h).
+    characters = CHARACTER if _VISIBILITY in extra else CHARACTER | {ColumnType.GEOMETRY}
     for default, listed, members in (
-        (2, 3, [index for index, kind in enumerate(types) if kind in CHARACTER]),
+        (2, 3, [index for index, kind in enumerate(types) if kind in characters]),
         (10, 11, [index for index, kind in enumerate(types) if kind in {ColumnType.ENUM, ColumnType.SET}]),
     ):
         if default in extra:
@@ -220,7 +224,7 @@ def _collations(extra: dict[int, bytes], types: list[int]) -> dict[int, int]:
         elif listed in extra:
             cursor = Cursor(extra[listed], "Table_map", 0)
             found.update({index: cursor.packed_integer() for index in members})
-    return found
+    return {index: collation for index, collation in found.items() if types[index] != ColumnType.GEOMETRY}
 
 
 def _names(packed: bytes | None, count: int) -> list[str | None]:

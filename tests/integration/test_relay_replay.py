@@ -137,6 +137,20 @@ def test_what_only_one_family_has(chain: Chain) -> None:
     chain.assert_equal()
 
 
+def test_texts_of_many_character_sets_beside_geometry(chain: Chain) -> None:
+    """The families list the collations of different columns in their logs."""
+    chain.start()
+    chain.sql(
+        "CREATE TABLE places (spot GEOMETRY, a VARCHAR(9) CHARACTER SET latin1, b TEXT, at POINT, "
+        "c CHAR(5) CHARACTER SET utf16, raw BLOB, e ENUM('x') CHARACTER SET latin2)",
+        "INSERT INTO places VALUES (ST_GeomFromText('POINT(1 2)'), 'é', '한', NULL, 'z', 'r', 'x')",
+        "CREATE TABLE few (spot GEOMETRY, raw VARBINARY(9), more BLOB, name VARCHAR(9) CHARACTER SET utf8mb3)",
+        "INSERT INTO few VALUES (ST_GeomFromText('POINT(1 2)'), 'r', 's', 'n')",
+    )
+    chain.settle()
+    chain.assert_equal()
+
+
 def test_zero_dates_and_zero_ids_survive_the_targets_sql_mode(chain: Chain) -> None:
     chain.start()
     connection = chain.master.connect(chain.database, autocommit=True)
