@@ -100,11 +100,11 @@ class BinlogStream:
         return self._reader.format
 
     def begin(self) -> Format:
-        """Wait until the server has accepted the position, and say what its log's format is.
+        """Wait until the server has accepted the position, and give the format of the file that it begins with.
 
         :raises PositionLost, PreconditionFailed, Interrupted: as `read`; a missing privilege shows here.
         """
-        while (form := self._reader.format) is None:
+        while (form := self._reader.first_format) is None:
             self._early += self._reader.read()
         return form
 

@@ -42,6 +42,8 @@ class EventReader:
 
     def __init__(self, receive: Callable[[], bytes], address: str) -> None:
         self.format: Format | None = None
+        #: Of the first file: one answer may hold the beginnings of several.
+        self.first_format: Format | None = None
         self._receive = receive
         self._address = address
         self._buffer = b""
@@ -140,6 +142,7 @@ class EventReader:
         if self.format is not None and not found.same_layout(self.format):
             raise Interrupted("the source's log changed its format: it was upgraded")
         self.format = found
+        self.first_format = self.first_format or found
 
     def _ended(self, packet: bytes) -> RelayError | PreconditionFailed:
         """What the end-of-file or error packet that ends a stream means."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 
 import pymysql
@@ -301,6 +302,16 @@ def test_a_row_without_a_key_that_is_changed_again_and_again(chain: Chain) -> No
     chain.settle()
     chain.assert_equal()
     assert chain.last.execute("SELECT n FROM t", database=chain.database) == [(9,)]
+
+
+def test_a_hop_begins_with_the_first_of_several_files(pair: Chain) -> None:
+    """Tables are not taken for older than the log because it goes on in a younger file."""
+    pair.sql("CREATE TABLE t (id INT PRIMARY KEY)", "INSERT INTO t VALUES (1)")
+    time.sleep(1.1)  # the log's times are seconds
+    pair.sql("FLUSH BINARY LOGS", "INSERT INTO t VALUES (2)")
+    pair.run(pair.hop(0))
+    pair.settle()
+    pair.assert_equal()
 
 
 def test_a_drop_that_found_some_of_its_tables_takes_them_from_the_copies_too(chain: Chain) -> None:
