@@ -156,11 +156,12 @@ class RoutedSession(IdentitySession):
                     shard = self.find_shard(refreshed) if refreshed in self._unplaced else refreshed.key[2]
                     if shard != token:  # its row has moved since the statement was made
                         token, options = shard, as_immutable(options).union({"identity_token": shard})
-                said = (options, statement._execution_options, self.execution_options)
-                if (given := _first_said("shardkit_read_from", said)) is not None:
-                    from_replica = _replica(given)
-                run = self._runner(_first_said("shardkit_deadline", said))
-                max_lag = checked_lag(_first_said("shardkit_max_lag", said))
+                if len(options) > 1 or statement._execution_options or self.execution_options:  # more than the token
+                    said = (options, statement._execution_options, self.execution_options)
+                    if (given := _first_said("shardkit_read_from", said)) is not None:
+                        from_replica = _replica(given)
+                    run = self._runner(_first_said("shardkit_deadline", said))
+                    max_lag = checked_lag(_first_said("shardkit_max_lag", said))
                 target = Target(existing(view, token), statement._for_update_arg is not None, from_replica, max_lag)
                 return run(statement, params, options, bind_arguments, target, parent, scalar)
             combined = self._merged_options(statement, options)
