@@ -7,12 +7,15 @@ the packet unread: the connection classes here read it. SQLAlchemy opens them by
 
 from __future__ import annotations
 
+from collections import deque
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import pymysql
 from pymysql.constants.COMMAND import COM_QUERY
 from sqlalchemy.engine import Dialect
+
+from shardkit.errors import RoutingError
 
 _Base: Any = pymysql.connections.Connection  # the stubs leave out what is used here
 
@@ -67,8 +70,53 @@ def _tracking(server: str) -> str:
     return "SET session_track_gtids = OWN_GTID"
 
 
+def _ends_transaction(command: Any) -> bool:
+    """Whether a command gives up the rows of a stream: it ends the transaction that they are read in."""
+    words = command.encode() if isinstance(command, str) else bytes(command)
+    return words in {b"COMMIT", b"ROLLBACK"} or words.startswith(b"XA ")
+
+
+def _keep_rest(result: Any) -> None:
+    """Read what is left of a PyMySQL stream, for whoever goes on reading it. What fails in it fails there."""
+    rest: deque[Any] = deque()
+    failure: pymysql.Error | None = None
+    try:
+        while (row := result._read_rowdata_packet_unbuffered()) is not None:  # noqa: SLF001
+            rest.append(row)
+    except pymysql.Error as error:
+        failure = error
+
+    def read() -> Any:
+        if rest:
+            return rest.popleft()
+        if failure is not None:
+            raise failure
+        return None
+
+    result._read_rowdata_packet_unbuffered = read  # noqa: SLF001
+
+
+def _give_up(result: Any) -> None:
+    """Drop what is left of a PyMySQL stream. Whoever reads on is told, rather than that there are no more rows."""
+    try:
+        lost = result._read_rowdata_packet_unbuffered() is not None  # noqa: SLF001
+        result._finish_unbuffered_query()  # noqa: SLF001
+    except pymysql.Error:  # of the stream: what comes next finds out whether the connection is lost, too
+        lost = True
+    if not lost:
+        return
+
+    def read() -> NoReturn:
+        raise pymysql.ProgrammingError("the transaction that these rows were read in has ended before the last of them")
+
+    result._read_rowdata_packet_unbuffered = read  # noqa: SLF001
+
+
 class TellingConnection(_Base):  # type: ignore[misc]
-    """A PyMySQL connection that keeps what the server says of its transactions.
+    """A PyMySQL connection that keeps what the server says of its transactions, and the rows of a stream.
+
+    PyMySQL drops the rows of a stream that are not read yet when the connection is used for anything else, and the
+    stream then seems to end there. Relationships that are loaded on the way, and a flush, do just that.
 
     :ivar committed: the id of the last transaction, until it is taken.
     :ivar position: what the last SELECT with a column `POSITION_COLUMN` had there; None where it had no rows.
@@ -93,6 +141,15 @@ class TellingConnection(_Base):  # type: ignore[misc]
             if not self.open or error.args[0] in _LOST:
                 raise
             self.tells = False  # a server or a proxy that does not know how
+
+    def _execute_command(self, command: int, sql: Any) -> None:
+        result: Any = self._result
+        if result is not None and result.unbuffered_active:
+            if _ends_transaction(sql):
+                _give_up(result)
+            else:
+                _keep_rest(result)
+        super()._execute_command(command, sql)
 
     def _read_ok_packet(self) -> Any:
         packet = super()._read_ok_packet()
@@ -127,7 +184,11 @@ def _asyncmy_class() -> Any:
     plain: Any = connection.Connection  # its stubs leave out what is used here
 
     class TellingAsyncConnection(plain):  # type: ignore[misc]
-        """An asyncmy connection that keeps what the server says of its transactions: see `TellingConnection`."""
+        """An asyncmy connection that keeps what the server says of its transactions: see `TellingConnection`.
+
+        The rows of a stream cannot be kept: asyncmy's results take nothing from outside. So nothing else is sent
+        before the last of them.
+        """
 
         committed: str | None = None
         position: str | None = None
@@ -143,6 +204,16 @@ def _asyncmy_class() -> Any:
                 if not self.connected or error.args[0] in _LOST:
                     raise
                 self.tells = False
+
+        async def _execute_command(self, command: int, sql: Any) -> None:
+            result = self._result
+            if result is not None and result.unbuffered_active and not _ends_transaction(sql):
+                raise RoutingError(
+                    "a statement on a connection that is still sending the rows of a stream, which would be lost",
+                    hint="read the stream to its end or close it first; leave yield_per away, or load relationships "
+                    "with joinedload()",
+                )
+            await super()._execute_command(command, sql)
 
         async def _read_ok_packet(self) -> Any:
             packet = await super()._read_ok_packet()

@@ -1,0 +1,136 @@
+"""Streams whose connection is used for something else before their last row: no row is lost in silence."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.orm import Session, selectinload
+
+import shardkit
+from shardkit.errors import RoutingError
+from tests.integration.conftest import Shop
+from tests.integration.shop import SHARDS, Order, User
+
+STREAM = select(User).order_by(User.id).execution_options(yield_per=3)
+
+
+@pytest.fixture
+def everyone(shop: Shop) -> list[int]:
+    """Ten users on each shard, with an order each."""
+    ids = sorted(number for shard in SHARDS for number in shop.users_on(shard, 10))
+    with shop.session() as session:
+        session.add_all([User(id=number, name="u", orders=[Order(id=number, item="i")]) for number in ids])
+        session.commit()
+    return ids
+
+
+def load(_session: Session, user: User) -> None:
+    assert [order.id for order in user.orders] == [user.id]
+
+
+def change(session: Session, user: User) -> None:
+    user.name = "changed"
+    session.flush()
+
+
+def ask(session: Session, user: User) -> None:
+    assert session.scalar(select(Order.item).where(Order.user_id == user.id)) == "i"
+
+
+def save(session: Session, user: User) -> None:
+    with session.begin_nested() as savepoint:
+        user.name = "changed"
+        session.flush()
+        savepoint.rollback()
+
+
+@pytest.mark.parametrize("meanwhile", [load, change, ask, save])
+@pytest.mark.parametrize("shards", ["one", "all"])
+def test_a_stream_goes_on_whatever_else_its_connection_is_used_for(
+    shop: Shop, everyone: list[int], meanwhile: Callable[[Session, User], None], shards: str
+) -> None:
+    ids = everyone if shards == "all" else shop.users_on("shop-1", 10)
+    with shop.session() as session:
+        seen = []
+        for user in session.scalars(STREAM.where(User.id.in_(ids))):
+            seen.append(user.id)
+            meanwhile(session, user)
+        session.commit()
+    assert seen == ids
+
+
+def test_a_stream_goes_on_while_its_relationships_are_loaded(shop: Shop, everyone: list[int]) -> None:
+    with shop.session() as session:
+        users = list(session.scalars(STREAM.options(selectinload(User.orders))))
+        assert [(user.id, [order.id for order in user.orders]) for user in users] == [(n, [n]) for n in everyone]
+
+
+@pytest.mark.parametrize("end", [Session.commit, Session.rollback])
+@pytest.mark.parametrize("transactions", ["atomic", "best_effort"])
+def test_a_stream_that_its_transaction_has_left_behind_does_not_seem_to_end(
+    server_shop: Shop, end: Callable[[Session], None], transactions: str
+) -> None:
+    ids = sorted(number for shard in SHARDS for number in server_shop.users_on(shard, 10))
+    with server_shop.session(transactions=transactions) as session:
+        session.add_all([User(id=number, name="u") for number in ids])
+        session.commit()
+        stream = iter(session.execute(select(User.id).order_by(User.id).execution_options(yield_per=3)))
+        next(stream)
+        end(session)
+        with pytest.raises(ProgrammingError, match="has ended before the last of them"):
+            list(stream)
+
+
+def test_a_stream_whose_rows_have_all_been_read_ends(server_shop: Shop) -> None:
+    ids = server_shop.users_on("shop-1", 3)
+    with server_shop.session() as session:
+        session.add_all([User(id=number, name="u") for number in ids])
+        session.commit()
+        stream = session.execute(select(User.id).where(User.id.in_(ids)).execution_options(yield_per=3))
+        assert len(stream.fetchmany(3)) == 3
+        session.commit()
+        assert stream.fetchmany(3) == []
+
+
+def test_what_fails_in_a_stream_fails_there(server_shop: Shop) -> None:
+    """Its sixth row is an error, and is read while another statement waits for its turn."""
+    ids = server_shop.users_on("shop-1", 10)
+    with server_shop.session() as session:
+        session.add_all([User(id=number, name="u", age=int(number == ids[5])) for number in ids])
+        session.commit()
+        broken = text("SELECT id, CASE age WHEN 1 THEN (SELECT 1 UNION SELECT 2) ELSE 0 END FROM users ORDER BY id")
+        options = {"shardkit_shard": "shop-1", "yield_per": 2}
+        try:
+            stream = session.execute(broken, execution_options=options)
+            stream.fetchmany(2)
+        except Exception:  # noqa: BLE001 - the server may look at all rows before it sends the first
+            pytest.skip("the server fails before the first row")
+        assert session.scalar(select(User.name).where(User.id == ids[0])) == "u"
+        with pytest.raises(Exception, match="more than 1 row"):
+            stream.fetchall()
+
+
+def test_asyncio_refuses_what_would_lose_rows(server_shop: Shop) -> None:
+    ids = sorted(number for shard in SHARDS for number in server_shop.users_on(shard, 10))
+    with server_shop.session() as session:
+        session.add_all([User(id=number, name="u") for number in ids])
+        session.commit()
+
+    async def work() -> None:
+        async with server_shop.open(server_shop.map()) as cluster:
+            factory = shardkit.async_sessionmaker(cluster)
+            async with factory() as session:
+                stream = await session.stream_scalars(select(User.id).order_by(User.id).execution_options(yield_per=3))
+                seen: list[Any] = [await anext(stream)]
+                with pytest.raises(RoutingError, match="rows of a stream"):
+                    await session.scalar(select(User.name).where(User.id == ids[-1]))
+                seen += [number async for number in stream]
+                assert seen == ids
+                assert await session.scalar(select(User.name).where(User.id == ids[-1])) == "u"
+
+    asyncio.run(work())
