@@ -350,6 +350,7 @@ class Grouping:
             case UnaryExpression() if expression.operator is operators.neg:
                 return Call(formulas.negate, (self.formula(expression.element, compared=compared),))
             case FunctionElement() if _name(expression) in {"coalesce", "ifnull"}:
+                self._check_choice(*expression.clauses, compared=compared)
                 values = tuple(self.formula(each, compared=compared) for each in expression.clauses)
                 return Call(formulas.coalesce, values)
             case Case() if expression.value is None:
@@ -364,13 +365,48 @@ class Grouping:
 
         :raises Refused: for arithmetic on one.
         """
-        if self.dialect.name == "sqlite" or any(isinstance(bare(each).type, sa.Float) for each in operands):
-            return  # floating point has no hidden digits
-        if any(_is_quotient(each) for each in operands):
+        if any(map(self._hides_digits, operands)):
             raise refused(
                 "arithmetic on a quotient or an AVG, over several shards",
                 "multiply before dividing (SUM(x) * 100 / COUNT(*)), or do it in the application",
             )
+
+    def _check_choice(self, *values: Any, compared: bool) -> None:
+        """An exact number that is chosen among floating point ones becomes one, with the digits that were hidden.
+
+        :param compared: it is compared, where an AVG is known with all of its digits.
+        :raises Refused: for a quotient beside floating point.
+        """
+        hiding = [each for each in map(bare, values) if self._hides_digits(each)]
+        if any(not compared or _name(each) != "avg" for each in hiding) and any(map(self._is_floating, values)):
+            raise refused(
+                "a quotient or an AVG of exact numbers that may also be floating point, over several shards",
+                "give the other values as Decimal, or do it in the application",
+            )
+
+    def _hides_digits(self, expression: Any) -> bool:
+        """Whether the server has more digits of it than it shows; floating point hides none."""
+        return self.dialect.name != "sqlite" and _is_quotient(expression) and not self._is_floating(expression)
+
+    def _is_floating(self, expression: Any) -> bool:
+        """Whether it is floating point to the server, whatever type SQLAlchemy was told of an aggregate."""
+        expression = bare(expression)
+        if is_constant(expression):
+            return isinstance(self._constant(expression).value, float)
+        match expression:
+            case BinaryExpression():
+                return self._is_floating(expression.left) or self._is_floating(expression.right)
+            case UnaryExpression():
+                return self._is_floating(expression.element)
+            case Case():
+                values = [then for _, then in expression.whens] + [expression.else_]
+                return any(self._is_floating(each) for each in values if each is not None)
+            case FunctionElement() if _name(expression) in {"coalesce", "ifnull"}:
+                return any(map(self._is_floating, expression.clauses))
+            case FunctionElement() if _name(expression) in {"sum", "avg", "min", "max"}:
+                (argument,) = map(bare, expression.clauses)
+                return _is_float(argument.element if is_distinct(argument) else argument)
+        return _name(expression) in _DEVIATIONS or isinstance(expression.type, sa.Float)
 
     def _digits_vary(self, expression: Any) -> bool:
         """Whether a CASE or COALESCE in it may choose a number with fewer digits than its type has: a quotient has as
@@ -421,6 +457,8 @@ class Grouping:
         return expression.type.scale if isinstance(expression, ColumnClause) and _is_number(expression) else None
 
     def _case(self, expression: Case[Any], *, compared: bool) -> Formula:
+        values = [then for _, then in expression.whens] + ([] if expression.else_ is None else [expression.else_])
+        self._check_choice(*values, compared=compared)
         parts: list[Formula] = []
         for when, then in expression.whens:
             parts += (self.test(when), self.formula(then, compared=compared))

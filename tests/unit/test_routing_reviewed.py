@@ -344,6 +344,43 @@ def test_digits_of_a_default_are_not_known_where_no_shard_sends_a_row() -> None:
     _asked_of_servers(sa.select(sa.func.coalesce(total(u.age), 0) / 3, different), fine=True)
 
 
+average = sa.func.avg(u.balance)
+
+
+@pytest.mark.parametrize(
+    ("expression", "fine"),
+    [
+        (average + 0.5, False),
+        (sa.literal(7.5) / average, False),
+        (average - sa.func.avg(typed.c.f), False),
+        (balance / 3 * sa.literal(0.5), False),
+        (sa.func.avg(u.balance, type_=sa.Float) + 1, False),
+        (sa.func.coalesce(average, 0.5), False),
+        (sa.func.ifnull(balance / 3, 0.5), False),
+        (sa.func.coalesce(average, sa.func.avg(typed.c.f)), False),
+        (sa.case((count() > 2, 0.5), else_=average), False),
+        (sa.func.coalesce(sa.case((count() > 2, average)), 0.5), False),
+        (sa.func.coalesce(average, 0), True),
+        (sa.func.coalesce(average, Decimal("0.5")), True),
+        (sa.func.coalesce(balance, 0.5), True),
+        (sa.func.avg(typed.c.f) + 0.5, True),
+        (sa.func.avg(typed.c.f.distinct()) + 1, True),
+        (balance / 0.7, True),
+        (balance / 0.7 + 1, True),
+        (sa.func.coalesce(balance / 0.7, 0.5), True),
+        (sa.func.std(u.balance) + 0.5, True),
+    ],
+)
+def test_a_quotient_becomes_floating_point_with_digits_that_are_not_shown(expression: Any, fine: bool) -> None:
+    _asked_of_servers(sa.select(expression), fine=fine)
+
+
+def test_an_average_with_a_default_can_be_compared() -> None:
+    groups = sa.select(u.name).group_by(u.name)
+    _asked_of_servers(groups.having(sa.func.coalesce(average, 0.5) > 1), fine=True)
+    _asked_of_servers(groups.having(sa.func.coalesce(balance / 3, 0.5) > 1), fine=False)
+
+
 def _asked_of_servers(statement: Any, *, fine: bool) -> None:
     if not fine:
         with pytest.raises(RoutingError):
