@@ -92,5 +92,5 @@ class WriteResult(IteratorResult[Any]):
         self.returns_rows = returned is not None
         self.is_insert = False
         metadata = SimpleResultMetaData([]) if returned is None else returned._metadata  # noqa: SLF001
-        rows: Iterator[Any] = iter(()) if returned is None else returned._raw_row_iterator()  # noqa: SLF001
+        rows: Iterator[Any] = iter(()) if returned is None else map(tuple, returned)
         super().__init__(metadata, rows)

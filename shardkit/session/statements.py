@@ -498,6 +498,12 @@ def _combined_write(route: Route, results: Sequence[Result[Any]]) -> WriteResult
     count = -1 if -1 in counts else counts[0] if route.replicated else sum(counts)
     if route.merge is not None:
         return WriteResult(count, merged(route.merge, results, route.statement))
-    if route.replicated and getattr(results[0], "returns_rows", False):
+    if route.replicated and _returns_rows(results[0]):
         return WriteResult(count, results[0])
     return WriteResult(count)
+
+
+def _returns_rows(result: Result[Any]) -> bool:
+    """Whether there is a RETURNING. Objects that the ORM has made of rows are in a result that does not tell."""
+    told: bool = getattr(result._metadata, "returns_rows", True)
+    return bool(getattr(result, "returns_rows", told))

@@ -452,3 +452,19 @@ def test_what_a_handler_of_the_end_raises_runs_nothing_again(shop: Shop) -> None
     with pytest.raises(DBAPIError):
         add()
     assert shop.rows("shop-0", "users", "name") == [("once",)]
+
+
+def test_rows_of_a_reference_table_are_returned_as_objects(shop: Shop) -> None:
+    """Many at once, which the ORM puts together from several statements."""
+    if shop.kind == "server" and shop.cluster.view.planner.dialect_name == "mysql":
+        pytest.skip("MySQL has no RETURNING")
+    rows = [{"code": "kr", "name": "Korea"}, {"code": "de", "name": "Germany"}]
+    with shop.session() as session:
+        returned = session.scalars(insert(Country).returning(Country), rows).all()
+        assert sorted((country.code, country.name) for country in returned) == [("de", "Germany"), ("kr", "Korea")]
+        assert session.get(Country, "kr") in returned
+        names = session.execute(insert(Country).returning(Country.name), [{"code": "fr", "name": "France"}])
+        assert names.scalars().all() == ["France"]
+        session.execute(insert(Country), [{"code": "it", "name": "Italy"}])
+        session.commit()
+    assert shop.where("countries", "code") == {shard: ["de", "fr", "it", "kr"] for shard in SHARDS}
