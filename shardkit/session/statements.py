@@ -336,6 +336,8 @@ class RoutedSession(IdentitySession):
             return {**(bind_arguments or {}), TARGET: target_for(shard)}
 
         said = self._merged_options(route.statement, options)
+        if renamed := said.get("schema_translate_map"):
+            refuse_shared_schema(route, renamed, view)
         run = self._runner(said.get("shardkit_deadline"))
         if route.kind is StatementKind.SELECT and not route.writes:
             self.cluster.metrics.scattered.labels(route.tables[0] if route.tables else "").inc()
@@ -448,6 +450,21 @@ def refuse_implicit_commit(statement: Any, view: View) -> None:
             "the server commits before and after this statement, and the transaction has written already: "
             "a part of it could not be undone any more",
             hint="commit first, and run it in a transaction of its own",
+        )
+
+
+def refuse_shared_schema(route: Route, renamed: Mapping[str | None, str | None], view: View) -> None:
+    """:raises RoutingError: where a ``schema_translate_map`` leads several shards of one server to the same database,
+    whose rows would count once for each of them."""
+    if not any(renamed.get(name.rpartition(".")[0] or None) for name in route.tables):
+        return
+    masters = [view.map.shards[shard].master for shard in route.shards]
+    if view.planner.dialect_name != "sqlite" and len({(each.host, each.port) for each in masters}) < len(masters):
+        raise RoutingError(
+            "schema_translate_map names a database that several shards on one server share",
+            table=route.tables[0],
+            shards=len(route.shards),
+            hint="ask one shard (shardkit_shard), or give each shard a server of its own",
         )
 
 

@@ -468,3 +468,20 @@ def test_rows_of_a_reference_table_are_returned_as_objects(shop: Shop) -> None:
         session.execute(insert(Country), [{"code": "it", "name": "Italy"}])
         session.commit()
     assert shop.where("countries", "code") == {shard: ["de", "fr", "it", "kr"] for shard in SHARDS}
+
+
+def test_a_database_that_shards_of_one_server_share_is_not_asked_for_each_of_them(server_shop: Shop) -> None:
+    """``schema_translate_map`` leads all of them to the same rows."""
+    (user,) = server_shop.users_on("shop-0", 1)
+    options = {"schema_translate_map": {None: server_shop.masters["shop-0"].database}}
+    with server_shop.session() as session:
+        session.add(User(id=user, name="u"))
+        session.commit()
+        for statement in (select(User.id), insert(Country).values(code="kr", name="Korea")):
+            with pytest.raises(RoutingError, match="share"):
+                session.execute(statement, execution_options=options)
+        found = session.scalars(select(User.id), execution_options={**options, "shardkit_shard": "shop-1"})
+        assert found.all() == [user]
+        assert session.scalars(select(User.id).where(User.id == user), execution_options=options).all() == [user]
+        options = {"schema_translate_map": {None: None, "elsewhere": "other"}}  # not these tables
+        assert session.scalars(select(User.id), execution_options=options).all() == [user]
