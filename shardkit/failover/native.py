@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,12 @@ from shardkit.errors import PreconditionFailed
 from shardkit.failover.servers import Server
 from shardkit.gtid import Flavour, Position, parse_position
 from shardkit.topology import Endpoint
+
+#: Seconds that MySQL's appliers get to note how far they are: they do so every 300 ms (replica_checkpoint_period).
+_SETTLE_SECONDS = 1.0
+#: Seconds that MySQL waits for it (SLAVE_WAIT_GROUP_DONE in its rpl_replica.cc), and some to answer.
+_REST_OF_A_TRANSACTION_SECONDS = 75.0
+_PAUSE = 0.02  # seconds between two looks
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +66,57 @@ def _read(row: dict[str, Any], *, mariadb: bool) -> Following:
 
 def stop_following(server: Server) -> None:
     """Follow nobody any more. What was received and not applied is dropped. Running it again is safe."""
-    word = "SLAVE" if server.flavour is Flavour.MARIADB else "REPLICA"
-    if following(server) is not None:
-        server.rows(f"STOP {word}")
-        server.rows(f"RESET {word} ALL")
+    if following(server) is None:
+        return
+    _stop(server)
+    server.rows(f"RESET {'SLAVE' if server.flavour is Flavour.MARIADB else 'REPLICA'} ALL")
 
 
 def follow(server: Server, source: Endpoint) -> None:
     """Follow another server by GTID, with the account that the old one was followed with. Running it again is safe."""
     if server.flavour is Flavour.MARIADB:
-        server.rows("STOP SLAVE")
+        _stop(server)
         server.rows(
             "CHANGE MASTER TO MASTER_HOST = %s, MASTER_PORT = %s, MASTER_USE_GTID = slave_pos", source.host, source.port
         )
         server.rows("START SLAVE")
         return
-    server.rows("STOP REPLICA")
-    server.rows(
-        "CHANGE REPLICATION SOURCE TO SOURCE_HOST = %s, SOURCE_PORT = %s, SOURCE_AUTO_POSITION = 1",
-        source.host,
-        source.port,
-    )
+    server.rows("STOP REPLICA IO_THREAD")
+    if any(row["Auto_Position"] != 1 for row in server.named_rows("SHOW REPLICA STATUS")):
+        _stop(server)
+        server.rows("CHANGE REPLICATION SOURCE TO SOURCE_AUTO_POSITION = 1")
+    server.rows("CHANGE REPLICATION SOURCE TO SOURCE_HOST = %s, SOURCE_PORT = %s", source.host, source.port)
     server.rows("START REPLICA")
+
+
+def _stop(server: Server) -> None:
+    """Neither receive nor apply.
+
+    MySQL's STOP REPLICA waits up to a minute for the rest of a transaction that came in part, which a master that has
+    died never sends. Killing the appliers before it rolls the part back at once; nothing is lost by that: what is not
+    applied as a whole is not in this server's GTIDs. Where this account may not kill them (it takes SYSTEM_USER), the
+    minute is waited for.
+    """
+    if server.flavour is Flavour.MARIADB:
+        server.rows("STOP SLAVE")
+        return
+    server.rows("STOP REPLICA IO_THREAD")
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while not _applied_all(server) and time.monotonic() < deadline:
+        time.sleep(_PAUSE)
+    if not _applied_all(server):
+        with suppress(PreconditionFailed):
+            for applier in server.appliers():
+                server.kill(applier)
+    server.patiently("STOP REPLICA", seconds=_REST_OF_A_TRANSACTION_SECONDS)
+
+
+def _applied_all(server: Server) -> bool:
+    """Whether the applier of MySQL stands where its receiver stands: not within a transaction."""
+    found = server.named_rows("SHOW REPLICA STATUS")
+    return all(
+        row["Replica_SQL_Running"] == "No"
+        or (row["Relay_Source_Log_File"], row["Exec_Source_Log_Pos"])
+        == (row["Source_Log_File"], row["Read_Source_Log_Pos"])
+        for row in found
+    )

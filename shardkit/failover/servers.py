@@ -91,6 +91,19 @@ class Server:
         """The one row of a query that has one."""
         return self.rows(sql, *values)[0]
 
+    def patiently(self, sql: str, *, seconds: float) -> None:
+        """Run a statement that takes its time.
+
+        :param seconds: it gets.
+        :raises Unreachable: as `rows`.
+        """
+        usual = self.connection._read_timeout  # type: ignore[attr-defined]  # noqa: SLF001 - the driver has no setter
+        self.connection._read_timeout = seconds  # type: ignore[attr-defined]  # noqa: SLF001
+        try:
+            self.rows(sql)
+        finally:
+            self.connection._read_timeout = usual  # type: ignore[attr-defined]  # noqa: SLF001
+
     def _lost(self, text: str) -> Unreachable:
         return Unreachable(
             f"{self.endpoint.address}: the connection was lost ({text or 'closed'})",
@@ -148,6 +161,10 @@ class Server:
             and str(command).lower() not in _SERVERS_OWN
         ]
         return {connection: user for connection, user in found if not self._is_system(connection)}
+
+    def appliers(self) -> list[int]:
+        """The threads of this server that apply what it has received."""
+        return [int(thread) for thread, user, *_ in self.rows("SHOW PROCESSLIST") if user == "system user"]
 
     def _is_system(self, connection: int) -> bool:
         (holder,) = self.row("SELECT IS_USED_LOCK(%s)", f"{own_tables.SYSTEM_LOCK}{connection}")

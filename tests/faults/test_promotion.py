@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from typing import Any
 
+import pymysql
 import pytest
 
 from shardkit.gtid import Flavour, parse_position
@@ -14,7 +17,7 @@ from shardkit.testing.database import LocalDatabaseServer
 from shardkit.topology import ReplicationKind
 from tests.conftest import FLAVOUR
 from tests.faults.lists import SHARD
-from tests.promotion_stage import Stage, Writers, open_stage, refused, wait_until
+from tests.promotion_stage import DATABASE, Stage, Writers, open_stage, refused, wait_until
 
 pytestmark = [getattr(pytest.mark, FLAVOUR)]
 
@@ -73,6 +76,40 @@ def test_what_a_dead_master_takes_along_is_told(stage: Stage) -> None:
     assert lost <= after
     assert end.covers(has)
     assert 0 < len(lost) <= end.ahead_of(has)
+
+
+def test_a_master_that_dies_while_it_sends_a_transaction(tmp_path: Any) -> None:
+    with open_stage(ReplicationKind.NATIVE, tmp_path) as stage:
+        stage.master.execute("CREATE TABLE big (text LONGTEXT)", database=DATABASE)
+        replica = stage.replica()
+        wait_until(lambda: bool(replica.execute("SHOW TABLES LIKE 'big'", database=DATABASE)))
+        sender = threading.Thread(target=_send_much, args=(stage.master,))
+        sender.start()
+        wait_until(lambda: _received(replica) > 20_000_000)
+        stage.master.kill()
+        sender.join()
+        assert _received(replica) < 100_000_000, "the whole transaction was received"
+        done = stage.promoted("--force")
+        new = stage.server_at(stage.shard.master)
+        assert new.execute("SELECT COUNT(*) FROM big", database=DATABASE) == [(0,)]
+        assert done["follow"] == [stage.shard.replicas[0].url]
+        new.execute("INSERT INTO entries VALUES (999, 1)", database=DATABASE)
+        wait_until(lambda: (999, 1) in stage.entries(stage.server_at(stage.shard.replicas[0])))
+
+
+def _send_much(master: LocalDatabaseServer) -> None:
+    """One transaction of 150 MB."""
+    rows = "SELECT REPEAT('x', 1000000) FROM information_schema.columns LIMIT 150"
+    with suppress(pymysql.MySQLError):
+        master.execute(f"INSERT INTO big {rows}", database=DATABASE)
+
+
+def _received(replica: LocalDatabaseServer) -> int:
+    """Bytes in its relay log."""
+    with closing(replica.connect()) as connection, connection.cursor(pymysql.cursors.DictCursor) as cursor:
+        cursor.execute("SHOW SLAVE STATUS" if FLAVOUR == "mariadb" else "SHOW REPLICA STATUS")
+        (row,) = cursor.fetchall()
+        return int(row["Relay_Log_Space"])
 
 
 def hold_back(stage: Stage) -> None:
