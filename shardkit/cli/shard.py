@@ -146,7 +146,7 @@ def _plan_document(plan: Plan) -> dict[str, object]:
         "old": str(plan.shard.master),
         "new": str(plan.candidate.endpoint),
         "epoch": plan.after.epoch,
-        "follow": [str(each) for each in plan.keeps],
+        "follow": [str(each) for each in plan.follow],
         "removed": [str(each) for each in plan.removes],
         "loss": plan.loss,
         "plan": plan.lines,

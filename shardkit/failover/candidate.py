@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-
-import pymysql
 
 from shardkit import own_tables
-from shardkit.credentials import CredentialSource
-from shardkit.errors import PreconditionFailed, ShardkitError
-from shardkit.failover.native import follow, following, stop_following
+from shardkit.errors import PreconditionFailed
+from shardkit.failover.native import stop_following
+from shardkit.failover.relayed import freeze
 from shardkit.failover.servers import Server
-from shardkit.failover.standing import PROMOTED, position_of
+from shardkit.failover.standing import position_of
 from shardkit.gtid import Position
-from shardkit.topology import Endpoint, ReplicationKind, Role, Shard
-from shardkit_cdc.position import lock_name
+from shardkit.topology import ReplicationKind, Role, Shard
 
 _PAUSE = 0.02  # seconds between two looks
-#: Seconds that a replica gets to begin to follow its new master.
-_FOLLOW_SECONDS = 3.0
-_POSITION = own_tables.position.name
 
 
 def wait_for(server: Server, shard: Shard, role: Role, wanted: Position, *, timeout: float) -> Position:
@@ -47,16 +39,7 @@ def detach(server: Server, shard: Shard, epoch: int) -> None:
     if shard.replication is ReplicationKind.NATIVE:
         stop_following(server)
         return
-    key = own_tables.HOP_PREFIX + shard.name
-    (holder,) = server.row("SELECT IS_USED_LOCK(%s)", lock_name(server.endpoint.database, key))
-    if holder is not None:
-        server.kill(int(holder))  # its transaction would hold the row
-    # the runner's compare-and-set fails from here on, and a new one finds a source that is not its own
-    server.rows(
-        f"UPDATE {_POSITION} SET epoch = epoch + 1, source = %s, runner = 'shardkit shard promote' WHERE hop = %s",
-        f"{PROMOTED}{epoch}",
-        key,
-    )
+    freeze(server, shard, epoch)
 
 
 def prepared_here(server: Server, shard: Shard) -> list[str]:
@@ -67,30 +50,3 @@ def prepared_here(server: Server, shard: Shard) -> list[str]:
         f"SELECT DISTINCT xid, gtid FROM {own_tables.prepared.name} WHERE hop = %s", own_tables.HOP_PREFIX + shard.name
     )
     return [f"{xid} (prepared at {gtid})" for xid, gtid in found]
-
-
-def follow_all(replicas: Sequence[Endpoint], master: Endpoint, credentials: CredentialSource) -> dict[Endpoint, str]:
-    """Have replicas follow the new master.
-
-    :returns: why, for each that does not.
-    """
-    if not replicas:
-        return {}
-    with ThreadPoolExecutor(len(replicas)) as pool:
-        faults = pool.map(lambda replica: _follow(replica, master, credentials), replicas)
-        return {replica: fault for replica, fault in zip(replicas, faults, strict=True) if fault}
-
-
-def _follow(replica: Endpoint, master: Endpoint, credentials: CredentialSource) -> str:
-    """Why it does not; empty where it does."""
-    try:
-        with Server(replica, credentials) as server:
-            follow(server, master)
-            deadline = time.monotonic() + _FOLLOW_SECONDS
-            while (now := following(server)) is None or not now.running:
-                if time.monotonic() >= deadline:
-                    return now.error or "its replication does not start" if now else "it follows nobody"
-                time.sleep(_PAUSE)
-    except (ShardkitError, pymysql.MySQLError) as error:
-        return str(error)
-    return ""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from shardkit.errors import PreconditionFailed
+import pymysql
+
+from shardkit.credentials import CredentialSource
+from shardkit.errors import PreconditionFailed, ShardkitError
 from shardkit.failover.servers import Server
 from shardkit.gtid import Flavour, Position, parse_position
 from shardkit.topology import Endpoint
 
+#: Seconds that a replica gets to begin to follow its new master.
+_FOLLOW_SECONDS = 3.0
 #: Seconds that MySQL's appliers get to note how far they are: they do so every 300 ms (replica_checkpoint_period).
 _SETTLE_SECONDS = 1.0
 #: Seconds that MySQL waits for it (SLAVE_WAIT_GROUP_DONE in its rpl_replica.cc), and some to answer.
@@ -70,6 +77,33 @@ def stop_following(server: Server) -> None:
         return
     _stop(server)
     server.rows(f"RESET {'SLAVE' if server.flavour is Flavour.MARIADB else 'REPLICA'} ALL")
+
+
+def follow_all(replicas: Sequence[Endpoint], master: Endpoint, credentials: CredentialSource) -> dict[Endpoint, str]:
+    """Have replicas follow the new master.
+
+    :returns: why, for each that does not.
+    """
+    if not replicas:
+        return {}
+    with ThreadPoolExecutor(len(replicas)) as pool:
+        faults = pool.map(lambda replica: _follow(replica, master, credentials), replicas)
+        return {replica: fault for replica, fault in zip(replicas, faults, strict=True) if fault}
+
+
+def _follow(replica: Endpoint, master: Endpoint, credentials: CredentialSource) -> str:
+    """Why it does not; empty where it does."""
+    try:
+        with Server(replica, credentials) as server:
+            follow(server, master)
+            deadline = time.monotonic() + _FOLLOW_SECONDS
+            while (now := following(server)) is None or not now.running:
+                if time.monotonic() >= deadline:
+                    return now.error or "its replication does not start" if now else "it follows nobody"
+                time.sleep(_PAUSE)
+    except (ShardkitError, pymysql.MySQLError) as error:
+        return str(error)
+    return ""
 
 
 def follow(server: Server, source: Endpoint) -> None:

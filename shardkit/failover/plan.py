@@ -15,6 +15,7 @@ from shardkit.gtid import Flavour, Position
 from shardkit.migrate.lock import LockKind, lock_name
 from shardkit.shardmap import ShardMap
 from shardkit.topology import Endpoint, ReplicationKind, Role, Shard
+from shardkit_cdc import preflight
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ class Plan:
 
     :param shard: as the map has it.
     :param version: of the map.
-    :param keeps: replicas that will follow the new master.
+    :param keeps: replicas that will follow the new master, directly or through staging.
+    :param staging: the staging database, where it will follow the new master.
     :param removes: what leaves the map, the old master first.
     :param locks: accounts that are locked on the old master.
     :param loss: None where the old master can be asked.
@@ -64,6 +66,7 @@ class Plan:
     candidate: Standing
     keeps: tuple[Endpoint, ...]
     removes: tuple[Endpoint, ...]
+    staging: Endpoint | None = None
     locks: tuple[Account, ...] = ()
     loss: Loss | None = None
     warnings: tuple[str, ...] = ()
@@ -74,11 +77,16 @@ class Plan:
         return replace(
             self.shard,
             master=self.candidate.endpoint,
-            staging=None,
+            staging=self.staging,
             replicas=self.keeps,
             weights={each: weight for each, weight in self.shard.weights.items() if each in self.keeps},
             epoch=self.shard.epoch + 1,
         )
+
+    @property
+    def follow(self) -> tuple[Endpoint, ...]:
+        """What will stay in the map beside the new master."""
+        return ((self.staging,) if self.staging is not None else ()) + self.keeps
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -97,7 +105,8 @@ class Plan:
             f"shard {self.shard.name}, epoch {self.shard.epoch} -> {self.shard.epoch + 1}",
             *(fence if self.loss is None else lost),
             f"open {new} ({self.candidate.role}) to writes and publish it as the master",
-            *(f"{each} follows it from then on" for each in self.keeps),
+            *(f"{each} follows it from then on" for each in ([self.staging] if self.staging else self.keeps)),
+            *(f"{each} follows {self.staging}, as before" for each in (self.keeps if self.staging else ())),
             f"{old} leaves the map",
             *(f"{each} leaves the map: {self._why_out}" for each in rest),
         )
@@ -106,7 +115,7 @@ class Plan:
     def _why_out(self) -> str:
         if self.shard.replication is ReplicationKind.NATIVE:
             return "it cannot follow the new master"
-        return "the relay cannot go on from another master; fill it again ('shardkit relay seed'), then put it back"
+        return "it cannot go on from the new master; fill it again ('shardkit relay seed'), then put it back"
 
 
 def make_plan(
@@ -132,14 +141,15 @@ def make_plan(
     old, others = standings[0], standings[1:]
     candidate = _chosen(shard, others, wanted)
     _refuse_candidate(shard_map, shard, candidate)
-    keeps, warnings = _followers(shard, others, candidate, credentials)
+    staging, keeps, warnings = _followers(shard, others, candidate, credentials)
     plan = Plan(
         shard,
         shard_map.version,
         old,
         candidate,
         keeps,
-        tuple(each for _, each in shard.endpoints() if each != candidate.endpoint and each not in keeps),
+        tuple(each for _, each in shard.endpoints() if each not in {candidate.endpoint, staging, *keeps}),
+        staging,
         warnings=tuple(warnings),
     )
     if old.reachable:
@@ -197,6 +207,14 @@ def _refuse_what_cannot_be(shard_map: ShardMap, shard: Shard) -> None:
 
 
 def _chosen(shard: Shard, others: Sequence[Standing], wanted: str | None) -> Standing:
+    for each in others:
+        if each.begun:
+            if wanted is not None and wanted not in {each.endpoint.url, each.endpoint.address}:
+                raise PreconditionFailed(
+                    f"{each.endpoint} is about to be the master of shard {shard.name}: a promotion has begun so",
+                    hint="finish that: promote the same endpoint again",
+                )
+            return each
     if wanted is not None:
         for each in others:
             if wanted in {each.endpoint.url, each.endpoint.address}:
@@ -244,8 +262,8 @@ def _refuse_candidate(shard_map: ShardMap, shard: Shard, candidate: Standing) ->
 
 def _followers(
     shard: Shard, others: Sequence[Standing], candidate: Standing, credentials: CredentialSource
-) -> tuple[tuple[Endpoint, ...], list[str]]:
-    """Who can follow the new master, and what has to be said of the candidate."""
+) -> tuple[Endpoint | None, tuple[Endpoint, ...], list[str]]:
+    """The staging database and the replicas that can follow the new master, and why the rest cannot."""
     native = shard.replication is ReplicationKind.NATIVE
     with Server(candidate.endpoint, credentials) as server:
         require(server, opens=True, follows=native)
@@ -254,20 +272,38 @@ def _followers(
                 f"{candidate.endpoint.address} keeps no binary log: as a master it could not be followed",
                 hint="log_bin=ON (needs a restart)",
             )
-        variable = "log_slave_updates" if server.flavour is Flavour.MARIADB else "log_replica_updates"
-        logs_all = server.is_on(variable)
-    rest = [each for each in others if each.endpoint != candidate.endpoint and each.role is Role.REPLICA]
-    if shard.replication is ReplicationKind.RELAY or not rest:
-        return (), []
-    if not logs_all:
-        why = f"{candidate.endpoint.address} does not log what it has from its master ({variable} is off)"
-        return (), [f"{why}: the other replicas cannot follow it"]
-    lost = [f"{each.endpoint.address} does not answer: it leaves the map" for each in rest if not each.reachable]
-    keeps = tuple(each.endpoint for each in rest if each.reachable)
-    for endpoint in keeps:
+        fault = _unfit_to_be_followed(server, native=native)
+    rest = [
+        each for each in others if each.endpoint != candidate.endpoint and not (native and each.role is Role.STAGING)
+    ]
+    if not rest:
+        return None, (), []
+    if fault:
+        return None, (), [f"{candidate.endpoint.address} {fault}: nobody can follow it"]
+    able = [each for each in rest if each.reachable and (native or each.flavour is candidate.flavour)]
+    lost = [f"{each.endpoint.address} {_why_not(each)}: it leaves the map" for each in rest if each not in able]
+    staging = next((each.endpoint for each in able if each.role is Role.STAGING), None)
+    replicas = tuple(each.endpoint for each in able if each.role is Role.REPLICA)
+    if replicas and staging is None and shard.staging not in {None, candidate.endpoint}:
+        lost.append(f"{shard.staging} filled the other replicas: without it they leave the map")
+        replicas = ()
+    for endpoint in replicas if native else [staging] if staging is not None else replicas:
         with Server(endpoint, credentials) as server:
-            require(server, follows=True)
-    return keeps, lost
+            require(server, follows=native, takes_over=not native)
+    return staging, replicas, lost
+
+
+def _unfit_to_be_followed(server: Server, *, native: bool) -> str:
+    """What of a server's settings keeps others from following it; empty where nothing does."""
+    if not native:
+        faults = preflight.source_faults(preflight.ask(server.connection, server.endpoint))
+        return "; ".join(f"{fault} ({setting})" for fault, setting in faults).removeprefix("it ")
+    variable = "log_slave_updates" if server.flavour is Flavour.MARIADB else "log_replica_updates"
+    return "" if server.is_on(variable) else f"does not log what it has from its master ({variable} is off)"
+
+
+def _why_not(standing: Standing) -> str:
+    return "is of another server family" if standing.reachable else "does not answer"
 
 
 def _with_old_master(plan: Plan, credentials: CredentialSource, app_users: Sequence[str]) -> Plan:

@@ -28,20 +28,31 @@ _BY_SUPER = frozenset(
 )
 
 
-def require(server: Server, *, opens: bool = False, closes: bool = False, locks: bool = False, follows: bool) -> None:
+def require(
+    server: Server,
+    *,
+    opens: bool = False,
+    closes: bool = False,
+    locks: bool = False,
+    follows: bool,
+    takes_over: bool = False,
+) -> None:
     """See that this account may do its part on a server.
 
     :param opens: it is to be the new master.
     :param closes: it is the old one.
     :param locks: accounts are locked on it.
     :param follows: its own replication is started or stopped.
+    :param takes_over: the relay's connection to it is ended.
     :raises PreconditionFailed: naming what it may not.
     """
     granted = _granted(server)
     if _ALL in granted:
         return
     able = granted | (_BY_SUPER if "SUPER" in granted else frozenset())
-    needed = _needed(server.flavour, opens=opens, closes=closes, locks=locks, follows=follows)
+    needed = list(_needed(server.flavour, opens=opens, closes=closes, locks=locks, follows=follows))
+    if takes_over:
+        needed.append("CONNECTION ADMIN" if server.flavour is Flavour.MARIADB else "CONNECTION_ADMIN")
     missing = [each for each in dict.fromkeys(needed) if each not in able]
     if missing:
         raise PreconditionFailed(

@@ -12,7 +12,8 @@ import pymysql
 from shardkit.credentials import CredentialSource
 from shardkit.decisions import Janitor
 from shardkit.errors import MapConflict, PartlyApplied, PreconditionFailed, ShardkitError
-from shardkit.failover.candidate import detach, follow_all, prepared_here, wait_for
+from shardkit.failover import native, relayed
+from shardkit.failover.candidate import detach, prepared_here, wait_for
 from shardkit.failover.fence import Connector, Fence
 from shardkit.failover.plan import Loss, Plan, loss_of
 from shardkit.failover.servers import Server
@@ -20,7 +21,7 @@ from shardkit.failover.standing import look, position_of
 from shardkit.gtid import Position
 from shardkit.mapstore import MapStore
 from shardkit.shardmap import ShardMap
-from shardkit.topology import Endpoint, ReplicationKind
+from shardkit.topology import Endpoint, ReplicationKind, Role
 from shardkit_cdc import own_schema
 
 #: Seconds that each wait may take.
@@ -119,7 +120,7 @@ class _Run:
         except BaseException as error:
             self._undo(fence, candidate, error)
             raise
-        return self._finish(candidate, final=str(final), has=str(has))
+        return self._finish(candidate, final=final, has=str(has))
 
     def _come_up(self, master: Server, candidate: Server, *, fed: bool) -> None:
         """Before anything is closed: the candidate has to be near."""
@@ -186,11 +187,28 @@ class _Run:
         if wanted is not None:
             self._say(f"waiting until {candidate.endpoint} has what any server knows of the old master: {wanted}")
             self._wait(candidate, wanted)
+        if self._plan.staging is not None:
+            self._freeze_staging(candidate, self._plan.staging)
         detach(candidate, self._shard, self._plan.after.epoch)
         standings = look([self._shard], self._credentials)[1:]
         now = next(each for each in standings if each.endpoint == candidate.endpoint)
         loss = loss_of(standings, now)
-        return self._finish(candidate, final="", has=loss.has_position, loss=loss)
+        return self._finish(candidate, final=None, has=loss.has_position, loss=loss)
+
+    def _freeze_staging(self, candidate: Server, staging: Endpoint) -> None:
+        """The relay may still reach a master that we do not: what staging has from now on is the end."""
+        try:
+            with Server(staging, self._credentials) as server:
+                relayed.freeze(server, self._shard, self._plan.after.epoch)
+                end = position_of(server, self._shard, Role.STAGING)
+            if end is not None:
+                self._wait(candidate, end)
+        except (ShardkitError, pymysql.MySQLError) as error:
+            raise PartlyApplied(
+                f"{staging} may have been taken off {self._shard.master}, and {candidate.endpoint} does not have all "
+                f"of it yet: {error}",
+                hint="run the same command again: it goes on from there",
+            ) from error
 
     def _most_known(self) -> Position | None:
         best: Position | None = None
@@ -201,14 +219,20 @@ class _Run:
 
     # --- the new master
 
-    def _finish(self, candidate: Server, *, final: str, has: str, loss: Loss | None = None) -> Promotion:
+    def _finish(self, candidate: Server, *, final: Position | None, has: str, loss: Loss | None = None) -> Promotion:
         try:
             self._say(f"opening {candidate.endpoint}")
             undecided = self._end_what_was_prepared(candidate) if loss is not None else ()
+            faults = self._relay_from(candidate, final)
             candidate.open_to_writes()
             plan = self._plan
-            faults = follow_all(plan.keeps, candidate.endpoint, self._credentials)
-            plan = replace(plan, keeps=tuple(each for each in plan.keeps if each not in faults))
+            if self._shard.replication is ReplicationKind.NATIVE:
+                faults = native.follow_all(plan.keeps, candidate.endpoint, self._credentials)
+            plan = replace(
+                plan,
+                keeps=tuple(each for each in plan.keeps if each not in faults),
+                staging=None if plan.staging in faults else plan.staging,
+            )
             published = self._publish(plan)
         except (ShardkitError, pymysql.MySQLError) as error:
             raise PartlyApplied(
@@ -224,21 +248,35 @@ class _Run:
             new=str(candidate.endpoint),
             epoch=plan.after.epoch,
             map_version=published.version,
-            final_position=final,
+            final_position=str(final or ""),
             has_position=has,
             ended_connections=self._ended_connections,
             ended_branches=self._ended_branches,
             closed_seconds=round(time.monotonic() - self._closed_at, 3),
-            follow=tuple(map(str, plan.keeps)),
+            follow=tuple(map(str, plan.follow)),
             removed=removed,
             loss=loss,
             undecided=undecided,
         )
 
+    def _relay_from(self, candidate: Server, final: Position | None) -> dict[Endpoint, str]:
+        """Before it is opened: whatever is written to it then is in its log behind where the copies begin."""
+        plan = self._plan
+        has = position_of(candidate, self._shard, plan.candidate.role)
+        if self._shard.replication is ReplicationKind.NATIVE or has is None:
+            return {}
+        beginning = relayed.Beginning.note(candidate, self._shard, plan.after.epoch, has=has, final=final)
+        first, behind = ((plan.staging,), plan.keeps) if plan.staging is not None else (plan.keeps, ())
+        return relayed.follow_all(first, behind, self._shard, beginning, self._credentials)
+
     def _end_what_was_prepared(self, candidate: Server) -> tuple[str, ...]:
         """What clients left prepared on a master that died: native replication has brought the branches here."""
         if self._shard.replication is ReplicationKind.RELAY:
-            return tuple(prepared_here(candidate, self._shard))
+            found = prepared_here(candidate, self._shard)
+            if self._plan.staging is not None:
+                with Server(self._plan.staging, self._credentials) as staging:
+                    found += prepared_here(staging, self._shard)
+            return tuple(dict.fromkeys(found))
         candidate.open_to_ourselves()
         masters = {**self._masters(), self._shard.name: candidate.endpoint}
         janitor = Janitor(Connector(masters, self._credentials))

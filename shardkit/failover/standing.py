@@ -10,13 +10,14 @@ from shardkit import own_tables
 from shardkit.credentials import CredentialSource
 from shardkit.errors import ShardkitError, Unreachable
 from shardkit.failover.native import following
-from shardkit.failover.servers import Server
+from shardkit.failover.servers import Row, Server
 from shardkit.gtid import Flavour, Position
 from shardkit.replicas.positions import position_query
 from shardkit.replicas.token import Mark
 from shardkit.topology import Endpoint, ReplicationKind, Role, Shard
 
-#: Where a promotion has taken a database out of the relay, its hop's source is called this.
+#: Where a promotion has taken a database out of the relay, its hop's source is called this; and so does the row begin
+#: that notes where a new master's log begins to be the shard's.
 PROMOTED = "promoted:"
 _LOOK_SECONDS = 5.0
 _AT_ONCE = 16
@@ -31,6 +32,9 @@ class Standing:
     :param received: of native replication, how far it has the log, applied or not.
     :param beat_at: when the newest heartbeat that it holds was written: microseconds since the epoch.
     :param lag_seconds: the age of that heartbeat; None for masters, and where there is none.
+    :param history: whose log its position is one of: that server's identity; of relayed copies only.
+    :param begun: a promotion into the next epoch has made this the new master, and may not have got to its end: its
+        identity.
     :param fed: whether something is there to bring it further: a source, or a hop's position.
     :param error: why nothing is known.
     """
@@ -45,6 +49,8 @@ class Standing:
     received: Position | None = None
     beat_at: int | None = None
     lag_seconds: float | None = None
+    history: str = ""
+    begun: str = ""
     fed: bool = False
     error: str = ""
 
@@ -60,7 +66,10 @@ def look(shards: Iterable[Shard], credentials: CredentialSource) -> list[Standin
     """Ask every server of these shards, all at once; one that does not answer costs a few seconds."""
     places = [(shard, role, endpoint) for shard in shards for role, endpoint in shard.endpoints()]
     with ThreadPoolExecutor(max_workers=min(_AT_ONCE, len(places) or 1)) as pool:
-        return list(pool.map(lambda place: _look(place[0], place[1], place[2], credentials), places))
+        found = list(pool.map(lambda place: _look(place[0], place[1], place[2], credentials), places))
+    begun = {(each.shard, each.begun): each.position for each in found if each.begun}
+    # those that read the new master's log already hold what it held, and maybe what it has logged since
+    return [replace(each, position=begun.get((each.shard, each.history), each.position)) for each in found]
 
 
 def _look(shard: Shard, role: Role, endpoint: Endpoint, credentials: CredentialSource) -> Standing:
@@ -95,11 +104,19 @@ def stand(server: Server, shard: Shard, role: Role) -> Standing:
     if role is Role.MASTER:
         return standing
     if shard.replication is ReplicationKind.RELAY:
-        return replace(standing, fed=_has_a_hop(server, shard))
-    source = following(server)
-    if source is None:
+        rows = {str(hop): (str(source), int(epoch)) for hop, source, epoch in _relayed(server)}
+        source, _ = rows.get(own_tables.HOP_PREFIX + shard.name, (PROMOTED, 0))
+        begun, epoch = rows.get(PROMOTED + shard.name, ("", 0))
+        return replace(
+            standing,
+            fed=not source.startswith(PROMOTED),
+            history=rows.get(own_tables.HISTORY_PREFIX + shard.name, ("", 0))[0],
+            begun=begun if epoch == shard.epoch + 1 else "",
+        )
+    followed = following(server)
+    if followed is None:
         return standing
-    return replace(standing, fed=True, received=source.received, error=source.error)
+    return replace(standing, fed=True, received=followed.received, error=followed.error)
 
 
 def position_of(server: Server, shard: Shard, role: Role) -> Position | None:
@@ -112,10 +129,7 @@ def position_of(server: Server, shard: Shard, role: Role) -> Position | None:
     return query.read(server.row(f"SELECT {query.expression}")[0])
 
 
-def _has_a_hop(server: Server, shard: Shard) -> bool:
+def _relayed(server: Server) -> list[Row]:
     if not server.has_table(own_tables.position.name):
-        return False
-    found = server.rows(
-        f"SELECT source FROM {own_tables.position.name} WHERE hop = %s", own_tables.HOP_PREFIX + shard.name
-    )
-    return any(not str(source).startswith(PROMOTED) for (source,) in found)
+        return []
+    return server.rows(f"SELECT hop, source, epoch FROM {own_tables.position.name}")

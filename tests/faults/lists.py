@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 import shardkit
@@ -127,6 +127,8 @@ class _Client:
         return self._random.random() < 0.1
 
     def _failed(self, error: Exception) -> None:
+        if isinstance(error, IntegrityError):
+            self._story.violated(f"client {self.number}: entry {self.tried + 1} is there, whose commit failed")
         self._story.count(f"failed: {type(error).__name__}")
 
     def learn(self, other: _Client) -> None:
@@ -191,6 +193,9 @@ class Client(_Client):
             except CommitUnknown:
                 self._find_out()
                 return
+            except (DBAPIError, ShardkitError):
+                self.tried -= 1  # which says that it is not there
+                raise
             self._appended(session.token)
 
     def _find_out(self) -> None:
@@ -241,6 +246,9 @@ class AsyncClient(_Client):
             except CommitUnknown:
                 await self._find_out()
                 return
+            except (DBAPIError, ShardkitError):
+                self.tried -= 1  # which says that it is not there
+                raise
             self._appended(session.token)
 
     async def _find_out(self) -> None:

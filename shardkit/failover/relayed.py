@@ -1,0 +1,191 @@
+"""The relay's copies of a shard: those that its old master filled go on from the new master's log.
+
+A copy can do so when it has exactly what the new master had before its first own write: then the new master's log from
+there on is all that it lacks. Its position row is moved to that place, and with it the history that says whose
+positions it has; copies behind it (staging's replicas) get both through its own log, in order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pymysql
+
+from shardkit import own_tables
+from shardkit.credentials import CredentialSource
+from shardkit.errors import ShardkitError
+from shardkit.failover.servers import Server
+from shardkit.failover.standing import PROMOTED, position_of
+from shardkit.gtid import Position, parse_position
+from shardkit.topology import Endpoint, Role, Shard
+from shardkit_cdc import preflight
+from shardkit_cdc.position import insert_row, lock_name, read_row
+
+_PAUSE = 0.01  # seconds between two looks
+#: Seconds that a copy gets to come up to the new master: writes wait for it.
+_FOLLOW_SECONDS = 3.0
+_TABLE = own_tables.position.name
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """Where the new master's log begins to be the shard's.
+
+    :param source: the new master's identity.
+    :param position: in its own log.
+    :param has: what it had of the old master's log then.
+    :param final: where the old master's log ended, if it could be asked; what it has after ``has`` changes nothing.
+    """
+
+    source: str
+    position: Position
+    has: Position
+    final: Position | None
+
+    @classmethod
+    def note(cls, server: Server, shard: Shard, epoch: int, *, has: Position, final: Position | None) -> Beginning:
+        """Find it on a new master that is out of replication and not opened yet, and note it there.
+
+        A later attempt of the same promotion finds the note: the new master may be open by then.
+        """
+        source = preflight.ask(server.connection, server.endpoint).identity
+        key = PROMOTED + shard.name
+        noted = read_row(server.connection, key)
+        if noted is None or (noted.epoch, noted.source) != (epoch, source):
+            position = server.end_of_log
+            server.rows(f"DELETE FROM {_TABLE} WHERE hop = %s", key)
+            insert_row(server.connection, key, gtid=str(position), source=source, ddl_origin="", epoch=epoch)
+        else:
+            position = parse_position(server.flavour, noted.gtid)
+        return cls(source, position, has, final)
+
+    def is_reached(self, position: Position) -> bool:
+        """Whether a copy that stands there in the old master's log holds what the new master held."""
+        if self.final is not None and position.covers(self.final):
+            return True
+        return position.covers(self.has) and self.has.covers(position)
+
+
+def follow_all(
+    firsts: Sequence[Endpoint],
+    behind: Sequence[Endpoint],
+    shard: Shard,
+    beginning: Beginning,
+    credentials: CredentialSource,
+) -> dict[Endpoint, str]:
+    """Have copies go on from the new master.
+
+    :param firsts: those that read its log from now on.
+    :param behind: those that read the log of the first of them, as before.
+    :returns: why, for each that does not.
+    """
+    every = [*firsts, *behind]
+    if not every:
+        return {}
+    with ThreadPoolExecutor(len(every)) as pool:
+        moved = [pool.submit(_follow, each, shard, beginning, credentials) for each in firsts]
+        faults = {each: future.result() for each, future in zip(firsts, moved, strict=True)}
+        if any(faults.values()) and behind:
+            faults |= dict.fromkeys(behind, f"{firsts[0]}, which fills it, does not follow the new master")
+        else:
+            come = [pool.submit(_has_come, each, shard, beginning, credentials) for each in behind]
+            faults |= {each: future.result() for each, future in zip(behind, come, strict=True)}
+    return {each: fault for each, fault in faults.items() if fault}
+
+
+def freeze(server: Server, shard: Shard, epoch: int) -> None:
+    """Let nothing of the old master's log come any more. Running it again is safe.
+
+    :raises pymysql.OperationalError: the runner's transaction does not end in time.
+    """
+    _end_runner(server, shard)
+    # the runner's compare-and-set fails from here on, and a new one finds a source that is not its own
+    server.rows(
+        f"UPDATE {_TABLE} SET epoch = epoch + 1, source = %s, runner = 'shardkit shard promote' WHERE hop = %s",
+        f"{PROMOTED}{epoch}",
+        own_tables.HOP_PREFIX + shard.name,
+    )
+
+
+def _end_runner(server: Server, shard: Shard) -> None:
+    key = own_tables.HOP_PREFIX + shard.name
+    (holder,) = server.row("SELECT IS_USED_LOCK(%s)", lock_name(server.endpoint.database, key))
+    if holder is not None:
+        server.kill(int(holder))  # its transaction would hold the row
+
+
+def _follow(endpoint: Endpoint, shard: Shard, beginning: Beginning, credentials: CredentialSource) -> str:
+    """Why it does not; empty where it does."""
+    try:
+        with Server(endpoint, credentials) as server:
+            deadline = time.monotonic() + _FOLLOW_SECONDS
+            while fault := _moved(server, shard, beginning):
+                if time.monotonic() >= deadline:
+                    return fault
+                time.sleep(_PAUSE)
+    except (ShardkitError, pymysql.MySQLError) as error:
+        return str(error)
+    return ""
+
+
+def _moved(server: Server, shard: Shard, beginning: Beginning) -> str:
+    """Move the position of a copy's hop into the new master's log; why not, where it cannot be moved (yet)."""
+    hop, history = own_tables.HOP_PREFIX + shard.name, own_tables.HISTORY_PREFIX + shard.name
+    row = read_row(server.connection, hop)
+    if row is None:
+        return "it has no position"
+    if row.source == beginning.source and _has_history(server, shard, beginning):
+        return ""  # an attempt before this one has moved it
+    if fault := _not_there(server, shard, beginning):
+        return fault
+    _end_runner(server, shard)
+    server.rows("BEGIN")
+    try:
+        stands = server.named_rows(f"SELECT * FROM {_TABLE} WHERE hop IN (%s, %s) FOR UPDATE", hop, history)
+        if fault := _not_there(server, shard, beginning):
+            return fault
+        if any(each["ddl_gtid"] for each in stands):
+            return "it stands within a schema change"
+        for each in stands:
+            server.rows(
+                f"UPDATE {_TABLE} SET epoch = epoch + 1, counter = counter + 1, source = %s, gtid = %s, error = '', "
+                "runner = 'shardkit shard promote' WHERE hop = %s",
+                beginning.source,
+                str(beginning.position),
+                each["hop"],
+            )
+        server.rows("COMMIT")
+    finally:
+        server.rows("ROLLBACK")
+    return ""
+
+
+def _not_there(server: Server, shard: Shard, beginning: Beginning) -> str:
+    """Why a copy does not hold what the new master held; empty where it does."""
+    position = position_of(server, shard, Role.REPLICA)
+    if position is None or not beginning.is_reached(position):
+        return f"it stands at {position or 'nothing'}, the new master took over at {beginning.has}"
+    return ""
+
+
+def _has_come(endpoint: Endpoint, shard: Shard, beginning: Beginning, credentials: CredentialSource) -> str:
+    """Why a copy that is filled by another does not have the new master's history; empty where it does."""
+    try:
+        with Server(endpoint, credentials) as server:
+            deadline = time.monotonic() + _FOLLOW_SECONDS
+            while not _has_history(server, shard, beginning):
+                if time.monotonic() >= deadline:
+                    return f"it has not come up in {_FOLLOW_SECONDS:.0f} s: put it back when it has"
+                time.sleep(_PAUSE)
+    except (ShardkitError, pymysql.MySQLError) as error:
+        return str(error)
+    return ""
+
+
+def _has_history(server: Server, shard: Shard, beginning: Beginning) -> bool:
+    """Whether the positions that a copy tells are the new master's."""
+    row = read_row(server.connection, own_tables.HISTORY_PREFIX + shard.name)
+    return row is not None and row.source == beginning.source
