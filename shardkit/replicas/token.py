@@ -57,6 +57,12 @@ class Mark:
         return Mark(self.epoch, _united(self.position, other.position))
 
 
+def _with_other_domains(after: Position | None, before: Position | None) -> Position | None:
+    if not isinstance(after, MariaDBPosition) or not isinstance(before, MariaDBPosition):
+        return after
+    return MariaDBPosition(MappingProxyType({**before.domains, **after.domains}))
+
+
 def _united(one: Position, other: Position) -> Position | None:
     if isinstance(one, MariaDBPosition) and isinstance(other, MariaDBPosition):
         domains = dict(one.domains)
@@ -101,10 +107,15 @@ class Token:
         return Token(MappingProxyType({**rest, shard: after}), self.others_on_master)
 
     def replaced(self, shard: str, mark: Mark) -> Token:
-        """The token that holds this and nothing else of the shard: what its master had after all that was seen."""
+        """The token that holds this and nothing else of the shard: what its master had after all that was seen.
+
+        MariaDB orders transactions within a replication domain only: of other domains, what was known stays.
+        """
         before = self.marks.get(shard)
         if before is not None and before.epoch > mark.epoch:
             return self
+        if before is not None and before.epoch == mark.epoch:
+            mark = Mark(mark.epoch, _with_other_domains(mark.position, before.position))
         rest = {name: known for name, known in self.marks.items() if name != shard}
         return Token(MappingProxyType({**rest, shard: mark}), self.others_on_master)
 

@@ -569,7 +569,7 @@ def position_of_commit(connection: Connection, shard: str, epoch: int, *, asks: 
     """The position of the transaction that has just been committed here; None where it wrote nothing.
 
     It covers all that was seen before: servers number transactions in the order in which they commit them, and replicas
-    commit them in that order.
+    commit them in that order (MariaDB: within each replication domain, which `Token.replaced` knows).
 
     :param asks: whether to ask a server that does not tell.
     """

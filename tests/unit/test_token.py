@@ -66,6 +66,13 @@ def test_what_is_not_known_asks_for_the_master_until_the_master_was_asked() -> N
     assert token.replaced("a", at("0-1-6")).mark("a") == at("0-1-6")
 
 
+def test_a_commit_says_nothing_of_other_replication_domains() -> None:
+    token = Token().raised("a", at("0-1-5,7-1-9")).replaced("a", at("0-1-6"))
+    assert token.mark("a") == at("0-1-6,7-1-9")
+    assert token.replaced("a", at("0-1-8,7-1-11")).mark("a") == at("0-1-8,7-1-11")
+    assert token.replaced("a", at("0-2-1", 1)).mark("a") == at("0-2-1", 1)
+
+
 def test_a_later_master_counts_more() -> None:
     token = Token().raised("a", at("0-1-900")).raised("a", at("0-2-5", 1))
     assert token.mark("a") == at("0-2-5", 1)
