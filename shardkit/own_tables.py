@@ -35,6 +35,8 @@ LOCAL_TABLES = frozenset(
 #: Position rows under this prefix are a master's history and travel; rows of hops do not.
 HISTORY_PREFIX = "history:"
 HOP_PREFIX = "hop:"
+#: The runner of a row that a promotion has moved: until the map names the new master, nobody else is to.
+PROMOTED_BY = "shardkit shard promote"
 #: A target that is being filled from a snapshot has a row under this prefix and none of its hop.
 SEED_PREFIX = "seed:"
 

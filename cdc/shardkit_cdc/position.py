@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pymysql
 
 from shardkit import own_tables
-from shardkit.errors import Fenced, Interrupted
+from shardkit.errors import Fenced, Interrupted, PreconditionFailed
 from shardkit.gtid import Flavour, Position, parse_position
 from shardkit_cdc.connection import code_of
 
@@ -166,6 +166,7 @@ class Claim:
         """The first statement of a target transaction: move the position, or find out that it is not ours any more.
 
         :raises Fenced: another runner has moved it or raised the epoch. The transaction has been rolled back.
+        :raises PreconditionFailed: a promotion has.
         """
         with self._connection.cursor() as cursor:
             changed = cursor.execute(
@@ -249,7 +250,22 @@ def end_old_runner(connection: Connection, lock: str) -> None:
                 raise
 
 
+def refuse_promoted(row: HopRow, source: str | None = None) -> None:
+    """See that no promotion is at work on the hop.
+
+    :param source: the identity of a source that would do: after the promotion, the new master's.
+    :raises PreconditionFailed: until the map names the new master; then another hop reads that one.
+    """
+    if row.runner == own_tables.PROMOTED_BY and row.source != source:
+        raise PreconditionFailed(
+            "a promotion has taken its target over; it ends with a map that names the new master",
+            hint="if it was cut short, run the same shardkit shard promote again",
+        )
+
+
 def _taken_over(row: HopRow | None) -> Fenced:
+    if row is not None:
+        refuse_promoted(row)
     now = f"epoch {row.epoch} of {row.runner or 'nobody'} at {row.gtid or 'the beginning'}" if row else "no row"
     return Fenced(
         f"another runner has taken over: the position row now says {now}",

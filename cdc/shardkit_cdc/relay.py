@@ -40,7 +40,7 @@ from shardkit_cdc.backlog import Backlog
 from shardkit_cdc.connection import connect, server_errors
 from shardkit_cdc.election import Election, Unopposed
 from shardkit_cdc.pause import LOOK_SECONDS, Pause, read_pause
-from shardkit_cdc.position import Claim, HopRow, note_error, read_row
+from shardkit_cdc.position import Claim, HopRow, note_error, read_row, refuse_promoted
 from shardkit_cdc.preflight import ServerFacts
 from shardkit_cdc.schema import charsets_by_id
 from shardkit_cdc.selection import Selected, Selector
@@ -314,6 +314,7 @@ class Hop:
         preflight.refuse_faults(source, target_facts, statements=chosen.path is ApplyPath.SQL)
         row = self._position_row(target)
         if row is not None:
+            refuse_promoted(row, source.identity)
             preflight.refuse_other_log(row.source, source, target_facts, hop=spec.name)
         stream = self._open(source.flavour, row.gtid if row else "")
         try:

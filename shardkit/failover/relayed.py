@@ -104,8 +104,9 @@ def freeze(server: Server, shard: Shard, epoch: int) -> None:
     _end_runner(server, shard)
     # the runner's compare-and-set fails from here on, and a new one finds a source that is not its own
     server.rows(
-        f"UPDATE {_TABLE} SET epoch = epoch + 1, source = %s, runner = 'shardkit shard promote' WHERE hop = %s",
+        f"UPDATE {_TABLE} SET epoch = epoch + 1, source = %s, runner = %s WHERE hop = %s",
         f"{PROMOTED}{epoch}",
+        own_tables.PROMOTED_BY,
         own_tables.HOP_PREFIX + shard.name,
     )
 
@@ -152,9 +153,10 @@ def _moved(server: Server, shard: Shard, beginning: Beginning) -> str:
         for each in stands:
             server.rows(
                 f"UPDATE {_TABLE} SET epoch = epoch + 1, counter = counter + 1, source = %s, gtid = %s, error = '', "
-                "runner = 'shardkit shard promote' WHERE hop = %s",
+                "runner = %s WHERE hop = %s",
                 beginning.source,
                 str(beginning.position),
+                own_tables.PROMOTED_BY,
                 each["hop"],
             )
         server.rows("COMMIT")

@@ -130,6 +130,10 @@ def test_staging_in_its_masters_place_and_then_a_replica_of_it(tmp_path: Any) ->
         new = stage.server_at(replicas[0])
         assert writers.acknowledged <= stage.entries(new)
         wait_until(lambda: stage.entries(stage.server_at(replicas[1])) == stage.entries(new))
+        log = (tmp_path / "relay.log").read_text()
+        assert "running" in log
+        assert "failed" not in log
+        assert "fenced" not in log
 
 
 def test_clients_are_shown_nothing_older_through_a_promotion(stage: Stage) -> None:

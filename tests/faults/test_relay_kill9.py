@@ -12,11 +12,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pymysql
 import pytest
 
+from shardkit.failover import make_plan, promote
+from shardkit.gtid import Flavour
+from shardkit.mapstore import open_store
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit_cdc.seed import seed
 from tests.relay_chain import Chain, wait_for
@@ -120,6 +125,12 @@ class Load:
             "CREATE TABLE loose (n INT)",
             "CREATE TABLE side (n INT)",
         )
+        self._thread.start()
+
+    def go_on(self) -> None:
+        """After a stop, on what is the chain's master now."""
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def stop(self) -> None:
@@ -298,6 +309,25 @@ class Misfortune:
         return False
 
 
+def promote_the_replica(chain: Chain, source: str) -> None:
+    """master -> staging -> replica becomes replica -> staging -> master, which is filled anew."""
+    credentials = chain.master.credentials
+    with closing(open_store(source)) as store:
+        plan = make_plan(store.load(), chain.shard, credentials, wanted=chain.last.endpoint(chain.database).url)
+        done = promote(store, credentials, plan)
+        assert done.follow == (chain.servers[1].endpoint(chain.database).url,)
+        chain.servers.reverse()
+        if chain.flavour is Flavour.MYSQL:
+            chain.last.execute("SET GLOBAL super_read_only = 0")
+        chain.last.execute("SET GLOBAL read_only = 0")
+        chain.last.execute(f"DROP DATABASE {chain.database}")
+        chain.last.execute(f"CREATE DATABASE {chain.database} CHARACTER SET utf8mb4")
+        seed(chain.specs[1], credentials, confirm=lambda _found: None, patience=60.0)
+        current = store.load()
+        shard = replace(current.shard(chain.shard), replicas=(chain.last.endpoint(chain.database),))
+        store.publish(current.with_shards({chain.shard: shard}), expected_version=current.version)
+
+
 @pytest.mark.soak
 def test_relay_and_targets_are_killed_again_and_again(
     own_chain: Chain, tmp_path: Path, daemons: list[Daemon], record_property: pytest.RecordProperty
@@ -306,16 +336,23 @@ def test_relay_and_targets_are_killed_again_and_again(
     number = random.randrange(10**9)
     logger.info("seed %d", number)  # shown when the test fails
     dice = random.Random(number)
-    daemon = Daemon(map_of(chain, tmp_path / "map.yaml"), tmp_path / "relay.log")
+    source = map_of(chain, tmp_path / "map.yaml")
+    daemon = Daemon(source, tmp_path / "relay.log")
     daemons.append(daemon)
     chain.story = lambda: f"the daemon says {daemon.log()[-3000:]}"
     luck = Misfortune(chain, daemon, dice)
     load = Load(chain, number)
     load.start()
-    staging_filled = False
+    staging_filled = promoted = False
     try:
         for turn in range(SOAK_KILLS):
             daemon.start()
+            if turn == SOAK_KILLS * 3 // 4:
+                load.stop()
+                chain.settle()
+                promote_the_replica(chain, source)
+                load.go_on()
+                promoted = True
             daemon.wait_for_log(*(f"hop {spec.name}: running" for spec in chain.specs))
             target = dice.choice(chain.servers[1:])
             if turn % 5 == 4:
@@ -334,6 +371,7 @@ def test_relay_and_targets_are_killed_again_and_again(
     chain.assert_equal()
     assert chain.last.execute("SELECT SUM(balance) FROM accounts", database=chain.database) == [(100_000,)]
     assert staging_filled
+    assert promoted
     assert sum(count for what, count in luck.met.items() if what.startswith("relay")) == SOAK_KILLS
     assert sum(count for what, count in luck.met.items() if what.startswith("server")) == SOAK_KILLS // 5
     for moment in ("inside COMMIT", "inside DDL"):
