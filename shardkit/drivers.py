@@ -8,14 +8,13 @@ the packet unread: the connection classes here read it. SQLAlchemy opens them by
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, Final, NoReturn
 
 import pymysql
 from pymysql.constants.COMMAND import COM_QUERY
 from sqlalchemy.engine import Dialect
-
-from shardkit.errors import RoutingError
 
 _Base: Any = pymysql.connections.Connection  # the stubs leave out what is used here
 
@@ -107,7 +106,7 @@ def _give_up(result: Any) -> None:
         return
 
     def read() -> NoReturn:
-        raise pymysql.ProgrammingError("the transaction that these rows were read in has ended before the last of them")
+        raise pymysql.ProgrammingError(_LEFT_BEHIND)
 
     result._read_rowdata_packet_unbuffered = read  # noqa: SLF001
 
@@ -174,25 +173,67 @@ class TellingConnection(_Base):  # type: ignore[misc]
 
 
 _LOST: Final = frozenset({2006, 2013})
+_LEFT_BEHIND: Final = "the transaction that these rows were read in has ended before the last of them"
+
+
+class _Left:
+    """Stands for what is left of an asyncmy stream: rows, and what its reader is told after them."""
+
+    def __init__(self, rows: Iterable[Any], failure: Exception | None) -> None:
+        self._rows = deque(rows)
+        self._failure = failure
+
+    async def _read_rowdata_packet_unbuffered(self) -> Any:
+        if self._rows:
+            return self._rows.popleft()
+        if self._failure is not None:
+            raise self._failure
+        return None
+
+    def _take_pending_rows(self, limit: int | None = None) -> list[Any]:
+        """Rows that need no reading."""
+        count = len(self._rows) if limit is None else max(0, min(limit, len(self._rows)))
+        return [self._rows.popleft() for _ in range(count)]
+
+
+async def _rest(result: Any, errors: Any) -> _Left:
+    """As `_keep_rest`, for asyncmy."""
+    rows = []
+    failure: Exception | None = None
+    try:
+        while (row := await result._read_rowdata_packet_unbuffered()) is not None:  # noqa: SLF001
+            rows.append(row)
+    except errors.Error as error:
+        failure = error
+    return _Left(rows, failure)
+
+
+async def _given_up(result: Any, errors: Any) -> _Left | None:
+    """As `_give_up`, for asyncmy; None where no row is lost."""
+    try:
+        lost = await result._read_rowdata_packet_unbuffered() is not None  # noqa: SLF001
+        await result._finish_unbuffered_query()  # noqa: SLF001
+    except errors.Error:
+        lost = True
+    return _Left((), errors.ProgrammingError(_LEFT_BEHIND)) if lost else None
 
 
 @cache
 def _asyncmy_class() -> Any:
     """The same for asyncmy, which need not be installed."""
-    from asyncmy import connection, errors
+    from asyncmy import connection, cursors, errors
 
     plain: Any = connection.Connection  # its stubs leave out what is used here
 
     class TellingAsyncConnection(plain):  # type: ignore[misc]
-        """An asyncmy connection that keeps what the server says of its transactions: see `TellingConnection`.
-
-        The rows of a stream cannot be kept: asyncmy's results take nothing from outside. So nothing else is sent
-        before the last of them.
+        """An asyncmy connection that keeps what the server says of its transactions, and the rows of a stream: see
+        `TellingConnection`. asyncmy's results take nothing from outside, so its cursor is given another result.
         """
 
         committed: str | None = None
         position: str | None = None
         tells = False
+        _streams: Any = ()
 
         async def connect(self) -> None:
             await super().connect()
@@ -205,14 +246,19 @@ def _asyncmy_class() -> Any:
                     raise
                 self.tells = False
 
+        def cursor(self, cursor: Any = None) -> Any:
+            made = super().cursor(cursor)
+            if isinstance(made, cursors.SSCursor):
+                self._streams = [*(each for each in self._streams if each.connection is not None), made]
+            return made
+
         async def _execute_command(self, command: int, sql: Any) -> None:
             result = self._result
-            if result is not None and result.unbuffered_active and not _ends_transaction(sql):
-                raise RoutingError(
-                    "a statement on a connection that is still sending the rows of a stream, which would be lost",
-                    hint="read the stream to its end or close it first; leave yield_per away, or load relationships "
-                    "with joinedload()",
-                )
+            if result is not None and result.unbuffered_active:
+                left = await (_given_up if _ends_transaction(sql) else _rest)(result, errors)
+                for stream in self._streams:
+                    if left is not None and stream._result is result:  # noqa: SLF001 - asyncmy's own
+                        stream._result = left  # noqa: SLF001
             await super()._execute_command(command, sql)
 
         async def _read_ok_packet(self) -> Any:

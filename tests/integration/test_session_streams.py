@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, selectinload
 
 import shardkit
-from shardkit.errors import RoutingError
 from tests.integration.conftest import Shop
 from tests.integration.shop import SHARDS, Order, User
 
@@ -115,22 +115,80 @@ def test_what_fails_in_a_stream_fails_there(server_shop: Shop) -> None:
             stream.fetchall()
 
 
-def test_asyncio_refuses_what_would_lose_rows(server_shop: Shop) -> None:
+ASYNC_WORK: list[Callable[[AsyncSession, list[int]], Awaitable[None]]] = []
+
+
+@ASYNC_WORK.append
+async def ask_async(session: AsyncSession, ids: list[int]) -> None:
+    assert await session.scalar(select(User.name).where(User.id == ids[-1])) == "u"
+
+
+@ASYNC_WORK.append
+async def stream_async(session: AsyncSession, ids: list[int]) -> None:
+    other = await session.stream_scalars(select(User.id).order_by(User.id).execution_options(yield_per=4))
+    assert [number async for number in other] == ids
+
+
+@ASYNC_WORK.append
+async def begin_stream_async(session: AsyncSession, ids: list[int]) -> None:
+    other = await session.stream_scalars(select(User.id).order_by(User.id).execution_options(yield_per=4))
+    assert await anext(other) == ids[0]
+
+
+@ASYNC_WORK.append
+async def change_async(session: AsyncSession, ids: list[int]) -> None:
+    (await session.get_one(User, ids[0])).age = 7
+    await session.flush()
+
+
+def run_async(shop: Shop, work: Callable[[Any], Awaitable[None]], **options: Any) -> None:
+    async def run() -> None:
+        async with shop.open(shop.map(), **options) as cluster:
+            await work(shardkit.async_sessionmaker(cluster, transactions="best_effort"))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("meanwhile", ASYNC_WORK)
+def test_asyncio_streams_go_on_whatever_else_their_connections_are_used_for(
+    shop: Shop, everyone: list[int], meanwhile: Callable[[AsyncSession, list[int]], Awaitable[None]]
+) -> None:
+    async def work(factory: Any) -> None:
+        async with factory() as session:
+            stream = await session.stream_scalars(select(User.id).order_by(User.id).execution_options(yield_per=3))
+            seen = []
+            async for number in stream:
+                seen.append(number)
+                await meanwhile(session, everyone)
+            assert seen == everyone
+            users = await session.stream_scalars(STREAM.options(selectinload(User.orders)))
+            assert [(user.id, len(user.orders)) async for user in users] == [(number, 1) for number in everyone]
+
+    run_async(shop, work)
+
+
+@pytest.mark.parametrize("end", [AsyncSession.commit, AsyncSession.rollback])
+def test_an_asyncio_stream_that_its_transaction_has_left_behind_does_not_seem_to_end(
+    server_shop: Shop, end: Callable[[AsyncSession], Awaitable[None]]
+) -> None:
     ids = sorted(number for shard in SHARDS for number in server_shop.users_on(shard, 10))
     with server_shop.session() as session:
         session.add_all([User(id=number, name="u") for number in ids])
         session.commit()
 
-    async def work() -> None:
-        async with server_shop.open(server_shop.map()) as cluster:
-            factory = shardkit.async_sessionmaker(cluster)
-            async with factory() as session:
-                stream = await session.stream_scalars(select(User.id).order_by(User.id).execution_options(yield_per=3))
-                seen: list[Any] = [await anext(stream)]
-                with pytest.raises(RoutingError, match="rows of a stream"):
-                    await session.scalar(select(User.name).where(User.id == ids[-1]))
-                seen += [number async for number in stream]
-                assert seen == ids
-                assert await session.scalar(select(User.name).where(User.id == ids[-1])) == "u"
+    async def work(factory: Any) -> None:
+        async with factory() as session:
+            stream = await session.stream_scalars(select(User.id).order_by(User.id).execution_options(yield_per=3))
+            await anext(stream)
+            await end(session)
+            with pytest.raises(ProgrammingError, match="has ended before the last of them"):
+                await stream.all()
+            assert await session.scalar(select(User.name).where(User.id == ids[-1])) == "u"
+            stream = await session.stream_scalars(
+                select(User.id).where(User.id == ids[0]).execution_options(yield_per=3)
+            )
+            assert await stream.fetchmany(1) == [ids[0]]
+            await end(session)
+            assert await stream.all() == []
 
-    asyncio.run(work())
+    run_async(server_shop, work)
