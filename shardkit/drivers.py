@@ -219,8 +219,8 @@ async def _given_up(result: Any, errors: Any) -> _Left | None:
 
 
 @cache
-def _asyncmy_class() -> Any:
-    """The same for asyncmy, which need not be installed."""
+def _asyncmy_classes() -> tuple[Any, Any]:
+    """asyncmy's connections, and the same for them; asyncmy need not be installed."""
     from asyncmy import connection, cursors, errors
 
     plain: Any = connection.Connection  # its stubs leave out what is used here
@@ -281,12 +281,14 @@ def _asyncmy_class() -> Any:
                 result.rows = tuple(row[1:] for row in rows)
             return affected
 
-    async def connect(**options: Any) -> Any:
-        made = TellingAsyncConnection(**{**options, "client_flag": options.get("client_flag", 0) | _SESSION_TRACK})
-        await made.connect()
-        return made
+    return plain, TellingAsyncConnection
 
-    return connect
+
+async def _connect_asyncmy(**options: Any) -> Any:
+    _, telling = _asyncmy_classes()
+    made = telling(**{**options, "client_flag": options.get("client_flag", 0) | _SESSION_TRACK})
+    await made.connect()
+    return made
 
 
 def connect(dialect: Dialect, arguments: Any, options: dict[str, Any]) -> Any:
@@ -294,5 +296,20 @@ def connect(dialect: Dialect, arguments: Any, options: dict[str, Any]) -> Any:
     if dialect.driver == "pymysql":
         return TellingConnection(*arguments, **options)
     if dialect.driver == "asyncmy" and "async_creator_fn" not in options:
-        options = {**options, "async_creator_fn": _asyncmy_class()}
+        options = {**options, "async_creator_fn": _connect_asyncmy}
     return dialect.connect(*arguments, **options)
+
+
+def adopt(connection: Any) -> None:
+    """Have a connection that somebody else has opened keep the rows of its streams. What it commits it does not tell.
+
+    :param connection: as SQLAlchemy's pools hold it. One of another class than the driver's own stays as it is.
+    """
+    driver = getattr(connection, "driver_connection", connection)
+    kind = type(driver)
+    if kind is _Base:
+        driver.__class__ = TellingConnection
+    elif kind.__module__ == "asyncmy.connection":
+        plain, telling = _asyncmy_classes()
+        if kind is plain:
+            driver.__class__ = telling

@@ -212,6 +212,8 @@ class Engines:
         else:
             event.listen(core, "connect", _stamp)
             event.listen(core, "do_connect", _connect)
+            if endpoint is None:  # connections that the application has opened, or opens in a way of its own
+                event.listen(core, "checkout", _adopt)
             if role.startswith(Role.REPLICA):
                 event.listen(core, "before_cursor_execute", seeing.before, retval=True)
                 event.listen(core, "after_cursor_execute", seeing.after)
@@ -307,6 +309,10 @@ def _add_crc32(connection: Any, record: Any) -> None:
 def _add_crc32_once(connection: Any, record: Any, _proxy: Any) -> None:
     if "shardkit_crc32" not in record.info:
         _add_crc32(connection, record)
+
+
+def _adopt(connection: Any, _record: Any, _proxy: Any) -> None:
+    drivers.adopt(connection)
 
 
 def _connect(dialect: Dialect, _record: Any, arguments: Any, options: Any) -> Any:

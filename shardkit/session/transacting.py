@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction, SessionTransactionOrigin
 
 from shardkit.cluster import Cluster
+from shardkit.drivers import adopt
 from shardkit.errors import ShardkitError, TransactionError
 from shardkit.replicas.positions import Told
 from shardkit.replicas.token import Mark, Token
@@ -296,4 +297,6 @@ def _checked(given: GivenConnections, cluster: Cluster) -> dict[str, Connection]
                 f"connections: shard {shard} has the connection of another shard", hint="give each shard one of its own"
             )
         connections[shard] = connection
+        if not connection.closed and not connection.invalidated:
+            adopt(connection.connection)
     return connections

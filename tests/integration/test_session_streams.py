@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from typing import Any
 
+import pymysql
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import create_engine, select, text
 from sqlalchemy.exc import ProgrammingError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, selectinload
 
 import shardkit
+from shardkit.testing.database import LocalDatabaseServer
 from tests.integration.conftest import Shop
 from tests.integration.shop import SHARDS, Order, User
 
@@ -22,6 +25,16 @@ STREAM = select(User).order_by(User.id).execution_options(yield_per=3)
 @pytest.fixture
 def everyone(shop: Shop) -> list[int]:
     """Ten users on each shard, with an order each."""
+    return fill(shop)
+
+
+@pytest.fixture
+def everyone_on_servers(server_shop: Shop) -> list[int]:
+    """Ten users on each shard, with an order each."""
+    return fill(server_shop)
+
+
+def fill(shop: Shop) -> list[int]:
     ids = sorted(number for shard in SHARDS for number in shop.users_on(shard, 10))
     with shop.session() as session:
         session.add_all([User(id=number, name="u", orders=[Order(id=number, item="i")]) for number in ids])
@@ -192,3 +205,76 @@ def test_an_asyncio_stream_that_its_transaction_has_left_behind_does_not_seem_to
             assert await stream.all() == []
 
     run_async(server_shop, work)
+
+
+def opener(server: LocalDatabaseServer, database: str | None) -> Callable[[], Any]:
+    """Opens connections as an application may, for ``create_engine(creator=...)``."""
+    credentials = server.credentials(server.endpoint(database))
+
+    def connect() -> Any:
+        return pymysql.connect(
+            host=server.host,
+            port=server.port,
+            user=credentials.user,
+            password=credentials.password or "",
+            database=database,
+            ssl_disabled=True,
+            client_flag=pymysql.constants.CLIENT.FOUND_ROWS,
+        )
+
+    return connect
+
+
+@pytest.mark.parametrize("how", ["opened before", "a creator"])
+def test_streams_of_given_engines_are_kept_alike(
+    server_shop: Shop, database_server: LocalDatabaseServer, everyone_on_servers: list[int], how: str
+) -> None:
+    engines = {}
+    for shard in SHARDS:
+        given = server_shop.cluster.engine(shard)
+        own = {"creator": opener(database_server, given.url.database)} if how == "a creator" else {}
+        engine = create_engine(given.url, connect_args={"ssl_disabled": True}, **own)
+        engine.connect().close()
+        engines[shard, "master"] = engine
+    cluster = server_shop.open(server_shop.map(), engines)
+    with shardkit.sessionmaker(cluster, transactions="best_effort")() as session:
+        users = list(session.scalars(STREAM.options(selectinload(User.orders))))
+        assert [(user.id, len(user.orders)) for user in users] == [(number, 1) for number in everyone_on_servers]
+        stream = session.scalars(STREAM)
+        next(stream)
+        session.rollback()
+        with pytest.raises(ProgrammingError, match="has ended before the last of them"):
+            stream.all()
+    for engine in engines.values():
+        engine.dispose()
+
+
+def test_streams_on_given_connections_are_kept_alike(server_shop: Shop, everyone_on_servers: list[int]) -> None:
+    with ExitStack() as stack:
+        connections = {}
+        for shard in SHARDS:
+            engine = create_engine(server_shop.cluster.engine(shard).url, connect_args={"ssl_disabled": True})
+            stack.callback(engine.dispose)
+            connections[shard] = stack.enter_context(engine.connect())
+        with server_shop.session(connections=connections) as session:
+            users = list(session.scalars(STREAM.options(selectinload(User.orders))))
+            assert [(user.id, len(user.orders)) for user in users] == [(number, 1) for number in everyone_on_servers]
+
+
+def test_streams_of_given_asyncio_engines_are_kept_alike(server_shop: Shop, everyone_on_servers: list[int]) -> None:
+    async def work() -> None:
+        engines: dict[tuple[str, str], Any] = {}
+        async with server_shop.open(server_shop.map()) as own:
+            for shard in SHARDS:
+                engine = create_async_engine(own.async_engine(shard).url)
+                async with engine.connect():
+                    engines[shard, "master"] = engine
+        cluster = server_shop.open(server_shop.map(), engines)
+        async with cluster, shardkit.async_sessionmaker(cluster, transactions="best_effort")() as session:
+            users = await session.stream_scalars(STREAM.options(selectinload(User.orders)))
+            seen = [(user.id, len(user.orders)) async for user in users]
+        assert seen == [(number, 1) for number in everyone_on_servers]
+        for engine in engines.values():
+            await engine.dispose()
+
+    asyncio.run(work())
