@@ -8,7 +8,7 @@ rounded to its number of digits (``strings/decimal.c``, ``do_div_mod``): AVG of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
 from typing import Any, Final, TypeAlias
@@ -88,16 +88,14 @@ def _cut(dividend: Any, divisor: Any, scale: int) -> Decimal:
 @dataclass(frozen=True, slots=True)
 class Mean:
     """An AVG of exact numbers as the servers compare it: MySQL before it is rounded, MariaDB as it is shown; with
-    floating point both the former, or an exact quotient (seen on MariaDB 10.11 and MySQL 9.7).
-
-    :param certain: whether that is so. In BETWEEN, in IN and inside other expressions they do now this, now that.
+    floating point both the former, or an exact quotient (seen on MariaDB 10.11 and MySQL 9.7). In BETWEEN, in IN and
+    inside other expressions they do now this, now that: those are refused.
     """
 
     exact: Fraction
     unrounded: Decimal
     shown: Decimal
     rounds: bool
-    certain: bool = True
 
     @classmethod
     def of(cls, total: Any, count: int, shown: Decimal, *, rounds: bool) -> Mean:
@@ -109,24 +107,11 @@ class Mean:
         scale = -int(shown.as_tuple().exponent)
         return cls(Fraction(total) / count, _cut(total, count, scale), shown, rounds)
 
-    def __neg__(self) -> Mean:
-        return Mean(-self.exact, -self.unrounded, -self.shown, self.rounds, certain=False)
-
-    def within(self) -> Mean:
-        """The same as a part of an expression."""
-        return replace(self, certain=False)
-
     def readings(self, other: Any) -> Sequence[Any]:
         """What it may be for a comparison with another number."""
-        if not self.certain:
-            return (self.shown, self.unrounded, self.exact)
         if isinstance(other, float):
             return (self.unrounded, self.exact)
         return (self.shown if self.rounds else self.unrounded,)
-
-
-def _within(value: Any) -> Any:
-    return value.within() if isinstance(value, Mean) else value
 
 
 def _scale(value: Any) -> int:
@@ -200,9 +185,15 @@ def divide_floats(one: Any, other: Any) -> Any:
     return float(one) / float(other) if other else None
 
 
-def coalesce(*values: Any) -> Any:
-    """The first value that is not NULL."""
-    return _within(next((value for value in values if value is not None), None))
+def coalesce(scale: int | None, *values: Any) -> Any:
+    """The first value that is not NULL.
+
+    :param scale: digits after the point that it is shown with at least; None: its own.
+    """
+    value = next((value for value in values if value is not None), None)
+    if scale and isinstance(value, int | Decimal) and _scale(value) < scale:
+        return as_decimal(Fraction(value), scale)
+    return value
 
 
 # --- logic: True, False, None ------------------------------------------------------------------------------------
@@ -219,8 +210,8 @@ def _comparison(operation: Callable[[Any, Any], bool]) -> Callable[..., Any]:
         answers = {operation(kind(each), kind(than)) for each in ones for than in others}
         if len(answers) > 1:
             raise RoutingError(
-                "an AVG that is compared with a number between what the server shows of it and what it knows of it",
-                hint="compare the AVG itself with =, < or >, or SUM(x) with COUNT(x) * number",
+                "an AVG that is compared with floating point between what the server knows of it and what it is",
+                hint="give the number as a Decimal, or compare SUM(x) with COUNT(x) * number",
             )
         return answers.pop()
 
@@ -267,17 +258,15 @@ def is_not_null(value: Any) -> bool:
 
 def between(value: Any, low: Any, high: Any) -> Any:
     """``BETWEEN``."""
-    value, low, high = map(_within, (value, low, high))
     return both(less_or_equal(low, value), less_or_equal(value, high))
 
 
 def one_of(value: Any, *others: Any) -> Any:
     """``IN``."""
-    value = _within(value)
     return either(*(equal(value, other) for other in others)) if others else False
 
 
 def first_true(*parts: Any) -> Any:
     """``CASE WHEN``: conditions and values in turn, and the value of ELSE."""
     *pairs, other = parts
-    return _within(next((value for test, value in zip(pairs[::2], pairs[1::2], strict=True) if test), other))
+    return next((value for test, value in zip(pairs[::2], pairs[1::2], strict=True) if test), other)

@@ -7,14 +7,14 @@ their rows is a part of a group, and every other aggregate is combined from such
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
-from sqlalchemy.sql import operators
+from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.elements import (
     AggregateOrderBy,
     BinaryExpression,
@@ -113,6 +113,12 @@ class Grouping:
             return group
         if is_constant(expression) or _name(expression) == "any_value":
             return None
+        if self.distinct and self._hides_digits(expression) and _holds_average(expression):
+            raise refused(  # seen on MariaDB 10.11; MySQL takes equal digits for equal
+                "DISTINCT with an AVG of exact numbers, over several shards: servers tell it apart by more digits than "
+                "they show",
+                "leave DISTINCT away, or do it in the application",
+            )
         if self._is_aggregate(expression):
             return self._aggregate(expression, place)
         if _name(expression) == "coalesce":
@@ -348,11 +354,11 @@ class Grouping:
                 digits = Place(self.hide(raw(sa.literal_column("@@div_precision_increment"))))
                 return Call(formulas.divide, (*arguments, digits))
             case UnaryExpression() if expression.operator is operators.neg:
-                return Call(formulas.negate, (self.formula(expression.element, compared=compared),))
+                return Call(formulas.negate, self._values([expression.element], compared=compared))
             case FunctionElement() if _name(expression) in {"coalesce", "ifnull"}:
-                self._check_choice(*expression.clauses, compared=compared)
-                values = tuple(self.formula(each, compared=compared) for each in expression.clauses)
-                return Call(formulas.coalesce, values)
+                self._check_choice(*expression.clauses)
+                values = self._values(expression.clauses, compared=compared)
+                return Call(formulas.coalesce, (Constant(self._padding(expression)), *values))
             case Case() if expression.value is None:
                 return self._case(expression, compared=compared)
         raise refused(
@@ -371,18 +377,67 @@ class Grouping:
                 "multiply before dividing (SUM(x) * 100 / COUNT(*)), or do it in the application",
             )
 
-    def _check_choice(self, *values: Any, compared: bool) -> None:
+    def _values(self, expressions: Iterable[Any], *, compared: bool) -> tuple[Formula, ...]:
+        """The values that an expression is, or may be.
+
+        :raises Refused: where it is compared, for an AVG: inside of expressions servers compare it now with the digits
+            that they show, now with others.
+        """
+        expressions = list(expressions)
+        if compared and any(_name(bare(each)) == "avg" and self._hides_digits(each) for each in expressions):
+            raise refused(
+                "HAVING that compares an expression over an AVG, over several shards",
+                "compare the AVG itself with =, < or >, or SUM(x) with COUNT(x) * number",
+            )
+        return tuple(self.formula(each, compared=compared) for each in expressions)
+
+    def _check_choice(self, *values: Any) -> None:
         """An exact number that is chosen among floating point ones becomes one, with the digits that were hidden.
 
-        :param compared: it is compared, where an AVG is known with all of its digits.
         :raises Refused: for a quotient beside floating point.
         """
-        hiding = [each for each in map(bare, values) if self._hides_digits(each)]
-        if any(not compared or _name(each) != "avg" for each in hiding) and any(map(self._is_floating, values)):
+        if any(map(self._hides_digits, values)) and any(map(self._is_floating, values)):
             raise refused(
                 "a quotient or an AVG of exact numbers that may also be floating point, over several shards",
                 "give the other values as Decimal, or do it in the application",
             )
+
+    def _check_compared(self, *operands: Any, listed: bool) -> None:
+        """Servers compare a quotient with other digits than they show: MariaDB in BETWEEN and IN and with floating
+        point (seen on MariaDB 10.11); an AVG in BETWEEN and IN.
+
+        :param listed: in BETWEEN or IN.
+        :raises Refused: for such a comparison.
+        """
+        hiding = [each for each in map(bare, operands) if self._hides_digits(each)]
+        floating = any(_name(each) != "avg" for each in hiding) and any(map(self._is_floating, operands))
+        if hiding and (listed or floating):
+            raise refused(
+                "HAVING with a quotient or an AVG in BETWEEN or IN, or a quotient beside floating point, over several "
+                "shards",
+                "compare it with =, < or > and numbers given as Decimal, or SUM(x) with COUNT(x) * number",
+            )
+
+    def _padding(self, choice: FunctionElement[Any]) -> int | None:
+        """Digits after the point that each value of a COALESCE is shown with; None where the shards have to say."""
+        scales = {self._scale(each) for each in map(bare, choice.clauses) if not _is_null(each)}
+        return None if None in scales or -1 in scales else max(scales, default=0)  # type: ignore[type-var]
+
+    def _pads(self, expression: Any) -> bool:
+        """Whether a COALESCE in it may choose a number with fewer digits than it is shown with, which only the shards
+        know.
+        """
+        expression = bare(expression)
+        match expression:
+            case BinaryExpression():
+                return self._pads(expression.left) or self._pads(expression.right)
+            case UnaryExpression():
+                return self._pads(expression.element)
+            case FunctionElement() if _name(expression) in {"coalesce", "ifnull"}:
+                shown = [each for each in map(bare, expression.clauses) if not _is_null(each)]
+                unknown = len(shown) > 1 and self._padding(expression) is None and not self._is_floating(expression)
+                return unknown or any(map(self._pads, shown))
+        return False
 
     def _hides_digits(self, expression: Any) -> bool:
         """Whether the server has more digits of it than it shows; floating point hides none."""
@@ -447,6 +502,16 @@ class Grouping:
             if isinstance(value, Decimal):
                 return max(0, -int(value.as_tuple().exponent))
             return {int: 0, float: -1}.get(type(value))
+        match expression:
+            case UnaryExpression():
+                return self._scale(bare(expression.element))
+            case BinaryExpression():
+                both = {self._scale(bare(each)) for each in (expression.left, expression.right)}
+                return 0 if both == {0} and not _divides(expression) else None
+            case FunctionElement() if _name(expression) in {"coalesce", "ifnull"}:
+                return self._padding(expression)
+            case Case():
+                return None
         if _name(expression) == "count":
             return 0
         if _name(expression) in {"sum", "min", "max"}:
@@ -458,12 +523,20 @@ class Grouping:
 
     def _case(self, expression: Case[Any], *, compared: bool) -> Formula:
         values = [then for _, then in expression.whens] + ([] if expression.else_ is None else [expression.else_])
-        self._check_choice(*values, compared=compared)
+        self._check_choice(*values)
+        if self.dialect.name != "sqlite" and any(map(self._pads, values)):
+            raise refused(
+                "a CASE of a COALESCE whose values may have different digits, over several shards",
+                "give its values the same number of digits after the point, or do it in the application",
+            )
+        if any(self._scale(each) != 0 for each in map(bare, values) if not _is_null(each)):
+            self.asks_shards = "a CASE of numbers with digits after the point"
         parts: list[Formula] = []
         for when, then in expression.whens:
-            parts += (self.test(when), self.formula(then, compared=compared))
-        other = Constant(None) if expression.else_ is None else self.formula(expression.else_, compared=compared)
-        return Call(formulas.first_true, (*parts, other))
+            parts += (self.test(when), *self._values([then], compared=compared))
+        if expression.else_ is None:
+            return Call(formulas.first_true, (*parts, Constant(None)))
+        return Call(formulas.first_true, (*parts, *self._values([expression.else_], compared=compared)))
 
     def _compared(self, average: Place) -> Place:
         """Where comparisons find an AVG: servers compare it with other digits than they show."""
@@ -532,12 +605,15 @@ class Grouping:
             return Call(how, (self._present(clause.left),))
         left = self._operand(clause.left)
         if operator in _COMPARISONS:
+            self._check_compared(clause.left, right, listed=False)
             return Call(_COMPARISONS[operator], (left, self._operand(right)))
         found: Formula
         if operator in (operators.between_op, operators.not_between_op) and isinstance(right, ExpressionClauseList):
+            self._check_compared(clause.left, *right.clauses, listed=True)
             found = Call(formulas.between, (left, *(self._operand(each) for each in right.clauses)))
             return Call(formulas.negated, (found,)) if operator is operators.not_between_op else found
         if operator in (operators.in_op, operators.not_in_op) and isinstance(right, BindParameter) and right.expanding:
+            self._check_compared(clause.left, listed=True)
             values = self.binds.of(right)
             if all(isinstance(value, int | float | Decimal) or value is None for value in values):
                 found = Call(formulas.one_of, (left, *map(Constant, values)))
@@ -602,6 +678,10 @@ def _is_quotient(expression: Any) -> bool:
     return _name(expression) == "avg"
 
 
+def _holds_average(expression: Any) -> bool:
+    return any(_name(each) == "avg" for each in visitors.iterate(expression))
+
+
 def _divides(expression: BinaryExpression[Any]) -> bool:
     operator: Any = expression.operator
     return operator is operators.truediv or getattr(operator, "opstring", "").strip() == "/"
@@ -639,6 +719,10 @@ def _holds_quotient(expression: Any) -> bool:
 def is_constant(expression: Any) -> bool:
     """Whether it is the same for every row: a bound value, NULL, or a literal."""
     return isinstance(expression, BindParameter | Null) or bool(getattr(expression, "is_literal", False))
+
+
+def _is_null(expression: Any) -> bool:
+    return isinstance(expression, Null)
 
 
 def least(column: ColumnElement[Any]) -> ColumnElement[Any]:

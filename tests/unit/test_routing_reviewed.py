@@ -14,6 +14,7 @@ from sqlalchemy.orm import joinedload
 
 from shardkit.errors import RoutingError
 from shardkit.routing.anatomy import dialect_of
+from shardkit.routing.formulas import value_of
 from shardkit.routing.planner import plan
 from shardkit.routing.route import RouteOptions
 from shardkit.routing.sorting import Comparison, sort_column
@@ -375,10 +376,78 @@ def test_a_quotient_becomes_floating_point_with_digits_that_are_not_shown(expres
     _asked_of_servers(sa.select(expression), fine=fine)
 
 
-def test_an_average_with_a_default_can_be_compared() -> None:
-    groups = sa.select(u.name).group_by(u.name)
-    _asked_of_servers(groups.having(sa.func.coalesce(average, 0.5) > 1), fine=True)
-    _asked_of_servers(groups.having(sa.func.coalesce(balance / 3, 0.5) > 1), fine=False)
+quotient = balance / count()
+
+
+@pytest.mark.parametrize(
+    ("condition", "fine"),
+    [
+        (sa.func.coalesce(average, 0) > 1, False),
+        (sa.func.coalesce(average, 0.5) > 1, False),
+        (-average < -1, False),
+        (sa.case((count() > 2, average), else_=0) > 1, False),
+        (average.between(1, 2), False),
+        (~average.between(1, 2), False),
+        (average.in_([1, 2]), False),
+        (sa.literal(3).between(average, 4), False),
+        (quotient.between(1, 2), False),
+        (quotient.in_([1, 2]), False),
+        (quotient > 0.5, False),
+        (quotient > sa.func.avg(typed.c.f), False),
+        (sa.func.coalesce(quotient, 0) > 0.5, False),
+        (sa.func.coalesce(balance / 3, 0.5) > 1, False),
+        (average > 1, True),
+        (average > 0.5, True),
+        (average.is_(None), True),
+        (sa.func.coalesce(sa.func.avg(typed.c.f), 0) > 1, True),
+        (sa.func.avg(typed.c.f).between(1, 2), True),
+        (sa.func.coalesce(quotient, 0) > 1, True),
+        (quotient > Decimal("0.5"), True),
+        (balance.between(1, 2), True),
+    ],
+)
+def test_a_quotient_is_compared_with_digits_that_are_not_shown(condition: Any, fine: bool) -> None:
+    _asked_of_servers(sa.select(u.name).group_by(u.name).having(condition), fine=fine)
+
+
+def test_averages_are_told_apart_by_digits_that_are_not_shown() -> None:
+    groups = sa.select(average).group_by(u.name)
+    _asked_of_servers(groups, fine=True)
+    _asked_of_servers(groups.distinct(), fine=False)
+    _asked_of_servers(sa.select(sa.func.avg(typed.c.f)).group_by(typed.c.d).distinct(), fine=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "fine"),
+    [
+        (sa.func.coalesce(average, 0), False),
+        (-sa.func.coalesce(average, 0), False),
+        (sa.func.coalesce(balance / 3, 0) + 0, False),
+        (sa.func.coalesce(average, None), True),
+        (sa.func.coalesce(balance, 0), True),
+        (sa.func.coalesce(total(u.age), Decimal("2.50")), True),
+    ],
+)
+def test_a_coalesce_in_a_case_has_the_digits_of_its_type(value: Any, fine: bool) -> None:
+    _asked_of_servers(sa.select(sa.case((count() > 2, value), else_=1)).group_by(u.name), fine=fine)
+
+
+def test_a_coalesce_shows_each_value_with_the_digits_of_its_type() -> None:
+    chosen = sa.select(sa.case((count() > 2, sa.func.coalesce(total(u.age), Decimal("2.50"))), else_=1))
+    merge = plan(chosen.group_by(u.name), None, shop_map(), dialect_name="mysql").merge
+    assert merge
+    assert merge.groups
+    (computed,) = merge.groups.computed
+    case: Any = computed.formula
+    assert str(value_of(case.arguments[1], [7] * 20)) == "7.00"
+
+
+def test_digits_of_a_case_are_not_known_where_no_shard_sends_a_row() -> None:
+    different = count(u.age.distinct())
+    _asked_of_servers(sa.select(sa.case((count() > 2, Decimal("1.50")), else_=1), different), fine=False)
+    _asked_of_servers(sa.select(sa.case((count() > 2, -total(u.age)), else_=1), different), fine=True)
+    hidden = -sa.func.coalesce(total(u.age), Decimal("1.50"))  # an integer to SQLAlchemy
+    _asked_of_servers(sa.select(sa.case((count() > 2, hidden), else_=1), different), fine=False)
 
 
 def _asked_of_servers(statement: Any, *, fine: bool) -> None:
