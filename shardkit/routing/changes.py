@@ -274,6 +274,13 @@ class Changes:
             for table, each in zip(tables, infos, strict=True)
         )
         if not keyed:
+            if info.kind == "reference":
+                raise ScatterRefused(
+                    f"a bulk UPDATE by primary key of {info.name}, which stands on every shard",
+                    hint="execute an UPDATE with a condition, or session.bulk_update_mappings()",
+                    table=info.name,
+                    shards=len(hosts),
+                )
             raise ScatterRefused(
                 f"a bulk UPDATE of {info.name} by primary key, which does not hold its key",
                 hint="execute an UPDATE with a condition on the key",

@@ -162,6 +162,8 @@ class Flush:
         key = home.key_of(state) if home.key else None
         if key is not None and (shard := self._session.looked_up(lambda: home.placed_by(key))) is not None:
             return shard
+        if token is None:  # made persistent by hand: nobody has said where it stands
+            return self._session.find_shard(state)
         raise StaleShardMap(
             f"the {state.class_.__name__} {state.key and state.key[1]} was loaded before the shard map changed, "
             "and its shard is not known any more",

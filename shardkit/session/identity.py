@@ -165,9 +165,11 @@ class IdentitySession(FilingSession):
             self.identity_map.replace(state)
 
     def find_shard(self, state: InstanceState[Any]) -> str:
-        """Where the row of an object is now, which was loaded before buckets moved and whose key is not loaded.
+        """Where the row of an object is now, whose key is not loaded: it was loaded before buckets moved, or made by
+        `sqlalchemy.orm.make_transient_to_detached`.
 
         :raises StaleShardMap: when it is not to be found, or was found before as another object.
+        :raises RoutingError: the same, of an object that was not loaded at all.
         """
         mapper, identity = state.mapper, state.identity
         assert identity is not None  # noqa: S101 - it has been loaded before
@@ -188,6 +190,16 @@ class IdentitySession(FilingSession):
             self._unplaced.discard(state)
             return str(state.key[2])
         if len(found) != 1 or found[0] in known or found[0].key is None:
+            if state.key is not None and state.key[2] is None:
+                there = "is in this session already" if found else "is on no shard"
+                raise RoutingError(
+                    f"{mapper.class_.__name__} {tuple(identity)} was given to the session as an object with a row, and "
+                    f"this row {there}",
+                    table=home.table.name,
+                    key=[part.column for part in home.key],
+                    shards=len(home.info.shards),
+                    hint="load the object with get(), or give it its key, too",
+                )
             raise StaleShardMap(
                 f"the row of {mapper.class_.__name__} {tuple(identity)} is not where it was before its buckets moved",
                 hint="load it again by its key",

@@ -10,7 +10,15 @@ import sqlalchemy as sa
 from sqlalchemy import event, insert, inspect, select, text, update
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, joinedload, mapped_column, relationship
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    joinedload,
+    make_transient_to_detached,
+    mapped_column,
+    relationship,
+)
 
 import shardkit
 from shardkit.cluster import Cluster
@@ -485,3 +493,41 @@ def test_a_database_that_shards_of_one_server_share_is_not_asked_for_each_of_the
         assert session.scalars(select(User.id).where(User.id == user), execution_options=options).all() == [user]
         options = {"schema_translate_map": {None: None, "elsewhere": "other"}}  # not these tables
         assert session.scalars(select(User.id), execution_options=options).all() == [user]
+
+
+def by_hand(order: int, **values: Any) -> Order:
+    """An object that stands for a row which is said to be there."""
+    made = Order(id=order, **values)
+    make_transient_to_detached(made)
+    return made
+
+
+def test_an_object_that_was_never_loaded_is_written_where_its_row_stands(shop: Shop, users: dict[str, int]) -> None:
+    """The fixture's orders are 1 to 3, one on each shard."""
+    with shop.session() as session:
+        changed, gone = by_hand(2), by_hand(3, user_id=users["shop-2"])
+        session.add_all([changed, gone])
+        changed.item = "new"
+        session.delete(gone)
+        session.commit()
+        assert (changed.user_id, changed.item) == (users["shop-1"], "new")
+    assert shop.where("orders", "id, item") == {"shop-0": [(1, "i")], "shop-1": [(2, "new")], "shop-2": []}
+
+
+def test_an_object_that_was_never_loaded_has_to_have_a_row(shop: Shop, users: dict[str, int]) -> None:
+    with shop.session() as session:
+        known = session.get_one(Order, 2)
+        for number, said in ((7, "is on no shard"), (2, "is in this session already")):
+            made = by_hand(number)
+            session.add(made)
+            made.item = "new"
+            with pytest.raises(RoutingError, match=said):
+                session.flush()
+            session.rollback()
+            session.expunge(made)
+            assert known.item == "i"
+
+
+def test_a_bulk_update_of_a_reference_table_is_refused_for_what_it_is(shop: Shop) -> None:
+    with shop.session() as session, pytest.raises(RoutingError, match="stands on every shard"):
+        session.execute(update(Country), [{"code": "kr", "name": "Korea"}])
