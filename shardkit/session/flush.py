@@ -15,6 +15,7 @@ from sqlalchemy.orm.interfaces import RelationshipDirection
 
 from shardkit.errors import KeyChange, MissingKey, StaleShardMap
 from shardkit.session.homes import Home, check_generated, home_of
+from shardkit.session.renamed import refuse_shared_schema, schema_map_of
 from shardkit.session.shared import changed_values, missing_values, touched_values
 from shardkit.snapshots import View
 
@@ -258,8 +259,16 @@ class Flush:
         table = home.info.name
         if table not in self._replications:
             self._session.admit_writes(home.info.shards)
-            self._replications[table] = ReplicatedConnection([self._connection(shard) for shard in home.info.shards])
+            connections = {shard: self._connection(shard) for shard in home.info.shards}
+            self.refuse_shared_schema(home, connections)
+            self._replications[table] = ReplicatedConnection(list(connections.values()))
         return self._replications[table]
+
+    def refuse_shared_schema(self, home: Home, connections: Mapping[str, Connection]) -> None:
+        """:raises RoutingError: where rows of a reference table would be written several times into one database."""
+        by_session = self._session.execution_options.get("schema_translate_map")
+        renamed = {shard: by_session or schema_map_of(each) for shard, each in connections.items()}
+        refuse_shared_schema([home.info.name], renamed, self._view)
 
     def verify(self, states: Iterable[InstanceState[Any]]) -> None:
         """Once written: the rows are where their keys say, whatever event handlers did meanwhile.

@@ -21,6 +21,7 @@ from shardkit.errors import DeadlineExceeded, RoutingError, ShardUnreachable
 from shardkit.routing.route import Route
 from shardkit.session.deadline import Deadline, checked_seconds
 from shardkit.session.parallel import runner_for
+from shardkit.session.renamed import refuse_shared_schema, schema_map_of
 from shardkit.session.results import merged
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ def select_from_several(
         session._autoflush()  # noqa: SLF001 - as Session.execute does for statements without entities
     with Deadline(seconds, session.cluster) as deadline:
         parts, missing = _connected(session, prepared, partial_ok=partial_ok)
+        if not said.get("schema_translate_map"):
+            renamed = {part.shard: schema_map_of(part.connection) for part in parts}
+            refuse_shared_schema(route.tables, renamed, session._outermost().view)  # noqa: SLF001
         if said.get("yield_per") or said.get("stream_results"):
             for part in parts:
                 write_patiently(part.connection)

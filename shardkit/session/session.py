@@ -140,6 +140,8 @@ class ClusterSession(RoutedSession):
             for shard in shards:
                 groups.setdefault(shard, []).append(item)
         self.admit_writes(groups)
+        if home.replicated and groups:
+            flush.refuse_shared_schema(home, {shard: self.connection_to_write(shard) for shard in groups})
         if options["isstates"] and options["isupdate"]:
             try:
                 self._check_what_replicas_showed(items)

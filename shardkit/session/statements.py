@@ -30,6 +30,7 @@ from shardkit.session.deadline import Deadline, checked_seconds
 from shardkit.session.homes import Home, home_of
 from shardkit.session.identity import IdentitySession
 from shardkit.session.inserts import filled
+from shardkit.session.renamed import refuse_shared_schema, schema_map_of
 from shardkit.session.results import WriteResult, empty, merged
 from shardkit.session.scatter import select_from_several
 from shardkit.session.tokens import LOAD_OPTIONS, PARENT_LOAD, as_immutable, existing, identity_of, tokened, with_token
@@ -337,7 +338,7 @@ class RoutedSession(IdentitySession):
 
         said = self._merged_options(route.statement, options)
         if renamed := said.get("schema_translate_map"):
-            refuse_shared_schema(route, renamed, view)
+            refuse_shared_schema(route.tables, dict.fromkeys(route.shards, renamed), view)
         run = self._runner(said.get("shardkit_deadline"))
         if route.kind is StatementKind.SELECT and not route.writes:
             self.cluster.metrics.scattered.labels(route.tables[0] if route.tables else "").inc()
@@ -354,6 +355,11 @@ class RoutedSession(IdentitySession):
         if route.kind in {StatementKind.TEXT, StatementKind.DDL} and self._outermost().written:
             refuse_implicit_commit(route.statement, view)
         self.admit_writes(route.shards)
+        if not renamed:
+            connections = {shard: self.connection_to_write(shard) for shard in route.shards}
+            refuse_shared_schema(
+                route.tables, {shard: schema_map_of(each) for shard, each in connections.items()}, view
+            )
         results: list[Result[Any]] = []
         for shard in route.shards:
             target = target_for(shard)
@@ -450,21 +456,6 @@ def refuse_implicit_commit(statement: Any, view: View) -> None:
             "the server commits before and after this statement, and the transaction has written already: "
             "a part of it could not be undone any more",
             hint="commit first, and run it in a transaction of its own",
-        )
-
-
-def refuse_shared_schema(route: Route, renamed: Mapping[str | None, str | None], view: View) -> None:
-    """:raises RoutingError: where a ``schema_translate_map`` leads several shards of one server to the same database,
-    whose rows would count once for each of them."""
-    if not any(renamed.get(name.rpartition(".")[0] or None) for name in route.tables):
-        return
-    masters = [view.map.shards[shard].master for shard in route.shards]
-    if view.planner.dialect_name != "sqlite" and len({(each.host, each.port) for each in masters}) < len(masters):
-        raise RoutingError(
-            "schema_translate_map names a database that several shards on one server share",
-            table=route.tables[0],
-            shards=len(route.shards),
-            hint="ask one shard (shardkit_shard), or give each shard a server of its own",
         )
 
 

@@ -531,3 +531,27 @@ def test_an_object_that_was_never_loaded_has_to_have_a_row(shop: Shop, users: di
 def test_a_bulk_update_of_a_reference_table_is_refused_for_what_it_is(shop: Shop) -> None:
     with shop.session() as session, pytest.raises(RoutingError, match="stands on every shard"):
         session.execute(update(Country), [{"code": "kr", "name": "Korea"}])
+
+
+def test_a_connection_that_renames_schemas_is_not_asked_for_each_shard_of_its_server(server_shop: Shop) -> None:
+    renamed = {"schema_translate_map": {None: server_shop.masters["shop-0"].database}}
+    (user,) = server_shop.users_on("shop-0", 1)
+    with server_shop.session() as session:
+        session.add_all([User(id=user, name="u"), Country(code="de", name="Germany")])
+        session.commit()
+        for work in (
+            lambda: session.scalars(select(User.id)).all(),
+            lambda: session.execute(update(User).values(age=1), execution_options={"shardkit_scatter": True}),
+            lambda: session.execute(insert(Country).values(code="kr", name="Korea")),
+            lambda: session.bulk_insert_mappings(inspect(Country), [{"code": "kr", "name": "Korea"}]),
+            lambda: session.flush(session.add(Country(code="fr", name="France"))),  # type: ignore[func-returns-value]
+        ):
+            for shard in SHARDS:
+                session.connection(bind_arguments={"shardkit_shard": shard}, execution_options=renamed)
+            with pytest.raises(RoutingError, match="share"):
+                work()
+            session.rollback()
+    with server_shop.session(execution_options=renamed) as session:
+        session.add(Country(code="kr", name="Korea"))
+        with pytest.raises(RoutingError, match="share"):
+            session.flush()
