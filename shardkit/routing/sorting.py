@@ -221,6 +221,21 @@ def _weight_string(element: WeightString, compiler: SQLCompiler, **kw: Any) -> s
     )
 
 
+class Moment(FunctionElement[int]):
+    """The number that a TIMESTAMP sorts as, where a clock that goes back shows two moments alike: MariaDB knows them
+    apart, in groups and expressions, too; MySQL takes them there for what they show (seen on MariaDB 10.11, MySQL 9.7).
+    """
+
+    inherit_cache = True
+
+
+@compiles(Moment)
+def _moment_sql(element: Moment, compiler: SQLCompiler, **kw: Any) -> str:
+    (moment,) = element.clauses
+    sql = compiler.process(moment, **kw)
+    return f"CASE WHEN locate('MariaDB', version()) THEN unix_timestamp({sql}) ELSE {sql} + 0 END"
+
+
 def raw(expression: ColumnElement[Any]) -> ColumnElement[Any]:
     """The value as the driver gives it, with no result processing."""
     return sa.type_coerce(expression, NullType())
@@ -243,13 +258,17 @@ def sort_column(expression: ColumnElement[Any], dialect: Dialect) -> tuple[Colum
 
 
 def row_column(expression: ColumnElement[Any], dialect: Dialect) -> tuple[ColumnElement[Any], Comparison]:
-    """`sort_column` for rows that are neither grouped nor made distinct: the servers sort a TIMESTAMP column as the
-    moment that it is, and a clock that goes back shows two moments alike.
+    """`sort_column` for rows that are neither grouped nor made distinct: both servers sort a table's TIMESTAMP as the
+    moment that it is, though a clock that goes back shows two moments alike.
 
     :raises Refused: where the database's order cannot be told from outside.
     """
     column = bare(expression)
-    if dialect.name != "sqlite" and isinstance(stored_type(column.type, dialect), sa.TIMESTAMP) and _is_stored(column):
+    if (
+        dialect.name != "sqlite"
+        and isinstance(stored_type(column.type, dialect), sa.TIMESTAMP)
+        and _is_of_table(column)
+    ):
         return raw(sa.func.unix_timestamp(column)), Comparison.NUMBER
     return sort_column(expression, dialect)
 
@@ -362,6 +381,9 @@ def _moment(expression: Any, stored: Any) -> ColumnElement[Any]:
     :raises Refused: for other texts, or what may be one.
     """
     kinds = set(_kinds_of_moment(expression))
+    if kinds & _MOMENTS and kinds <= {*_MOMENTS, "null"}:
+        return Moment(expression)
+    kinds = {kind.replace("moment", "datetime") for kind in kinds}
     if kinds <= _NATIVE:
         return _numbered(expression)
     if kinds <= {"date", "bound date", "null"}:
@@ -373,6 +395,7 @@ def _moment(expression: Any, stored: Any) -> ColumnElement[Any]:
 
 #: Dates and times to the server, as which it sorts them.
 _NATIVE: Final = frozenset({"date", "datetime", "fine datetime", "time", "null"})
+_MOMENTS: Final = frozenset({"moment", "fine moment"})
 _CLOCKS: Final = names_of(
     "adddate curdate current_date current_time current_timestamp curtime date date_add date_sub from_days "
     "from_unixtime last_day localtime localtimestamp makedate maketime now sec_to_time subdate sysdate timestamp "
@@ -393,9 +416,9 @@ def _kinds_of_moment(expression: Any) -> Iterator[str]:
         case Null():
             yield "null"
         case BindParameter():
-            yield f"bound {_kind_of_moment(expression.type)}"
+            yield f"bound {_kind_of_moment(expression.type, stored=False)}"
         case Cast():
-            yield _kind_of_moment(expression.type)
+            yield _kind_of_moment(expression.type, stored=False)
         case Case():
             for each in (*(then for _, then in expression.whens), expression.else_):
                 if each is not None:
@@ -415,23 +438,33 @@ def _kinds_of_moment(expression: Any) -> Iterator[str]:
             elif name in _PASSING and arguments:
                 yield from _kinds_of_moment(arguments[0])
             else:
-                yield _kind_of_moment(expression.type) if name in _CLOCKS else "unknown"
+                yield _kind_of_moment(expression.type, stored=False) if name in _CLOCKS else "unknown"
         case _:
             yield "unknown"
 
 
-def _kind_of_moment(column_type: Any) -> str:
+def _kind_of_moment(column_type: Any, *, stored: bool = True) -> str:
+    """:param stored: whether it is a column's, which may be a TIMESTAMP; values and functions are a DATETIME."""
     while isinstance(column_type, TypeDecorator):
         column_type = column_type.impl_instance
     match column_type:
         case sa.DateTime():
-            return "fine datetime" if getattr(column_type, "fsp", None) else "datetime"
+            kind = "moment" if stored and isinstance(column_type, sa.TIMESTAMP) else "datetime"
+            return f"fine {kind}" if getattr(column_type, "fsp", None) else kind
         case sa.Date():
             return "date"
         case sa.Time():
             return "time"
         case _:
             return "unknown"
+
+
+def _is_of_table(expression: Any) -> bool:
+    """Whether it is a column of a table, and of no subquery."""
+    table = getattr(expression, "table", None)
+    while isinstance(table, sa.Alias):
+        table = table.element
+    return isinstance(table, sa.TableClause)
 
 
 def _is_stored(expression: Any) -> bool:
