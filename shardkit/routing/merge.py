@@ -11,11 +11,14 @@ import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from operator import itemgetter
+from typing import Any
 
 from sqlalchemy.sql.base import Executable
 
+from shardkit.errors import RoutingError
 from shardkit.routing.combining import Groups, Row
-from shardkit.routing.sorting import SortKey, identity, ordering
+from shardkit.routing.sorting import Ordering, SortKey, identity, ordering
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ def merge_rows(plan: MergePlan, streams: Sequence[Iterable[Row]]) -> Iterator[Ro
     distinct values are held in memory.
 
     :param streams: rows of ``plan.statement``, hidden columns included; one stream a shard.
-    :raises RoutingError: when a shard sends a value that its column's type did not promise.
+    :raises RoutingError: when a shard sends a value, or an order, that its column's type did not promise.
     """
     if plan.limit == 0:
         return iter(())
@@ -82,7 +85,8 @@ def merge_rows(plan: MergePlan, streams: Sequence[Iterable[Row]]) -> Iterator[Ro
         if plan.order:
             rows = iter(sorted(rows, key=ordering(plan.order)))
     elif plan.order:
-        rows = heapq.merge(*streams, key=ordering(plan.order))
+        key = ordering(plan.order)
+        rows = map(_ROW, heapq.merge(*(_in_order(stream, key) for stream in streams), key=_KEY))
     else:
         rows = chain.from_iterable(streams)
     if plan.distinct:
@@ -90,6 +94,27 @@ def merge_rows(plan: MergePlan, streams: Sequence[Iterable[Row]]) -> Iterator[Ro
     end = None if plan.limit is None else plan.offset + plan.limit
     visible = plan.visible
     return (row[:visible] for row in islice(rows, plan.offset, end))
+
+
+_KEY, _ROW = itemgetter(0), itemgetter(1)
+
+
+def _in_order(rows: Iterable[Row], key: Ordering) -> Iterator[tuple[Any, Row]]:
+    """A shard's rows with what they are merged by.
+
+    :raises RoutingError: where they are sorted by something else: merged, they would be in no order at all.
+    """
+    last: Any = None
+    for row in rows:
+        known = key(row)
+        if last is not None and known < last:
+            raise RoutingError(
+                "a shard has sorted its rows otherwise than the model's column types say",
+                hint="a column that is sorted by is declared as another type than the database has (a String for an "
+                "ENUM, say); correct it, or sort in the application",
+            )
+        last = known
+        yield known, row
 
 
 def _different(keys: tuple[SortKey, ...], rows: Iterable[Row]) -> Iterator[Row]:

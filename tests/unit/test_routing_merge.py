@@ -166,3 +166,8 @@ def test_having_compares_null_with_nothing() -> None:
 def test_the_steps_are_said_in_order() -> None:
     plan = MergePlan(SELECT, 1, (UP,), (UP,), limit=3, offset=1)
     assert plan.steps == ("drop equal rows", "merge sorted rows", "skip 1", "take 3")
+
+
+def test_rows_that_are_sorted_otherwise_are_not_merged() -> None:
+    with pytest.raises(RoutingError, match="sorted its rows otherwise"):
+        merged(MergePlan(SELECT, 1, (UP,)), [("a", 1), ("b", 3), ("c", 2)], [("d", 2), ("e", 2)])
