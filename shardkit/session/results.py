@@ -7,6 +7,7 @@ tests/unit/test_session_hooks.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Result
@@ -26,12 +27,18 @@ class MergedResult(IteratorResult[Any]):
 
 
 def merged(
-    plan: MergePlan, results: Sequence[Result[Any]], statement: Executable, *, missing: tuple[str, ...] = ()
+    plan: MergePlan,
+    results: Sequence[Result[Any]],
+    statement: Executable,
+    *,
+    missing: tuple[str, ...] = (),
+    tuples: bool = False,
 ) -> MergedResult:
     """One result of the rows of several shards. Needs at least one.
 
     :param statement: as it was given, without hidden columns.
     :param missing: shards whose rows are not among them.
+    :param tuples: whether rows of one entity are to stay rows (``Query.only_return_tuples()``).
     """
     first = results[0]
     unique = first._unique_filter_state  # noqa: SLF001 - set by the ORM where joined collections need unique()
@@ -41,9 +48,16 @@ def merged(
     else:
         for result in results:
             result._unique_filter_state = None  # noqa: SLF001 - unique() is for the merged rows
-    answer = MergedResult(_metadata(first, plan.visible), merge_rows(plan, results))
+    told = _attributes(statement)
+    rows: Iterator[Any] = merge_rows(plan, results)
+    # as SQLAlchemy's own results of one entity: unique() and scalars() see the objects, not rows
+    bare = bool(told["is_single_entity"]) and not tuples
+    told["is_single_entity"] = bare
+    if bare:
+        rows = map(itemgetter(0), rows)
+    answer = MergedResult(_metadata(first, plan.visible), rows, _source_supports_scalars=bare)
     answer.missing_shards = missing
-    answer._attributes = first._attributes.union(_attributes(statement))  # noqa: SLF001 - what Query looks at
+    answer._attributes = first._attributes.union(told)  # noqa: SLF001 - what Query looks at
     answer._unique_filter_state = unique  # noqa: SLF001
     answer._yield_per = first._yield_per  # noqa: SLF001 - the size of partitions()
     return answer

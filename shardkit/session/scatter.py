@@ -23,6 +23,7 @@ from shardkit.session.deadline import Deadline, checked_seconds
 from shardkit.session.parallel import runner_for
 from shardkit.session.renamed import refuse_shared_schema, schema_map_of
 from shardkit.session.results import merged
+from shardkit.session.tokens import LOAD_OPTIONS
 
 if TYPE_CHECKING:
     from shardkit.session.statements import RoutedSession
@@ -105,7 +106,14 @@ def select_from_several(
         for part, cursor in answered
     ]
     assert route.merge is not None  # noqa: S101 - the planner's promise for several shards
-    return merged(route.merge, results, route.statement, missing=tuple(each.shard for each in missing))
+    load = answered[0][0].options.get(LOAD_OPTIONS)
+    return merged(
+        route.merge,
+        results,
+        route.statement,
+        missing=tuple(each.shard for each in missing),
+        tuples=load is not None and load._only_return_tuples,  # noqa: SLF001
+    )
 
 
 def _connected(

@@ -841,3 +841,15 @@ def test_upserts_land_on_the_shard_of_their_key(shop: Shop, users: dict[str, lis
     for shard, ids in users.items():
         assert (ids[0], "again") in shop.rows(shard, "users", "id, name")
         assert len(shop.rows(shard, "users")) == 3
+
+
+def test_unique_is_given_the_objects(shop: Shop) -> None:
+    ids = [number for shard in SHARDS for number in shop.users_on(shard, 2)]
+    with shop.session() as session:
+        session.add_all([User(id=number, name=f"u{number % 2}") for number in ids])
+        session.commit()
+        for users in (select(User), select(User).order_by(User.id)):
+            assert len(session.scalars(users).unique(lambda user: user.name).all()) == len({n % 2 for n in ids})
+            assert {row.User.id for row in session.execute(users)} == set(ids)
+        tuples = session.query(User).order_by(User.id).only_return_tuples(True).all()
+        assert [user.id for (user,) in tuples] == sorted(ids)
