@@ -26,7 +26,7 @@ def as_select(statement: CompoundSelect[Any]) -> sa.Select[Any]:
         raise _refused("a union FOR UPDATE over several shards")
     rows = sa.union_all(*statement.selects).subquery("shardkit_union")
     shown = list(rows.c)
-    names = [column.key or column.name for column in statement.selected_columns]
+    names = _names_of(statement)
     order = [_of_rows(each, statement, shown) for each in statement._order_by_clauses]  # noqa: SLF001
     sorted_by = {id(element) for each in order for element in visitors.iterate(each)}
     for place, column in enumerate(shown):
@@ -36,6 +36,16 @@ def as_select(statement: CompoundSelect[Any]) -> sa.Select[Any]:
     select = select.order_by(*order)
     select._limit_clause, select._offset_clause = statement._limit_clause, statement._offset_clause  # noqa: SLF001 - as they are
     return select if every else select.distinct()
+
+
+def _names_of(statement: CompoundSelect[Any]) -> list[str]:
+    """What the columns of a union are called in its result."""
+    names: list[Any] = [column.key or getattr(column, "name", None) for column in statement.selected_columns]
+    if None not in names:
+        return names
+    # for expressions without a name SQLAlchemy makes one up, when it compiles
+    compiled: Any = statement.compile()
+    return [column.keyname for column in compiled._result_columns]  # noqa: SLF001 - no public reader
 
 
 def _of_rows(clause: Any, statement: CompoundSelect[Any], shown: Sequence[Any]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import delete, event, func, insert, select, update
+from sqlalchemy import delete, event, func, insert, select, union_all, update
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import InvalidRequestError, MultipleResultsFound, PendingRollbackError
 from sqlalchemy.orm import immediateload, joinedload, selectinload
@@ -853,3 +853,15 @@ def test_unique_is_given_the_objects(shop: Shop) -> None:
             assert {row.User.id for row in session.execute(users)} == set(ids)
         tuples = session.query(User).order_by(User.id).only_return_tuples(True).all()
         assert [user.id for (user,) in tuples] == sorted(ids)
+
+
+def test_columns_of_a_union_are_called_as_by_one_database(shop: Shop) -> None:
+    ids = [number for shard in SHARDS for number in shop.users_on(shard, 1)]
+    union = union_all(select(User.id + 1, -User.id, User.id * 2), select(User.id, User.id, User.id))
+    with shop.session() as session:
+        session.add_all([User(id=number, name="u") for number in ids])
+        session.commit()
+        one = session.execute(union, execution_options={"shardkit_shard": "shop-1"})
+        over = session.execute(union)
+        assert list(over.keys()) == list(one.keys())
+        assert len(over.all()) == 2 * len(ids)

@@ -139,6 +139,21 @@ REFUSED: dict[str, Any] = {
 }
 
 
+ANSWERED |= {
+    f"a union of {name}": union(
+        sa.select(*columns), sa.select(*(sa.type_coerce(u.id, column.type) for column in columns))
+    )
+    for union in (sa.union, sa.union_all)
+    for name, columns in {
+        "sums": (u.age + 1, u.id, u.age + 1),
+        "negative numbers": (-u.id,),
+        "casts": (sa.cast(u.id, sa.Integer),),
+        "conditions": (u.id > 3, u.age.is_(None)),
+        "cases": (sa.case((u.id > 3, 1), else_=0),),
+    }.items()
+}
+
+
 @pytest.mark.parametrize("name", ANSWERED)
 def test_answered_as_one_database_does(shop: Shop, name: str) -> None:
     statement = ANSWERED[name]
