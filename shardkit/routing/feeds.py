@@ -132,7 +132,8 @@ class Feeding:
 
 
 def feeding_of(statement: Any, names: Sequence[str], dialect: Dialect, *, locked: bool) -> Feeding | None:
-    """Find the subqueries in a statement's WHERE that can run before it; None where there are none.
+    """Find the subqueries in a WHERE, and EXISTS asked for as columns, that can run before the statement; None where
+    there are none.
 
     :param names: the names of the parameters that it is executed with.
     :param locked: the statement changes rows by what its subqueries say, so what they read must stay as it is.
@@ -161,6 +162,20 @@ class _Finder:
                     feed = self._feed(part)
                     if feed is not None:
                         yield feed
+            yield from self._answers(single)
+
+    def _answers(self, single: Any) -> Iterator[Feed]:
+        """What ``select(exists(...))`` and ``Query.exists()`` ask: EXISTS as a column, beside no table."""
+        if not isinstance(single, sa.Select) or single._order_by_clauses or single._group_by_clauses:  # noqa: SLF001 - no public reader
+            return
+        around = self._around.parts_of(single)
+        if around is None or around.froms:
+            return
+        for column in single._raw_columns:  # noqa: SLF001
+            for part in _parts(column):
+                feed = self._existence(part) if isinstance(part, Exists) else None
+                if feed is not None:
+                    yield feed
 
     def _feed(self, part: ClauseElement) -> Feed | None:
         if isinstance(part, Exists):
@@ -283,7 +298,7 @@ def _singles(statement: Any) -> Iterator[Any]:
 
 
 def _rebuilt(statement: Any, change: Callable[[Any], Any]) -> Any:
-    """A statement whose `_singles` have other conditions."""
+    """A statement whose `_singles` have other conditions, and columns."""
     match statement:
         case SelectStatementGrouping():
             return SelectStatementGrouping(_rebuilt(statement.element, change))
@@ -293,16 +308,18 @@ def _rebuilt(statement: Any, change: Callable[[Any], Any]) -> Any:
         case _:
             changed = statement._generate()  # noqa: SLF001
             changed._where_criteria = tuple(change(each) for each in statement._where_criteria)  # noqa: SLF001
+            if isinstance(statement, sa.Select):
+                changed._raw_columns = [change(each) for each in statement._raw_columns]  # noqa: SLF001
     return changed
 
 
 def _parts(condition: Any) -> Iterator[ClauseElement]:
-    """What a condition is put together from by AND, OR and NOT."""
+    """What a condition, or a column, is put together from by AND, OR and NOT."""
     match condition:
         case BooleanClauseList():
             for each in condition.clauses:
                 yield from _parts(each)
-        case Grouping():
+        case Grouping() | Label():
             yield from _parts(condition.element)
         case UnaryExpression() if condition.operator is operators.inv:
             yield from _parts(condition.element)
@@ -320,6 +337,8 @@ def _replaced(condition: Any, instead: Mapping[int, ColumnElement[bool]]) -> Any
             return join(*(_replaced(each, instead) for each in condition.clauses))
         case Grouping():
             return _replaced(condition.element, instead)
+        case Label() if any(id(each) in instead for each in _parts(condition)):
+            return Label(condition.name, _replaced(condition.element, instead))
         case UnaryExpression() if condition.operator is operators.inv:
             return sa.not_(_replaced(condition.element, instead))
         case _:

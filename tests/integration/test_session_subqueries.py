@@ -42,6 +42,16 @@ def test_who_was_written_to(shop: Shop, friends: Any) -> None:
         assert names(session, select(User.name).where(select(Invoice).exists())) == ["ann", "bob"]
 
 
+def test_whether_there_is_anybody(shop: Shop, friends: Any) -> None:
+    with shop.session() as session:
+        assert session.query(session.query(User).filter(User.name == "bob").exists()).scalar() is True
+        assert session.scalar(select(exists().where(User.name == "nobody"))) is False
+        (row,) = session.execute(select(exists().where(User.age > 35).label("old"), ~exists().where(User.age > 50)))
+        assert (row.old, row[1]) == (True, True)
+        with pytest.raises(CrossShardJoin):
+            session.scalars(select(select(Order.id).where(Order.item == User.name).exists()).select_from(User))
+
+
 def test_only_the_shards_of_the_values_are_asked(shop: Shop, friends: Any) -> None:
     asked: list[str] = []
     for shard in SHARDS:

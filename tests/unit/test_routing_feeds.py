@@ -54,6 +54,15 @@ ANSWERED: dict[str, Any] = {
     "EXISTS of an aggregate over nothing": (
         sa.select(u.id).where(sa.exists(sa.select(sa.func.max(Member.id)).where(Member.age > 10_000)))
     ),
+    "EXISTS as a column": sa.select(sa.exists().where(u.age > 20)),
+    "EXISTS of nothing as a column": sa.select(sa.exists(sa.select(u.id).where(u.age > 10_000))),
+    "NOT EXISTS as a column": sa.select(~sa.exists().where(u.age > 20)),
+    "EXISTS as columns": sa.select(
+        sa.exists().where(u.age > 20).label("users"), sa.and_(sa.exists().where(Member.age > 10_000), sa.true())
+    ),
+    "EXISTS of a union": sa.union_all(
+        sa.select(sa.exists().where(u.age > 20)), sa.select(sa.exists().where(Member.age > 10_000))
+    ),
     "NOT EXISTS": sa.select(u.id).where(~sa.exists().where(Member.age > 10_000)),
     "NOT EXISTS of some": sa.select(u.id).where(~sa.exists().where(Member.age > 20)),
     "EXISTS under OR": sa.select(u.id).where(sa.or_(u.age > 30, sa.exists().where(Member.age > 10_000))),
