@@ -49,7 +49,7 @@ def merged(
         for result in results:
             result._unique_filter_state = None  # noqa: SLF001 - unique() is for the merged rows
     told = _attributes(statement)
-    rows: Iterator[Any] = merge_rows(plan, results)
+    rows: Iterator[Any] = _closing(merge_rows(plan, results), results)
     # as SQLAlchemy's own results of one entity: unique() and scalars() see the objects, not rows
     bare = bool(told["is_single_entity"]) and not tuples
     told["is_single_entity"] = bare
@@ -61,6 +61,16 @@ def merged(
     answer._unique_filter_state = unique  # noqa: SLF001
     answer._yield_per = first._yield_per  # noqa: SLF001 - the size of partitions()
     return answer
+
+
+def _closing(rows: Iterator[Any], results: Sequence[Result[Any]]) -> Iterator[Any]:
+    """Rows of these results, which nobody reads on after an error."""
+    try:
+        yield from rows
+    except Exception:
+        for result in results:
+            result.close()
+        raise
 
 
 def _metadata(result: Result[Any], visible: int | None) -> SimpleResultMetaData:
