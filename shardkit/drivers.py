@@ -233,7 +233,7 @@ def _asyncmy_classes() -> tuple[Any, Any]:
         committed: str | None = None
         position: str | None = None
         tells = False
-        _streams: Any = ()
+        _streams: tuple[Any, ...] = ()
 
         async def connect(self) -> None:
             await super().connect()
@@ -249,11 +249,13 @@ def _asyncmy_classes() -> tuple[Any, Any]:
         def cursor(self, cursor: Any = None) -> Any:
             made = super().cursor(cursor)
             if isinstance(made, cursors.SSCursor):
-                self._streams = [*(each for each in self._streams if each.connection is not None), made]
+                self._streams = (*self._streams, made)
             return made
 
         async def _execute_command(self, command: int, sql: Any) -> None:
             result = self._result
+            if self._streams:  # those that are closed
+                self._streams = tuple(each for each in self._streams if each.connection is not None)
             if result is not None and result.unbuffered_active:
                 left = await (_given_up if _ends_transaction(sql) else _rest)(result, errors)
                 for stream in self._streams:
