@@ -391,7 +391,8 @@ class Cluster:
 
         :param mark: what the replica has to have applied.
         :param max_lag: seconds; the cluster's unless given.
-        :param run_blocking: runs the call that may wait for a replica to apply what the mark asks for.
+        :param run_blocking: runs a call that may wait: for a first look at the replicas, or for one to apply what the
+            mark asks for.
         :raises NoFreshReplica: where there is none, and the master has been asked for too many reads already.
         """
         view = self.view  # one map throughout: by another one the same number may be another replica's
@@ -399,7 +400,10 @@ class Cluster:
         replicas = [replica for replica in _replicas_of(here) if here.weight(replica[2])]
         if not replicas:
             return None
-        able = fresh = self._health.fresh(replicas, max_lag)
+        fresh = self._health.fresh(replicas, max_lag)
+        if not fresh and not self._health.has_looked(replicas):
+            fresh = run_blocking(lambda: self._health.first(replicas, max_lag))
+        able = fresh
         if mark is not None and fresh:
             able = self._health.covering(fresh, mark)
             if not able and mark.position is not None and mark.epoch == here.epoch:

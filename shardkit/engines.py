@@ -195,9 +195,8 @@ class Engines:
         try:
             engine = (create_async_engine if slot.asynchronous else create_engine)(url, **options)
         except ModuleNotFoundError as error:
-            extra = "shardkit[async]" if slot.asynchronous else f"the driver {error.name}"
             raise PreconditionFailed(
-                f"the driver of {url.drivername} is not installed", hint=f"pip install {extra}"
+                f"the driver of {url.drivername} is not installed", hint=f"pip install {error.name}"
             ) from error
         self._prepare(engine, slot.shard, slot.role, slot.endpoint)
         return engine

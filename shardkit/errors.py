@@ -1,15 +1,24 @@
 """Every error that shardkit raises on purpose.
 
 Each says what happened, where, and, in ``hint``, what to do about it. No message holds a password: endpoints print
-without credentials (`shardkit.topology.Endpoint`).
+without credentials (`shardkit.topology.Endpoint`), and what somebody has typed into a URL is left out.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Self
 
 from sqlalchemy import exc as sa_exc
+
+#: What a URL, or what is left of one, says between its scheme and its host; people put passwords there.
+_IN_URLS = re.compile(r"(?<=://)[^\s'\"]*@")
+_WITHOUT_SCHEME = re.compile(r"(?<![\w/@.-])([\w.-]+):(?!//)[^\s/@'\"]+@(?=[\w\[])")
+
+
+def _without_secrets(text: str) -> str:
+    return _WITHOUT_SCHEME.sub(r"\1:***@", _IN_URLS.sub("***@", text))
 
 
 class ShardkitError(Exception):
@@ -23,9 +32,9 @@ class ShardkitError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = _without_secrets(message)
         self.hint = hint
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message

@@ -97,7 +97,7 @@ def connect_failure(error: pymysql.MySQLError, endpoint: Endpoint) -> ShardkitEr
     code, text = code_of(error), text_of(error)
     if code in {ER.ACCESS_DENIED_ERROR, 1698}:
         return PreconditionFailed(
-            f"{endpoint.address} refused the relay's user or password",
+            f"{endpoint.address} refused the user or the password",
             hint="set SHARDKIT_USER and SHARDKIT_PASSWORD (or SHARDKIT_PASSWORD_FILE) to an account of that server",
         )
     if code == ER.BAD_DB_ERROR:
@@ -107,7 +107,7 @@ def connect_failure(error: pymysql.MySQLError, endpoint: Endpoint) -> ShardkitEr
         )
     if code == ER.DBACCESS_DENIED_ERROR:
         return PreconditionFailed(
-            f"the relay's user has no rights on the database {endpoint.database} of {endpoint.address}",
+            f"the user has no rights on the database {endpoint.database} of {endpoint.address}",
             hint="grant the privileges listed under 'The relay's accounts' in docs/how-to/relay.md",
         )
     if code in {CR.CR_CONN_HOST_ERROR, CR.CR_SERVER_LOST, 2005, 2002} or code in PASSING:

@@ -37,7 +37,8 @@ class HopStatus:
 
     :param state: ``running`` (a runner holds the hop's lock on the target), ``paused``, ``pausing`` (paused, and the
         runner has yet to notice), ``stopped``, ``failed`` (stopped with an error), ``needs reseed`` (its position is
-        purged from the source's log), ``new`` (never ran), ``unreachable`` (the target does not answer).
+        purged from the source's log), ``new`` (never ran), ``no source`` (not running, and the source does not answer),
+        ``unreachable`` (the target does not answer).
     :param position: how far the target is in the source's log; empty before the first transaction.
     :param lag_seconds: age of the newest heartbeat on the target; None where there is none.
     :param behind: transactions of the source not yet applied; None where the source does not answer.
@@ -103,14 +104,19 @@ def _look(spec: HopSpec, credentials: CredentialSource) -> HopStatus:
             lag = _lag(target, spec.shard)
         family = _family(row, facts.flavour)
         position = parse_position(family, row.gtid)
-        log = _log(spec, credentials, family)
+        log, fault = _log(spec, credentials, family)
     except ShardkitError as error:
         return replace(new, state="unreachable", error=str(error))
     # A runner reads on past other databases' transactions before it moves the position: what it reads is not lost.
+    waits = not (running or row.error or pause is not None)
     lost = not running and log is not None and log.has_lost(position)
     return replace(
         new,
-        state="needs reseed" if lost else _state(row, running=running, paused=pause is not None),
+        state="needs reseed"
+        if lost
+        else "no source"
+        if fault and waits
+        else _state(row, running=running, paused=pause is not None),
         position=row.gtid,
         lag_seconds=lag,
         behind=None if log is None else log.end.ahead_of(position),
@@ -119,7 +125,7 @@ def _look(spec: HopSpec, credentials: CredentialSource) -> HopStatus:
         runner=row.runner,
         apply=path.path.value if path else "",
         apply_reason=path.reason if path else "",
-        error=str(position_lost(spec.source.address, hop=spec.name)) if lost else row.error,
+        error=str(position_lost(spec.source.address, hop=spec.name)) if lost else row.error or fault,
     )
 
 
@@ -148,10 +154,11 @@ def _lag(connection: Connection, shard: str) -> float | None:
     return None if found is None else max(0.0, float(found[0]))
 
 
-def _log(spec: HopSpec, credentials: CredentialSource, flavour: Flavour) -> KeptLog | None:
+def _log(spec: HopSpec, credentials: CredentialSource, flavour: Flavour) -> tuple[KeptLog | None, str]:
+    """What the source has kept of its log, or why it does not say so."""
     try:
         source = connect(spec.source, credentials, autocommit=True, read_timeout=_ANSWER_SECONDS)
         with closing(source), server_errors(spec.source, spec.name, doing="asking how far its log is"):
-            return kept_log(source, flavour)
-    except (ShardkitError, pymysql.MySQLError):
-        return None  # the hop's own state says what there is to say; the source has a line of its own elsewhere
+            return kept_log(source, flavour), ""
+    except (ShardkitError, pymysql.MySQLError) as error:
+        return None, f"its source: {error}"

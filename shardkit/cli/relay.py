@@ -185,7 +185,7 @@ def status(map_source: str, shards: tuple[str, ...], out: Output) -> int:
             out.note(f"{hop.hop}: paused by {hop.paused_by} since {hop.paused_at.isoformat(timespec='seconds')}")
         if hop.error:
             out.warning(f"{hop.hop}: {hop.error}")
-    return 1 if any(hop.state in {"failed", "needs reseed", "unreachable"} for hop in hops) else 0
+    return 1 if any(hop.state in {"failed", "needs reseed", "no source", "unreachable"} for hop in hops) else 0
 
 
 def _span(seconds: float | None) -> str | None:
@@ -201,6 +201,9 @@ def _span(seconds: float | None) -> str | None:
 def short_position(position: str) -> str:
     """A position as far as there is room for it; ``--json`` has the whole."""
     shown = re.sub(r"([0-9a-f]{8})(-[0-9a-f]{4}){3}-[0-9a-f]{12}", r"\1..", position)  # MySQL's, by server
+    first, comma, _ = shown.partition(",")
+    if comma and ":" not in shown:  # of MariaDB's domains the first is the applications'
+        shown = f"{first},.."
     return shown if len(shown) <= MOST_OF_A_POSITION else f"..{shown[2 - MOST_OF_A_POSITION :]}"
 
 

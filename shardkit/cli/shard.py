@@ -24,7 +24,7 @@ def shard() -> None:
 def list_(map_source: str, out: Output) -> int:
     """Every shard's databases: role, whether it answers, position in its master's log, lag.
 
-    Exit code 1 when one does not answer.
+    Exit code 1 when one does not answer, or does not let us in.
     """
     from shardkit.credentials import from_environment
     from shardkit.failover import look
@@ -51,12 +51,15 @@ def list_(map_source: str, out: Output) -> int:
     for each in standings:
         if each.error:
             out.warning(f"{each.endpoint}: {each.error}")
-    return 0 if all(each.reachable for each in standings if each.endpoint.dialect == "mysql") else 1
+    asked = [each for each in standings if each.endpoint.dialect == "mysql"]
+    return 0 if all(each.reachable and each.read_only is not None for each in asked) else 1
 
 
 def _state(standing: Standing) -> str:
     if not standing.reachable:
         return "unknown" if standing.endpoint.dialect != "mysql" else "unreachable"
+    if standing.read_only is None:
+        return "unknown"  # it did not let us in
     return "read-only" if standing.read_only else "writable"
 
 
@@ -113,11 +116,18 @@ def promote(
     undone; 5: the same command goes on.
     """
     from shardkit.credentials import from_environment
+    from shardkit.errors import PreconditionFailed
     from shardkit.failover import make_plan
     from shardkit.failover import promote as carry_out
+    from shardkit.topology import Endpoint
 
     with map_store(map_source) as store:
         shard_map = store.load()
+        if endpoint is not None and "://" in endpoint:
+            try:
+                Endpoint.parse(endpoint)
+            except ValueError as error:
+                raise PreconditionFailed(f"ENDPOINT: {error}") from None
         if endpoint is not None and endpoint in {
             shard_map.shard(name).master.url,
             shard_map.shard(name).master.address,

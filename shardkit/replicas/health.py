@@ -28,6 +28,8 @@ STALE_AFTER = 2.0
 #: Looks at the same time, so that a server that hangs does not hold up the others.
 _PARALLEL = 8
 
+#: Seconds that the first look at a shard's replicas may take before its master is read instead.
+_FIRST_LOOK = 1.0
 #: Seconds between two looks at a replica that a reader waits for.
 _HURRY = 0.002
 
@@ -99,6 +101,23 @@ class ReplicaHealth:
         if max_lag is not None:
             return [replica for replica in replicas if self._judge(replica, now, max_lag, was_fresh=True)]
         return [replica for replica in replicas if replica in self._fresh and self._judge(replica, now, self._max_lag)]
+
+    def first(self, replicas: Sequence[Replica], max_lag: float | None = None) -> list[Replica]:
+        """`fresh`; where nobody has looked at one of them yet, as in a process that has just begun, that is waited for.
+
+        :param max_lag: as `fresh`.
+        """
+
+        def known() -> bool:
+            return bool(self.fresh(replicas, max_lag)) or self.has_looked(replicas)
+
+        with self._seen:
+            self._seen.wait_for(known, _FIRST_LOOK)
+        return self.fresh(replicas, max_lag)
+
+    def has_looked(self, replicas: Sequence[Replica]) -> bool:
+        """Whether every one of them has been looked at in this process."""
+        return all(replica in self._readings for replica in replicas)
 
     def _judge(self, replica: Replica, now: float, max_lag: float, *, was_fresh: bool | None = None) -> bool:
         return is_fresh(

@@ -69,7 +69,7 @@ class Container:
         if not engine_answers():
             raise MissingServer(
                 f"{name} cannot be started in a container: no Docker engine answers",
-                hint="start Docker, and install shardkit with its testing extra: pip install 'shardkit[testing]'",
+                hint="start Docker, and pip install testcontainers (shardkit's extra 'testing')",
             )
         from testcontainers.core.container import DockerContainer
 

@@ -120,6 +120,15 @@ def test_reads_go_to_replicas_unless_told_otherwise(replicated: ReplicatedShop) 
         assert found.name.startswith("replica")
 
 
+def test_the_first_read_of_a_process_waits_for_a_first_look_at_the_replicas(replicated: ReplicatedShop) -> None:
+    """Its master may be away."""
+    replicated.beat(0.0, 0.0)
+    new = replicated.shop.open(replicated.cluster.map)
+    with shardkit.sessionmaker(new)() as session:
+        name = session.scalar(select(User.name).where(User.id == replicated.user))
+        assert name in {"replica 0", "replica 1"}
+
+
 def test_both_replicas_take_part(replicated: ReplicatedShop) -> None:
     replicated.beat(0, 0)
     wait_until(lambda: replicated.fresh() == {0, 1})

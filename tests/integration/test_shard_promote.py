@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 import shardkit
 from shardkit.cluster import Cluster, create_cluster
+from shardkit.credentials import Credentials
 from shardkit.decisions import BranchId, new_transaction
 from shardkit.errors import MapConflict, PartlyApplied, PreconditionFailed, ShardUnreachable, StaleShardMap
 from shardkit.failover import make_plan, promote
@@ -68,6 +69,23 @@ def test_list_shows_every_database(steady: Stage) -> None:
         assert each["position"]
         assert each["replicating"] == (role != "master")
         assert (each["lag_seconds"] is None) == (role == "master")
+
+
+def test_a_database_that_does_not_let_us_in_is_not_called_writable(steady: Stage) -> None:
+    steady.account = Credentials("nobody-there", "wrong")
+    try:
+        code, document, _ = steady.run("list")
+        promote_code, refusal, _ = steady.run(
+            "promote", SHARD, f"mysql://root:Geheim@{steady.shard.replicas[0].address}/x"
+        )
+    finally:
+        steady.account = None
+    assert code == 1
+    assert {each["read_only"] for each in document["databases"]} == {None}
+    assert all("refused the user" in each["error"] for each in document["databases"])
+    assert promote_code == 4
+    assert "no user and no password" in refusal["error"]["message"]
+    assert "Geheim" not in str(refusal)
 
 
 def test_a_dry_run_changes_nothing(steady: Stage) -> None:
