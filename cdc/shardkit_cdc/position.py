@@ -126,6 +126,7 @@ class Claim:
         runner: str,
         history: str | None,
         expected_epoch: int | None = None,
+        source: str | None = None,
         lock_timeout: float = LOCK_TIMEOUT,
     ) -> Claim:
         """Take the hop over: end the old runner's connection, wait until it is gone, raise the epoch.
@@ -133,8 +134,11 @@ class Claim:
         :param runner: who this is, for people.
         :param history: the shard whose master's log the hop reads; None when it reads another server's.
         :param expected_epoch: of a runner that only lost its connection: the epoch that it still holds.
+        :param source: the identity of the server whose log is about to be applied.
         :raises Fenced: when the epoch is another one, or is raised by somebody else at this very time.
-        :raises Interrupted: when the old connection does not end in time (it may be rolling back a lot).
+        :raises Interrupted: when the old connection does not end in time (it may be rolling back a lot), or the
+            position has become one of another source.
+        :raises PreconditionFailed: a promotion has taken it.
         """
         lock = lock_name(database, key)
         with connection.cursor() as cursor:
@@ -143,6 +147,9 @@ class Claim:
                 raise Fenced("its position row is gone")
             if expected_epoch is not None and row.epoch != expected_epoch:
                 raise _taken_over(row)
+            if source is not None and row.source != source:
+                refuse_promoted(row, source)
+                raise Interrupted(f"its position is one of {row.source} now, not of {source}")
             end_old_runner(connection, lock)
             cursor.execute("SELECT GET_LOCK(%s, %s)", (lock, lock_timeout))
             if cursor.fetchone() != (1,):
@@ -158,6 +165,8 @@ class Claim:
             found = read_row(connection, key)
             if changed != 1 or found is None:
                 connection.rollback()
+                if found is not None:
+                    refuse_promoted(found)
                 raise Fenced("another runner took over at the same time")
             connection.commit()
         return cls(connection, flavour, found, history=history)

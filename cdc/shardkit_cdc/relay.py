@@ -346,6 +346,7 @@ class Hop:
                 runner=self._runner,
                 history=spec.shard if spec.reads_master else None,
                 expected_epoch=self._epoch,
+                source=source.identity,
             )
             self._epoch = claim.epoch
             if row is not None and parse_position(source.flavour, row.gtid) != claim.position:
