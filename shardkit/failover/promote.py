@@ -17,15 +17,18 @@ from shardkit.failover.candidate import detach, prepared_here, wait_for
 from shardkit.failover.fence import Connector, Fence
 from shardkit.failover.plan import Loss, Plan, loss_of
 from shardkit.failover.servers import Server
-from shardkit.failover.standing import look, position_of
+from shardkit.failover.standing import PROMOTED, Standing, look, position_of, stand
 from shardkit.gtid import Position
 from shardkit.mapstore import MapStore
 from shardkit.shardmap import ShardMap
 from shardkit.topology import Endpoint, ReplicationKind, Role
 from shardkit_cdc import own_schema
+from shardkit_cdc.position import lock_name
 
 #: Seconds that each wait may take.
 TIMEOUT = 30.0
+#: Seconds that another promotion gets to end: the servers notice that one was killed.
+_ALONE_SECONDS = 3
 _MOST_CONFLICTS = 5
 
 
@@ -98,11 +101,39 @@ class _Run:
 
     def run(self) -> Promotion:
         with ExitStack() as stack:
+            self._be_alone(stack)
             candidate = stack.enter_context(Server(self._plan.candidate.endpoint, self._credentials))
             if self._plan.loss is not None:
                 return self._without_old_master(candidate)
             master = stack.enter_context(Server(self._shard.master, self._credentials))
             return self._with_old_master(master, candidate)
+
+    def _be_alone(self, stack: ExitStack) -> None:
+        """Keep other promotions of the shard away, and see that none has been at work since the plan was made.
+
+        :raises PreconditionFailed: nothing was changed.
+        """
+        plan, shard = self._plan, self._shard
+        places = {each: role for role, each in shard.endpoints()}
+        asked = [plan.candidate.endpoint, *plan.follow, *(() if plan.loss is not None else (shard.master,))]
+        now: list[Standing] = []
+        for endpoint in sorted(asked, key=lambda each: each.url):
+            server = stack.enter_context(Server(endpoint, self._credentials))
+            lock = lock_name(endpoint.database, PROMOTED + shard.name)
+            if server.row("SELECT GET_LOCK(%s, %s)", lock, _ALONE_SECONDS) != (1,):
+                raise PreconditionFailed(
+                    f"another promotion of shard {shard.name} is at work; this one has changed nothing",
+                    hint="wait until it has ended, then see 'shardkit shard list'",
+                )
+            now.append(stand(server, shard, places[endpoint]))
+        begun = {each.endpoint for each in now if each.begun} - {plan.candidate.endpoint}
+        fed = next(each.fed for each in now if each.endpoint == plan.candidate.endpoint)
+        if begun or fed != plan.candidate.fed or self._store.load().shards.get(shard.name) != shard:
+            raise PreconditionFailed(
+                f"shard {shard.name} has been changed, or another promotion of it begun, since this one was planned; "
+                "this one has changed nothing",
+                hint="see 'shardkit shard list', then run the command again",
+            )
 
     # --- the old master answers
 

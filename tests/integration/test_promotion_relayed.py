@@ -35,6 +35,66 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
         yield made
 
 
+def conflict(*_arguments: object) -> None:
+    raise MapConflict("somebody else")
+
+
+def follows(stage: Stage, owner: int) -> None:
+    """Whoever is in the map still gets what is written."""
+    new = stage.server_at(stage.shard.master)
+    new.execute(f"INSERT INTO entries VALUES ({owner}, 1)", database=DATABASE)
+    assert stage.shard.replicas
+    wait_until(
+        lambda: all((owner, 1) in stage.entries(stage.server_at(each)) for each in stage.shard.replicas), seconds=20
+    )
+
+
+def test_a_plan_that_something_has_overtaken_changes_nothing(stage: Stage) -> None:
+    first, second = (each.url for each in stage.shard.replicas)
+    with closing(open_store(str(stage.source))) as store:
+        plans = [make_plan(store.load(), SHARD, stage.local.credentials, wanted=wanted) for wanted in (first, second)]
+        promote(store, stage.local.credentials, plans[0])
+        with pytest.raises(PreconditionFailed, match="since"):
+            promote(store, stage.local.credentials, plans[1], timeout=5.0)
+    follows(stage, 401)
+
+
+def test_a_plan_from_before_another_promotion_began(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (each.url for each in stage.shard.replicas)
+    with closing(open_store(str(stage.source))) as store:
+        plans = [make_plan(store.load(), SHARD, stage.local.credentials, wanted=wanted) for wanted in (first, second)]
+        with monkeypatch.context() as patch:
+            patch.setattr(module._Run, "_publish", conflict)
+            with pytest.raises(PartlyApplied):
+                promote(store, stage.local.credentials, plans[0])
+        with pytest.raises(PreconditionFailed, match="since"):
+            promote(store, stage.local.credentials, plans[1], timeout=5.0)
+    stage.promoted(first)
+    follows(stage, 402)
+
+
+def test_two_promotions_at_the_same_time(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (each.url for each in stage.shard.replicas)
+    refusals: list[ShardkitError] = []
+    real = module._Run._closed
+    with closing(open_store(str(stage.source))) as store:
+        plans = [make_plan(store.load(), SHARD, stage.local.credentials, wanted=wanted) for wanted in (first, second)]
+
+        def closed(*arguments: Any, **options: Any) -> Any:
+            monkeypatch.setattr(module._Run, "_closed", real)
+            try:
+                promote(store, stage.local.credentials, plans[1], timeout=5.0)
+            except ShardkitError as error:
+                refusals.append(error)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module._Run, "_closed", closed)
+        promote(store, stage.local.credentials, plans[0])
+    assert "at work" in str(refusals[0])
+    assert stage.shard.master.url == first
+    follows(stage, 403)
+
+
 def test_a_runner_does_not_take_over_what_a_promotion_has_taken(stage: Stage) -> None:
     """It had looked at the row just before."""
     stage.relay.stop()
