@@ -18,6 +18,7 @@ _BY_SUPER = frozenset(
     {
         "CONNECTION ADMIN",
         "BINLOG ADMIN",
+        "BINLOG REPLAY",
         "REPLICATION SLAVE ADMIN",
         "SLAVE MONITOR",
         "SYSTEM_VARIABLES_ADMIN",
@@ -67,6 +68,8 @@ def _needed(flavour: Flavour, *, opens: bool, closes: bool, locks: bool, follows
         yield from (
             ("READ_ONLY ADMIN", "CONNECTION ADMIN") if mariadb else ("SYSTEM_VARIABLES_ADMIN", "CONNECTION_ADMIN")
         )
+    if opens and not follows and mariadb:
+        yield "BINLOG REPLAY"  # to number its transactions above the old master's
     if opens and follows:
         yield "RELOAD"  # to forget whom it has followed
     if closes:

@@ -16,10 +16,10 @@ import pymysql
 
 from shardkit import own_tables
 from shardkit.credentials import CredentialSource
-from shardkit.errors import ShardkitError
+from shardkit.errors import PreconditionFailed, ShardkitError
 from shardkit.failover.servers import Server
 from shardkit.failover.standing import PROMOTED, position_of
-from shardkit.gtid import Position, parse_position
+from shardkit.gtid import MariaDBPosition, Position, parse_position
 from shardkit.topology import Endpoint, Role, Shard
 from shardkit_cdc import preflight
 from shardkit_cdc.position import insert_row, lock_name, read_row
@@ -27,6 +27,10 @@ from shardkit_cdc.position import insert_row, lock_name, read_row
 _PAUSE = 0.01  # seconds between two looks
 #: Seconds that a copy gets to come up to the new master: writes wait for it.
 _FOLLOW_SECONDS = 3.0
+#: Seconds that a killed runner's schema change gets to end.
+_END_SECONDS = 10.0
+#: Transactions of a master that cannot be asked, or that wrote although it was closed: more than it can have had.
+_ROOM = 1_000_000
 _TABLE = own_tables.position.name
 
 
@@ -38,12 +42,18 @@ class Beginning:
     :param position: in its own log.
     :param has: what it had of the old master's log then.
     :param final: where the old master's log ended, if it could be asked; what it has after ``has`` changes nothing.
+    :param before: whose log ``has`` is a position of: the old master's identity.
+    :param epoch: of the shard, from the new master on.
+    :param within_change: a schema change was under way on the new master when it was taken out of the relay.
     """
 
     source: str
     position: Position
     has: Position
     final: Position | None
+    before: str
+    epoch: int
+    within_change: bool
 
     @classmethod
     def note(cls, server: Server, shard: Shard, epoch: int, *, has: Position, final: Position | None) -> Beginning:
@@ -55,12 +65,23 @@ class Beginning:
         key = PROMOTED + shard.name
         noted = read_row(server.connection, key)
         if noted is None or (noted.epoch, noted.source) != (epoch, source):
+            _raise_numbers(server, shard, has)
             position = server.end_of_log
             server.rows(f"DELETE FROM {_TABLE} WHERE hop = %s", key)
             insert_row(server.connection, key, gtid=str(position), source=source, ddl_origin="", epoch=epoch)
         else:
             position = parse_position(server.flavour, noted.gtid)
-        return cls(source, position, has, final)
+        hop = read_row(server.connection, own_tables.HOP_PREFIX + shard.name)
+        history = read_row(server.connection, own_tables.HISTORY_PREFIX + shard.name)
+        return cls(
+            source,
+            position,
+            has,
+            final,
+            before=history.source if history is not None else "",
+            epoch=epoch,
+            within_change=hop is not None and bool(hop.ddl_gtid),
+        )
 
     def is_reached(self, position: Position) -> bool:
         """Whether a copy that stands there in the old master's log holds what the new master held."""
@@ -85,6 +106,8 @@ def follow_all(
     every = [*firsts, *behind]
     if not every:
         return {}
+    if beginning.within_change:
+        return dict.fromkeys(every, "a schema change was under way on the new master, which may have it or not")
     with ThreadPoolExecutor(len(every)) as pool:
         moved = [pool.submit(_follow, each, shard, beginning, credentials) for each in firsts]
         faults = {each: future.result() for each, future in zip(firsts, moved, strict=True)}
@@ -100,6 +123,7 @@ def freeze(server: Server, shard: Shard, epoch: int) -> None:
     """Let nothing of the old master's log come any more. Running it again is safe.
 
     :raises pymysql.OperationalError: the runner's transaction does not end in time.
+    :raises PreconditionFailed: its schema change does not.
     """
     _end_runner(server, shard)
     # the runner's compare-and-set fails from here on, and a new one finds a source that is not its own
@@ -109,13 +133,41 @@ def freeze(server: Server, shard: Shard, epoch: int) -> None:
         own_tables.PROMOTED_BY,
         own_tables.HOP_PREFIX + shard.name,
     )
+    # a schema change holds no lock on the row: killed, it may still come to its end, and be logged
+    deadline = time.monotonic() + _END_SECONDS
+    while _end_runner(server, shard):
+        if time.monotonic() >= deadline:
+            raise PreconditionFailed(
+                f"{server.endpoint}: what the relay was doing there has not ended in {_END_SECONDS:.0f} s",
+                hint="wait for it, then run the same command again",
+            )
+        time.sleep(_PAUSE)
 
 
-def _end_runner(server: Server, shard: Shard) -> None:
+def _end_runner(server: Server, shard: Shard) -> bool:
+    """Kill the connection of a hop's runner; false where there is none."""
     key = own_tables.HOP_PREFIX + shard.name
     (holder,) = server.row("SELECT IS_USED_LOCK(%s)", lock_name(server.endpoint.database, key))
     if holder is not None:
         server.kill(int(holder))  # its transaction would hold the row
+    return holder is not None
+
+
+def _raise_numbers(server: Server, shard: Shard, has: Position) -> None:
+    """Have a new master on MariaDB number its transactions above all of the old master's.
+
+    MariaDB's positions of one domain are compared by number, whoever wrote them. A copy that is left behind, and put
+    back into the map, would pass for one that has what the new master has written since.
+    """
+    own = server.end_of_log
+    if not isinstance(has, MariaDBPosition) or not isinstance(own, MariaDBPosition):
+        return
+    for domain, gtid in has.domains.items():
+        if domain in own.domains and own.domains[domain].sequence >= gtid.sequence + _ROOM:
+            continue
+        server.rows(f"SET SESSION gtid_domain_id = {domain}, gtid_seq_no = {gtid.sequence + 2 * _ROOM}")
+        server.rows(f"UPDATE {_TABLE} SET counter = counter + 1 WHERE hop = %s", own_tables.HOP_PREFIX + shard.name)
+    server.rows("SET SESSION gtid_domain_id = DEFAULT")
 
 
 def _follow(endpoint: Endpoint, shard: Shard, beginning: Beginning, credentials: CredentialSource) -> str:
@@ -138,7 +190,7 @@ def _moved(server: Server, shard: Shard, beginning: Beginning) -> str:
     row = read_row(server.connection, hop)
     if row is None:
         return "it has no position"
-    if row.source == beginning.source and _has_history(server, shard, beginning):
+    if row.source == beginning.source and has_begun(server, shard, beginning.source, beginning.position):
         return ""  # an attempt before this one has moved it
     if fault := _not_there(server, shard, beginning):
         return fault
@@ -159,6 +211,10 @@ def _moved(server: Server, shard: Shard, beginning: Beginning) -> str:
                 own_tables.PROMOTED_BY,
                 each["hop"],
             )
+        # how these end nobody will say any more, and the new master may have branches of the same names
+        server.rows(
+            f"UPDATE {own_tables.prepared.name} SET hop = %s WHERE hop = %s", left_prepared(shard, beginning.epoch), hop
+        )
         server.rows("COMMIT")
     finally:
         server.rows("ROLLBACK")
@@ -168,6 +224,9 @@ def _moved(server: Server, shard: Shard, beginning: Beginning) -> str:
 def _not_there(server: Server, shard: Shard, beginning: Beginning) -> str:
     """Why a copy does not hold what the new master held; empty where it does."""
     position = position_of(server, shard, Role.REPLICA)
+    history = read_row(server.connection, own_tables.HISTORY_PREFIX + shard.name)
+    if history is not None and history.source != beginning.before:
+        return f"its position is one of {history.source}, the new master's was one of {beginning.before}"
     if position is None or not beginning.is_reached(position):
         return f"it stands at {position or 'nothing'}, the new master took over at {beginning.has}"
     return ""
@@ -178,7 +237,7 @@ def _has_come(endpoint: Endpoint, shard: Shard, beginning: Beginning, credential
     try:
         with Server(endpoint, credentials) as server:
             deadline = time.monotonic() + _FOLLOW_SECONDS
-            while not _has_history(server, shard, beginning):
+            while not has_begun(server, shard, beginning.source, beginning.position):
                 if time.monotonic() >= deadline:
                     return f"it has not come up in {_FOLLOW_SECONDS:.0f} s: put it back when it has"
                 time.sleep(_PAUSE)
@@ -187,7 +246,14 @@ def _has_come(endpoint: Endpoint, shard: Shard, beginning: Beginning, credential
     return ""
 
 
-def _has_history(server: Server, shard: Shard, beginning: Beginning) -> bool:
-    """Whether the positions that a copy tells are the new master's."""
+def has_begun(server: Server, shard: Shard, source: str, position: Position | None = None) -> bool:
+    """Whether the positions that a copy tells are the new master's, and not those of an earlier time as a master."""
     row = read_row(server.connection, own_tables.HISTORY_PREFIX + shard.name)
-    return row is not None and row.source == beginning.source
+    if row is None or row.source != source:
+        return False
+    return position is None or parse_position(server.flavour, row.gtid).covers(position)
+
+
+def left_prepared(shard: Shard, epoch: int) -> str:
+    """The hop under whose name XA branches are kept that a master left prepared when it died."""
+    return f"{PROMOTED}{epoch}:{shard.name}"

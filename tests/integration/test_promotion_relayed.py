@@ -95,6 +95,28 @@ def test_two_promotions_at_the_same_time(stage: Stage, monkeypatch: pytest.Monke
     follows(stage, 403)
 
 
+def test_a_copy_left_behind_does_not_pass_for_one_that_has_what_the_new_master_wrote(stage: Stage) -> None:
+    """Its position is one of the old master's log: put back into the map, readers would compare it with the new."""
+    for owner in range(500, 600):  # the copies' logs have fewer transactions than their source's
+        stage.master.execute(f"INSERT INTO entries VALUES ({owner}, 1)", database=DATABASE)
+    stage.caught_up()
+    left = stage.shard.replicas[1]
+    stage.server_at(left).execute(f"INSERT INTO shardkit_pause VALUES ('{HOP}', 'test', 0)", database=DATABASE)
+    done = stage.promoted(stage.shard.replicas[0].url)
+    assert str(left) in done["removed"]
+    new = stage.server_at(stage.shard.master)
+    new.execute("INSERT INTO entries VALUES (404, 1)", database=DATABASE)
+    shard = stage.shard
+    with Server(left, stage.local.credentials) as server, Server(shard.master, stage.local.credentials) as master:
+        stands = position_of(server, shard, Role.REPLICA)
+        assert stands is not None
+        assert not stands.covers(master.end_of_log)
+        if server.flavour is Flavour.MARIADB:
+            ((last,),) = new.execute("SELECT @@global.gtid_binlog_pos")
+            written = type(stands).parse(",".join(each for each in last.split(",") if each.startswith("0-")))
+            assert not stands.covers(written)
+
+
 def test_a_runner_does_not_take_over_what_a_promotion_has_taken(stage: Stage) -> None:
     """It had looked at the row just before."""
     stage.relay.stop()

@@ -27,6 +27,8 @@ FOR_NATIVE = {
     "mysql": ("REPLICATION_SLAVE_ADMIN", "REPLICATION CLIENT", "RELOAD"),
 }[FLAVOUR]
 
+FOR_RELAY = {"mariadb": ("BINLOG REPLAY",), "mysql": ()}[FLAVOUR]
+
 #: The relay of these tests is root's.
 _TO_END_ROOTS_CONNECTIONS = ("SYSTEM_USER",) if FLAVOUR == "mysql" else ()
 
@@ -35,7 +37,7 @@ _TO_END_ROOTS_CONNECTIONS = ("SYSTEM_USER",) if FLAVOUR == "mysql" else ()
 def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     with open_stage(request.param, tmp_path_factory.mktemp("account")) as made:
         native = made.kind is ReplicationKind.NATIVE
-        grants = ", ".join(GRANTS + (FOR_NATIVE if native else _TO_END_ROOTS_CONNECTIONS))
+        grants = ", ".join(GRANTS + (FOR_NATIVE if native else FOR_RELAY + _TO_END_ROOTS_CONNECTIONS))
         endpoints = [made.shard.master] if native else [each for _, each in made.shard.endpoints()]
         for endpoint in endpoints:  # with native replication the master's accounts are the replicas', too
             server = made.server_at(endpoint)
@@ -48,11 +50,13 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield made
 
 
-@pytest.mark.parametrize("privilege", [*GRANTS, *FOR_NATIVE])
+@pytest.mark.parametrize("privilege", [*GRANTS, *FOR_NATIVE, *FOR_RELAY])
 def test_without_one_of_them_nothing_is_begun(stage: Stage, privilege: str) -> None:
     if privilege in FOR_NATIVE and stage.kind is ReplicationKind.RELAY:
         pytest.skip("of native replication only")
-    places = stage.shard.replicas if privilege in FOR_NATIVE else (stage.shard.master,)
+    if privilege in FOR_RELAY and stage.kind is ReplicationKind.NATIVE:
+        pytest.skip("of the relay only")
+    places = stage.shard.replicas if privilege in FOR_NATIVE + FOR_RELAY else (stage.shard.master,)
     before = stage.source.read_text()
     for endpoint in places:
         on_this_server(stage.server_at(endpoint), f"REVOKE {privilege} ON *.* FROM '{OPS}'")
