@@ -7,7 +7,7 @@ import time
 from shardkit import own_tables
 from shardkit.errors import PreconditionFailed
 from shardkit.failover.native import stop_following
-from shardkit.failover.relayed import freeze
+from shardkit.failover.relayed import freeze, left_prepared
 from shardkit.failover.servers import Server
 from shardkit.failover.standing import position_of
 from shardkit.gtid import Position
@@ -42,11 +42,16 @@ def detach(server: Server, shard: Shard, epoch: int) -> None:
     freeze(server, shard, epoch)
 
 
-def prepared_here(server: Server, shard: Shard) -> list[str]:
-    """XA branches that the relay holds here without knowing their end: their names."""
+def prepared_here(server: Server, shard: Shard, epoch: int) -> list[str]:
+    """XA branches that the relay holds here without knowing their end: their names.
+
+    :param epoch: that the shard is about to have: an earlier attempt has put them aside under it.
+    """
     if not server.has_table(own_tables.prepared.name):
         return []
     found = server.rows(
-        f"SELECT DISTINCT xid, gtid FROM {own_tables.prepared.name} WHERE hop = %s", own_tables.HOP_PREFIX + shard.name
+        f"SELECT DISTINCT xid, gtid FROM {own_tables.prepared.name} WHERE hop IN (%s, %s)",
+        own_tables.HOP_PREFIX + shard.name,
+        left_prepared(shard, epoch),
     )
     return [f"{xid} (prepared at {gtid})" for xid, gtid in found]

@@ -218,28 +218,36 @@ class _Run:
         if wanted is not None:
             self._say(f"waiting until {candidate.endpoint} has what any server knows of the old master: {wanted}")
             self._wait(candidate, wanted)
-        if self._plan.staging is not None:
-            self._freeze_staging(candidate, self._plan.staging)
-        detach(candidate, self._shard, self._plan.after.epoch)
+        self._take_off(candidate)
         standings = look([self._shard], self._credentials)[1:]
         now = next(each for each in standings if each.endpoint == candidate.endpoint)
         loss = loss_of(standings, now)
         return self._finish(candidate, final=None, has=loss.has_position, loss=loss)
 
-    def _freeze_staging(self, candidate: Server, staging: Endpoint) -> None:
+    def _take_off(self, candidate: Server) -> None:
         """The relay may still reach a master that we do not: what staging has from now on is the end."""
+        staging = self._plan.staging
         try:
-            with Server(staging, self._credentials) as server:
-                relayed.freeze(server, self._shard, self._plan.after.epoch)
-                end = position_of(server, self._shard, Role.STAGING)
-            if end is not None:
-                self._wait(candidate, end)
+            if staging is not None:
+                with Server(staging, self._credentials) as server:
+                    end = self._freeze(server, candidate)
+                if end is not None:
+                    self._wait(candidate, end)
+            detach(candidate, self._shard, self._plan.after.epoch)
         except (ShardkitError, pymysql.MySQLError) as error:
             raise PartlyApplied(
-                f"{staging} may have been taken off {self._shard.master}, and {candidate.endpoint} does not have all "
-                f"of it yet: {error}",
+                f"{staging or candidate.endpoint} may have been taken off {self._shard.master}, and "
+                f"{candidate.endpoint} is not the master yet: {error}",
                 hint="run the same command again: it goes on from there",
             ) from error
+
+    def _freeze(self, staging: Server, candidate: Server) -> Position | None:
+        """Take staging off the old master; where that one's log ends there, which the candidate may not have yet."""
+        begun = stand(candidate, self._shard, self._plan.candidate.role).begun
+        if begun and relayed.has_begun(staging, self._shard, begun):
+            return None  # an attempt before this one has had it go on from the candidate: it had everything by then
+        relayed.freeze(staging, self._shard, self._plan.after.epoch)
+        return position_of(staging, self._shard, Role.STAGING)
 
     def _most_known(self) -> Position | None:
         best: Position | None = None
@@ -303,10 +311,11 @@ class _Run:
     def _end_what_was_prepared(self, candidate: Server) -> tuple[str, ...]:
         """What clients left prepared on a master that died: native replication has brought the branches here."""
         if self._shard.replication is ReplicationKind.RELAY:
-            found = prepared_here(candidate, self._shard)
+            epoch = self._plan.after.epoch
+            found = prepared_here(candidate, self._shard, epoch)
             if self._plan.staging is not None:
                 with Server(self._plan.staging, self._credentials) as staging:
-                    found += prepared_here(staging, self._shard)
+                    found += prepared_here(staging, self._shard, epoch)
             return tuple(dict.fromkeys(found))
         candidate.open_to_ourselves()
         masters = {**self._masters(), self._shard.name: candidate.endpoint}

@@ -49,6 +49,36 @@ def follows(stage: Stage, owner: int) -> None:
     )
 
 
+def leave_prepared(stage: Stage) -> None:
+    """A branch whose end staging does not know: as the relay keeps it."""
+    assert stage.shard.staging is not None
+    stage.server_at(stage.shard.staging).execute(
+        f"INSERT INTO shardkit_prepared VALUES ('{HOP}', 'X''aa'',X''bb'',7', 0, '0-1-1', 'x')", database=DATABASE
+    )
+
+
+def test_without_the_old_master_cut_short_before_the_map(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copies have been moved: the same command does not take them off again, and names what it named before."""
+    leave_prepared(stage)
+    stage.master.kill()
+    staging, target = stage.shard.staging, stage.shard.replicas[0].url
+    with closing(open_store(str(stage.source))) as store:
+        plan = make_plan(store.load(), SHARD, stage.local.credentials, wanted=target, force=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(module._Run, "_publish", conflict)
+            with pytest.raises(PartlyApplied):
+                promote(store, stage.local.credentials, plan)
+        again = make_plan(store.load(), SHARD, stage.local.credentials, wanted=target, force=True)
+        done = promote(store, stage.local.credentials, again, timeout=5.0)
+    assert stage.shard.staging == staging
+    assert len(done.follow) == 2
+    assert [each for each in done.undecided if "X'aa'" in each]
+    assert staging is not None
+    kept = stage.server_at(staging).execute(f"SELECT 1 FROM shardkit_prepared WHERE hop = '{HOP}'", database=DATABASE)
+    assert not kept, "a branch of the new master with this name could not be stored"
+    follows(stage, 400)
+
+
 def test_a_plan_that_something_has_overtaken_changes_nothing(stage: Stage) -> None:
     first, second = (each.url for each in stage.shard.replicas)
     with closing(open_store(str(stage.source))) as store:
