@@ -165,7 +165,9 @@ class _Run:
             raise PreconditionFailed(
                 f"{candidate.endpoint} has been taken out of replication at {has or 'nothing'}, and the master has "
                 f"gone on to {now}: nothing brings it further",
-                hint="fill it again, or promote another one",
+                hint="stop the old master and give --force, which loses what it has had since"
+                if self._plan.candidate.begun
+                else "fill it again, or promote another one",
             )
 
     def _closed(self, fence: Fence, *, fed: bool) -> Position:
@@ -198,8 +200,11 @@ class _Run:
                     f"master: {error}",
                     hint="run the same command again: it goes on from there",
                 ) from error
-            if not self._plan.candidate.fed:
-                return  # an earlier run closed it: this one leaves it so
+            if not self._plan.candidate.fed:  # an earlier run closed it: this one leaves it so
+                raise PartlyApplied(
+                    f"{self._shard.master} is closed, and {candidate.endpoint} is not yet the master: {error}",
+                    hint="run the same command again: it goes on from there",
+                ) from error
             fence.open_again(self._store.load().version)
         except (ShardkitError, pymysql.MySQLError) as failure:
             if isinstance(failure, PartlyApplied):

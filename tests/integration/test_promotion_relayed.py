@@ -164,3 +164,44 @@ def test_a_runner_does_not_take_over_what_a_promotion_has_taken(stage: Stage) ->
             connection.rollback()
             with pytest.raises(error):
                 Claim.take(connection, Flavour(FLAVOUR), **words, source=source)
+
+
+def test_an_old_master_that_was_started_again_before_the_end(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has written since, if only heartbeats: the promotion says how it can be finished, and can be."""
+    target = stage.shard.replicas[0].url
+    with closing(open_store(str(stage.source))) as store:
+        plan = make_plan(store.load(), SHARD, stage.local.credentials, wanted=target)
+        with monkeypatch.context() as patch:
+            patch.setattr(module._Run, "_publish", conflict)
+            with pytest.raises(PartlyApplied):
+                promote(store, stage.local.credentials, plan)
+        before = stage.master.execute("SELECT beat FROM shardkit_heartbeat", database=DATABASE)
+        stage.master.execute("SET GLOBAL read_only = 0")
+        wait_until(lambda: stage.master.execute("SELECT beat FROM shardkit_heartbeat", database=DATABASE) > before)
+        again = make_plan(store.load(), SHARD, stage.local.credentials, wanted=target)
+        with pytest.raises(PreconditionFailed, match="stop the old master"):
+            promote(store, stage.local.credentials, again)
+    stage.master.kill()
+    done = stage.promoted(target, "--force")
+    assert len(done["follow"]) == 2
+    follows(stage, 405)
+
+
+def test_a_later_attempt_that_fails_does_not_say_that_nothing_was_changed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(open_store(str(stage.source))) as store:
+        plan = make_plan(store.load(), SHARD, stage.local.credentials)
+        with monkeypatch.context() as patch:
+            patch.setattr(module._Run, "_publish", conflict)
+            with pytest.raises(PartlyApplied):
+                promote(store, stage.local.credentials, plan)
+
+        def refuse(*_arguments: object, **_options: object) -> None:
+            raise PreconditionFailed("it cannot be ended")
+
+        again = make_plan(store.load(), SHARD, stage.local.credentials)
+        with monkeypatch.context() as patch:
+            patch.setattr(module.Fence, "resolve", refuse)
+            with pytest.raises(PartlyApplied, match="is closed"):
+                promote(store, stage.local.credentials, again)
