@@ -96,6 +96,7 @@ class _Run:
         self._say = say
         self._shard = plan.shard
         self._closed_at = 0.0
+        self._may_have_let_go = False
         self._ended_connections = 0
         self._ended_branches: dict[str, str] = {}
 
@@ -147,6 +148,7 @@ class _Run:
             final = self._closed(fence, fed=fed)
             self._say(f"the old master's final position is {final}; waiting until {candidate.endpoint} has it")
             has = self._wait(candidate, final)
+            self._may_have_let_go = True
             detach(candidate, self._shard, self._plan.after.epoch)
         except BaseException as error:
             self._undo(fence, candidate, error)
@@ -193,8 +195,7 @@ class _Run:
     def _undo(self, fence: Fence, candidate: Server, error: BaseException) -> None:
         """Open the old master again, unless the candidate may have let go of it already."""
         try:
-            now = look([replace(self._shard, replicas=(candidate.endpoint,), staging=None)], self._credentials)[-1]
-            if self._plan.candidate.fed and not now.fed:
+            if self._plan.candidate.fed and self._may_have_let_go and not self._is_fed(candidate.endpoint):
                 raise PartlyApplied(
                     f"{self._shard.master} is closed and {candidate.endpoint} follows it no more, but is not yet the "
                     f"master: {error}",
@@ -214,6 +215,9 @@ class _Run:
                 hint="run the same command again; to go back instead see docs/how-to/promote.md",
             ) from error
         self._say(f"{self._shard.master} takes writes again")
+
+    def _is_fed(self, candidate: Endpoint) -> bool:
+        return look([replace(self._shard, replicas=(candidate,), staging=None)], self._credentials)[-1].fed
 
     # --- the old master does not answer
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shardkit import own_tables
-from shardkit.errors import Interrupted, MapConflict, PartlyApplied, PreconditionFailed, ShardkitError
+from shardkit.errors import Interrupted, MapConflict, PartlyApplied, PreconditionFailed, ShardkitError, Unreachable
 from shardkit.failover import make_plan, promote
 from shardkit.failover.servers import Server
 from shardkit.failover.standing import position_of
@@ -21,7 +21,7 @@ from shardkit_cdc.connection import connect
 from shardkit_cdc.position import Claim
 from tests.conftest import FLAVOUR
 from tests.faults.lists import SHARD
-from tests.promotion_stage import DATABASE, Stage, open_stage, wait_until
+from tests.promotion_stage import DATABASE, Stage, open_stage, refused, wait_until
 
 pytestmark = [getattr(pytest.mark, FLAVOUR)]
 
@@ -205,3 +205,21 @@ def test_a_later_attempt_that_fails_does_not_say_that_nothing_was_changed(
             patch.setattr(module.Fence, "resolve", refuse)
             with pytest.raises(PartlyApplied, match="is closed"):
                 promote(store, stage.local.credentials, again)
+
+
+def test_a_candidate_that_dies_before_it_lets_go(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old master takes writes again: the other is still a copy of it."""
+    target = stage.shard.replicas[0]
+    real = module._Run._closed
+
+    def closed(*arguments: Any, **options: Any) -> Any:
+        final = real(*arguments, **options)
+        stage.server_at(target).kill()
+        return final
+
+    monkeypatch.setattr(module._Run, "_closed", closed)
+    with closing(open_store(str(stage.source))) as store:
+        plan = make_plan(store.load(), SHARD, stage.local.credentials, wanted=target.url)
+        with pytest.raises(Unreachable):
+            promote(store, stage.local.credentials, plan)
+    assert not refused(stage.master)
