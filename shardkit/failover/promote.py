@@ -224,7 +224,7 @@ class _Run:
     def _without_old_master(self, candidate: Server) -> Promotion:
         wanted = self._most_known()
         self._closed_at = time.monotonic()
-        if wanted is not None:
+        if wanted is not None and self._plan.candidate.fed:
             self._say(f"waiting until {candidate.endpoint} has what any server knows of the old master: {wanted}")
             self._wait(candidate, wanted)
         self._take_off(candidate)
@@ -240,7 +240,7 @@ class _Run:
             if staging is not None:
                 with Server(staging, self._credentials) as server:
                     end = self._freeze(server, candidate)
-                if end is not None:
+                if end is not None and self._plan.candidate.fed:
                     self._wait(candidate, end)
             detach(candidate, self._shard, self._plan.after.epoch)
         except (ShardkitError, pymysql.MySQLError) as error:
@@ -271,7 +271,7 @@ class _Run:
         try:
             self._say(f"opening {candidate.endpoint}")
             undecided = self._end_what_was_prepared(candidate) if loss is not None else ()
-            faults = self._relay_from(candidate, final)
+            faults = self._relay_from(candidate)
             candidate.open_to_writes()
             plan = self._plan
             if self._shard.replication is ReplicationKind.NATIVE:
@@ -307,13 +307,13 @@ class _Run:
             undecided=undecided,
         )
 
-    def _relay_from(self, candidate: Server, final: Position | None) -> dict[Endpoint, str]:
+    def _relay_from(self, candidate: Server) -> dict[Endpoint, str]:
         """Before it is opened: whatever is written to it then is in its log behind where the copies begin."""
         plan = self._plan
         has = position_of(candidate, self._shard, plan.candidate.role)
         if self._shard.replication is ReplicationKind.NATIVE or has is None:
             return {}
-        beginning = relayed.Beginning.note(candidate, self._shard, plan.after.epoch, has=has, final=final)
+        beginning = relayed.Beginning.note(candidate, self._shard, plan.after.epoch, has=has)
         first, behind = ((plan.staging,), plan.keeps) if plan.staging is not None else (plan.keeps, ())
         return relayed.follow_all(first, behind, self._shard, beginning, self._credentials)
 

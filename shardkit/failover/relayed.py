@@ -41,7 +41,6 @@ class Beginning:
     :param source: the new master's identity.
     :param position: in its own log.
     :param has: what it had of the old master's log then.
-    :param final: where the old master's log ended, if it could be asked; what it has after ``has`` changes nothing.
     :param before: whose log ``has`` is a position of: the old master's identity.
     :param epoch: of the shard, from the new master on.
     :param within_change: a schema change was under way on the new master when it was taken out of the relay.
@@ -50,13 +49,12 @@ class Beginning:
     source: str
     position: Position
     has: Position
-    final: Position | None
     before: str
     epoch: int
     within_change: bool
 
     @classmethod
-    def note(cls, server: Server, shard: Shard, epoch: int, *, has: Position, final: Position | None) -> Beginning:
+    def note(cls, server: Server, shard: Shard, epoch: int, *, has: Position) -> Beginning:
         """Find it on a new master that is out of replication and not opened yet, and note it there.
 
         A later attempt of the same promotion finds the note: the new master may be open by then.
@@ -77,16 +75,16 @@ class Beginning:
             source,
             position,
             has,
-            final,
             before=history.source if history is not None else "",
             epoch=epoch,
             within_change=hop is not None and bool(hop.ddl_gtid),
         )
 
     def is_reached(self, position: Position) -> bool:
-        """Whether a copy that stands there in the old master's log holds what the new master held."""
-        if self.final is not None and position.covers(self.final):
-            return True
+        """Whether a copy that stands there in the old master's log holds what the new master held, and no more.
+
+        More is what was written to the old master past its closing: the new one does not have it.
+        """
         return position.covers(self.has) and self.has.covers(position)
 
 

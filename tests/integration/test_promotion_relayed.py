@@ -223,3 +223,47 @@ def test_a_candidate_that_dies_before_it_lets_go(stage: Stage, monkeypatch: pyte
         with pytest.raises(Unreachable):
             promote(store, stage.local.credentials, plan)
     assert not refused(stage.master)
+
+
+def test_a_copy_that_got_what_was_written_past_the_closing_does_not_stay(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program with special rights writes to the old master once the candidate is off it: the copies would differ."""
+    staging, real = stage.shard.staging, module.detach
+    assert staging is not None
+
+    def detach(*arguments: Any) -> None:
+        real(*arguments)
+        if FLAVOUR == "mysql":
+            stage.master.execute("SET GLOBAL super_read_only = 0")
+        stage.master.execute("INSERT INTO entries VALUES (600, 1)", database=DATABASE)
+        wait_until(lambda: (600, 1) in stage.entries(stage.server_at(staging)))
+
+    monkeypatch.setattr(module, "detach", detach)
+    with closing(open_store(str(stage.source))) as store:
+        plan = make_plan(store.load(), SHARD, stage.local.credentials)
+        done = promote(store, stage.local.credentials, plan)
+    assert (600, 1) not in stage.entries(stage.server_at(stage.shard.master))
+    assert done.follow == ()
+    assert "took over at" in done.removed[str(staging)]
+
+
+def test_an_old_master_that_was_started_again_before_the_copies_moved(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging, target = stage.shard.staging, stage.shard.replicas[0].url
+    assert staging is not None
+    beat = "SELECT beat FROM shardkit_heartbeat"
+    with closing(open_store(str(stage.source))) as store:
+        plan = make_plan(store.load(), SHARD, stage.local.credentials, wanted=target)
+        with monkeypatch.context() as patch:
+            patch.setattr(module.relayed, "follow_all", conflict)
+            with pytest.raises(PartlyApplied):
+                promote(store, stage.local.credentials, plan)
+    before = stage.master.execute(beat, database=DATABASE)
+    stage.master.execute("SET GLOBAL read_only = 0")
+    wait_until(lambda: stage.server_at(staging).execute(beat, database=DATABASE) > before)
+    stage.master.kill()
+    done = stage.promoted(target, "--force", "--timeout", "3")
+    assert done["loss"]["missing"] > 0
+    assert done["follow"] == []
