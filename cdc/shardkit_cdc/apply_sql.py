@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 #: What the connection is opened with: several statements in one packet, and an UPDATE counts the rows that it finds.
 CONNECTION_FLAGS = CLIENT.MULTI_STATEMENTS | CLIENT.FOUND_ROWS
 
-#: Bytes after which a statement, and a packet of statements, is closed: past this, larger ones gain nothing.
+#: Bytes after which a statement, and a packet of statements, is closed: past this, larger ones gain nothing. Where the
+#: target takes less in a packet, that counts.
 STATEMENT_BYTES = 1 << 18
 #: Statements in one packet, and keys in one DELETE.
 MOST_STATEMENTS = 200
@@ -112,6 +113,7 @@ class SqlWriter:
         self._source = source
         self._flavour = flavour
         self._largest = max(0, largest - _FRAME_BYTES)
+        self._usual = min(STATEMENT_BYTES, self._largest)
         self._known: dict[TableMap, _Known] = {}
         self._flags: int | None = None  # what the session is set to; None: not known
 
@@ -257,7 +259,7 @@ class SqlWriter:
         for queue in queues.values():
             for step in queue:
                 for statement in self._statements(step, at):
-                    if pack and (size + len(statement.text) > STATEMENT_BYTES or len(pack) >= MOST_STATEMENTS):
+                    if pack and (size + len(statement.text) > self._usual or len(pack) >= MOST_STATEMENTS):
                         sent += self._send(pack, at)
                         pack, size = [], 0
                     pack.append(statement)
@@ -267,7 +269,7 @@ class SqlWriter:
 
     def _statements(self, step: _Step, at: str) -> Iterator[_Statement]:
         try:
-            for text, expected in _written(step):
+            for text, expected in _written(step, self._usual):
                 if len(text) > self._largest:
                     raise BadEvent(
                         f"a row of {step.table.qualified} takes a statement of {len(text)} bytes, more than the "
@@ -316,8 +318,11 @@ class SqlWriter:
         )
 
 
-def _written(step: _Step) -> Iterator[tuple[bytes, int]]:
-    """A step's statements, and how many rows each has to find."""
+def _written(step: _Step, most: int) -> Iterator[tuple[bytes, int]]:
+    """A step's statements, and how many rows each has to find.
+
+    :param most: bytes of a statement for several rows.
+    """
     table, images = step.table.sql, step.images
     if step.kind == _UPDATE:
         for before, after in zip(images[::2], images[1::2], strict=True):
@@ -330,7 +335,7 @@ def _written(step: _Step) -> Iterator[tuple[bytes, int]]:
     size = 0
     for image in images:
         part = table.row(image) if insert else table.where(image) if one_by_one else b"(" + table.where(image) + b")"
-        full = size + len(part) > STATEMENT_BYTES or (not insert and len(parts) >= MOST_STATEMENTS) or one_by_one
+        full = len(head) + size + len(part) > most or (not insert and len(parts) >= MOST_STATEMENTS) or one_by_one
         if parts and full:
             yield head + between.join(parts), len(parts)
             parts, size = [], 0

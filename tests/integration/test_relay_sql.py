@@ -289,6 +289,23 @@ def test_a_row_event_past_the_targets_packets_takes_the_sql_path(own_pair: Chain
     assert "max_allowed_packet" in str(error.hint)
 
 
+def test_statements_keep_to_the_targets_packets(own_pair: Chain) -> None:
+    by_sql(own_pair)
+    own_pair.sql("SET GLOBAL max_allowed_packet = 131072", server=own_pair.last)
+    own_pair.start()
+    own_pair.sql(
+        "CREATE TABLE small (id INT PRIMARY KEY AUTO_INCREMENT, body VARCHAR(400))",
+        "BEGIN",
+        "INSERT INTO small (body) VALUES (REPEAT('a', 400)), (REPEAT('b', 400)), (REPEAT('c', 400)), (REPEAT('d', 400))",
+        *["INSERT INTO small (body) SELECT body FROM small"] * 8,
+        "COMMIT",
+        "UPDATE small SET body = REPEAT('z', 390)",
+        "DELETE FROM small WHERE id % 2 = 0",
+    )
+    own_pair.settle()
+    own_pair.assert_equal()
+
+
 @contextmanager
 def writer(server: LocalDatabaseServer, *rights: str) -> Iterator[None]:
     server.execute("CREATE USER writer@'%' IDENTIFIED BY ''")
