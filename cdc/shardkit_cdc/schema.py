@@ -145,8 +145,10 @@ def without_hashes(logged: Sequence[Column]) -> Sequence[Column]:
 
 def in_log_order(logged: Sequence[Column], target: Sequence[TargetColumn]) -> list[TargetColumn] | None:
     """The target's columns as the log has them; None where one side has a name that the other lacks."""
-    by_name = {column.name.casefold(): column for column in target}
-    found = [by_name.get((column.name or "").casefold()) for column in logged]
+    # The name as it is comes first: to the servers `straße` and `strasse` are two names.
+    folded = {column.name.casefold(): column for column in target}
+    exact = {column.name: column for column in target}
+    found = [exact.get(name) or folded.get(name.casefold()) for name in (column.name or "" for column in logged)]
     ordered = [column for column in found if column is not None]
     return ordered if len(ordered) == len(logged) == len(target) else None
 

@@ -77,8 +77,9 @@ class SqlTable:
         self.name = name.encode()
         self._all = columns
         self._written = [column for column in columns if not column.computed]
-        by_name = {column.name.decode().casefold(): column for column in columns}
-        self.key = [by_name[quoted(each).casefold()] for each in key]
+        folded = {column.name.decode().casefold(): column for column in columns}
+        exact = {column.name.decode(): column for column in columns}
+        self.key = [exact.get(name) or folded[name.casefold()] for name in map(quoted, key)]
         names = b",".join(column.name for column in self._written)
         self.insert_head = b"INSERT INTO " + self.name + b" (" + names + b") VALUES "
         self.delete_head = b"DELETE FROM " + self.name + b" WHERE "

@@ -121,6 +121,21 @@ def test_what_only_one_family_has(sql_chain: Chain) -> None:
     sql_chain.assert_equal()
 
 
+@pytest.mark.parametrize("path", [AskedPath.AUTO, AskedPath.SQL])
+def test_columns_whose_names_differ_only_in_folded_case(pair: Chain, path: AskedPath) -> None:
+    pair.options = HopOptions(retry_seconds=(0.05, 0.5), apply=path)
+    pair.start()
+    pair.sql(
+        "CREATE TABLE roads (`straße` INT NOT NULL, strasse INT PRIMARY KEY)",
+        "INSERT INTO roads VALUES (1, 2), (2, 1)",
+        "UPDATE roads SET `straße` = 7 WHERE strasse = 1",
+        "DELETE FROM roads WHERE strasse = 2",
+    )
+    pair.settle()
+    pair.assert_equal()
+    assert path_of(pair)[1] == ("" if path is AskedPath.AUTO else "asked for with --apply sql")
+
+
 def test_rows_that_a_key_does_not_tell_apart_and_keys_of_every_kind(sql_chain: Chain) -> None:
     chain = sql_chain
     chain.start()
