@@ -25,7 +25,7 @@ from shardkit_cdc.connection import DENIED, PASSING, READ_ONLY, code_of, text_of
 from shardkit_cdc.events import ROWS_FLAGS_AT, UPDATE_ROWS, WRITE_ROWS
 from shardkit_cdc.row_image import Image, RowDecoder
 from shardkit_cdc.schema import SchemaCheck, without_hashes
-from shardkit_cdc.sql_table import NotCarried, SqlTable, sql_column
+from shardkit_cdc.sql_table import NotCarried, NotLogged, SqlTable, sql_column
 from shardkit_cdc.table_map import TableMap
 from shardkit_cdc.transactions import Rows
 
@@ -279,6 +279,14 @@ class SqlWriter:
                         "start the hop again",
                     )
                 yield _Statement(text, expected, step)
+        except NotLogged as error:
+            raise BadEvent(
+                f"a row of {step.table.qualified} cannot be written: {error}",
+                at=at,
+                hint="either the source did not log the row in full: set binlog_row_image=FULL there, in every session, "
+                "then write the row by hand and `shardkit relay skip --at GTID`; or the source computes the column and "
+                "the target does not: make the target's table like the source's",
+            ) from None
         except NotCarried as error:
             raise BadEvent(
                 f"a value of {step.table.qualified} cannot be carried exactly: {error}",

@@ -43,6 +43,10 @@ class NotCarried(ValueError):
     """A value that the target cannot hold exactly. The message says which, and of which column."""
 
 
+class NotLogged(NotCarried):
+    """A value that the log does not hold."""
+
+
 @dataclass(frozen=True, slots=True)
 class SqlColumn:
     """One column on both sides.
@@ -116,8 +120,9 @@ class SqlTable:
         :raises NotCarried: naming the column.
         """
         tested = self.key or self._written
-        if any(image[column.place] is ABSENT for column in tested):
-            self._blame(image)
+        for column in tested:
+            if image[column.place] is ABSENT:
+                raise _not_logged(column)
         if self.key:
             return b" AND ".join([column.key_test(image[column.place]) for column in self.key])
         tests = [
@@ -130,6 +135,8 @@ class SqlTable:
         for column in self._written:
             try:
                 _or_null(column.literal, image[column.place])
+            except NotLogged:
+                raise _not_logged(column) from None
             except NotCarried as error:
                 raise NotCarried(f"column {column.name.decode()}: {error}") from None
 
@@ -138,8 +145,12 @@ def _or_null(literal: Literal, value: Value) -> bytes:
     if value is None:
         return b"NULL"
     if value is ABSENT:
-        raise NotCarried("the log does not hold it: the source computes it, and the target does not")
+        raise NotLogged
     return literal(value)
+
+
+def _not_logged(column: SqlColumn) -> NotLogged:
+    return NotLogged(f"the log does not hold column {column.name.decode()}")
 
 
 def _same(before: Value, after: Value) -> bool:

@@ -449,3 +449,14 @@ def test_a_value_that_cannot_be_carried_stops_the_hop(sql_pair: Chain) -> None:
     assert column in error.message
     assert f"(at {last_gtid(pair)})" in error.message
     assert pair.last.execute("SELECT * FROM t", database=pair.database) == []
+
+
+@pytest.mark.parametrize("change", ["INSERT INTO t (id) VALUES (3)", "UPDATE t SET n = 7 WHERE id = 2"])
+def test_rows_that_were_not_logged_in_full_stop_the_hop(sql_pair: Chain, change: str) -> None:
+    sql_pair.start()
+    sql_pair.sql("CREATE TABLE t (id INT PRIMARY KEY, n INT DEFAULT 5)", "INSERT INTO t VALUES (1, 1), (2, 2)")
+    sql_pair.sql("SET binlog_row_image = MINIMAL", change)
+    error = sql_pair.failed()
+    assert isinstance(error, BadEvent)
+    assert "does not hold" in error.message
+    assert "binlog_row_image=FULL" in str(error.hint)
