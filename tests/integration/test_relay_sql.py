@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,11 +16,16 @@ from shardkit.gtid import Flavour, MariaDBPosition
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit_cdc.apply_path import ApplyPath, AskedPath, read_path
 from shardkit_cdc.relay import Hop, HopOptions
-from tests.faults.test_relay_kill9 import map_of
+from tests.faults.test_relay_kill9 import Daemon, map_of
 from tests.integration.test_relay_replay import COLUMNS, GENERATED
 from tests.relay_chain import Chain, relay_command, wait_for
 
 pytest_plugins = ["tests.relay_fixtures"]
+
+#: How much the big transaction inserts whose memory is measured; it logs three quarters of that once more.
+BIG_MEGABYTES = int(os.environ.get("SHARDKIT_TEST_BIG_MEGABYTES", "64"))
+#: What a relay of one hop may take in all, and more for a big transaction: a few of its parts.
+MOST_MEGABYTES, MOST_GROWTH_MEGABYTES = 150, 40
 
 
 def by_sql(chain: Chain) -> Chain:
@@ -242,6 +249,43 @@ def test_a_big_transaction_and_branches(sql_chain: Chain) -> None:
     chain.settle()
     chain.assert_equal()
     assert chain.last.execute("SELECT COUNT(*) FROM shardkit_prepared", database=chain.database) == [(0,)]
+
+
+@pytest.mark.parametrize("path", ["sql", "raw"])
+@pytest.mark.timeout(600)
+def test_memory_does_not_grow_with_a_big_transaction(pair: Chain, tmp_path: Path, path: str) -> None:
+    daemon = Daemon(map_of(pair, tmp_path / "map.yaml"), tmp_path / "log", "--apply", path)
+    daemon.start()
+    assert daemon.process is not None
+    status = Path(f"/proc/{daemon.process.pid}/status")
+
+    def peak() -> float:
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert found is not None
+        return int(found[1]) / 1024
+
+    try:
+        pair.sql(
+            "CREATE TABLE big (id INT PRIMARY KEY AUTO_INCREMENT, n INT, body VARCHAR(1000))",
+            "INSERT INTO big (n, body) VALUES (0, REPEAT('a', 1000))",
+            *["INSERT INTO big (n, body) SELECT n, body FROM big"] * 9,
+            "CREATE TABLE copy LIKE big",
+        )
+        pair.settle()
+        small = peak()
+        pair.sql(
+            "BEGIN",
+            *["INSERT INTO copy (n, body) SELECT n, body FROM big"] * BIG_MEGABYTES,
+            "UPDATE copy SET n = 1, body = REPEAT('b', 900) WHERE id % 4 = 0",
+            "DELETE FROM copy WHERE id % 4 = 1",
+            "COMMIT",
+        )
+        pair.settle(deadline=400)
+        grown = peak()
+    finally:
+        daemon.kill()
+    pair.assert_equal()
+    assert grown < min(MOST_MEGABYTES, small + MOST_GROWTH_MEGABYTES), f"{small:.0f} MB before, {grown:.0f} MB after"
 
 
 def test_columns_in_another_order_take_the_sql_path_by_themselves(pair: Chain, tmp_path: Path) -> None:
