@@ -143,6 +143,21 @@ def test_columns_whose_names_differ_only_in_folded_case(pair: Chain, path: Asked
     assert path_of(pair)[1] == ("" if path is AskedPath.AUTO else "asked for with --apply sql")
 
 
+@pytest.mark.parametrize("path", [AskedPath.AUTO, AskedPath.SQL])
+def test_enum_values_with_characters_that_are_shown_escaped(pair: Chain, path: AskedPath) -> None:
+    pair.options = HopOptions(retry_seconds=(0.05, 0.5), apply=path)
+    pair.start()
+    pair.sql(
+        r"CREATE TABLE words (id INT PRIMARY KEY, e ENUM('d', 'b\\c', 'it''s', '\\'), s SET('a\nb', '\r', '\\\\n'))",
+        "INSERT INTO words VALUES (1, 2, 7), (2, 4, 1)",
+        "SET sql_mode = 'NO_BACKSLASH_ESCAPES'",
+        r"CREATE TABLE more (id INT PRIMARY KEY, e ENUM('\', '\n'))",
+        "INSERT INTO more VALUES (1, 2)",
+    )
+    pair.settle()
+    pair.assert_equal()
+
+
 def test_rows_that_a_key_does_not_tell_apart_and_keys_of_every_kind(sql_chain: Chain) -> None:
     chain = sql_chain
     chain.start()
