@@ -129,7 +129,7 @@ class SqlTable:
             column.name + b" IS NULL" if image[column.place] is None else column.test(image[column.place])
             for column in tested
         ]
-        return b" AND ".join(tests) + b" LIMIT 1"
+        return b" AND ".join(tests or [b"TRUE"]) + b" LIMIT 1"  # all columns computed: one row is like the other
 
     def _blame(self, image: Image) -> None:
         for column in self._written:

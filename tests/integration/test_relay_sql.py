@@ -143,6 +143,13 @@ def test_columns_whose_names_differ_only_in_folded_case(pair: Chain, path: Asked
     assert path_of(pair)[1] == ("" if path is AskedPath.AUTO else "asked for with --apply sql")
 
 
+def test_a_table_whose_columns_are_all_computed(sql_pair: Chain) -> None:
+    sql_pair.start()
+    sql_pair.sql("CREATE TABLE t (a INT AS (1) STORED)", "INSERT INTO t VALUES (), ()", "DELETE FROM t LIMIT 1")
+    sql_pair.settle()
+    sql_pair.assert_equal()
+
+
 @pytest.mark.parametrize("path", [AskedPath.AUTO, AskedPath.SQL])
 def test_enum_values_with_characters_that_are_shown_escaped(pair: Chain, path: AskedPath) -> None:
     pair.options = HopOptions(retry_seconds=(0.05, 0.5), apply=path)
