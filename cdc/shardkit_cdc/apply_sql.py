@@ -283,8 +283,8 @@ class SqlWriter:
             raise BadEvent(
                 f"a row of {step.table.qualified} cannot be written: {error}",
                 at=at,
-                hint="either the source did not log the row in full: set binlog_row_image=FULL there, in every session, then "
-                "write the row by hand and `shardkit relay skip --at GTID`; or the source computes the column and the "
+                hint="the source did not log the row in full: set binlog_row_image=FULL there, in every session, "
+                "then write the row by hand and `shardkit relay skip --at GTID`; or it computes the column and the "
                 "target does not: make the target's table like the source's",
             ) from None
         except NotCarried as error:
