@@ -172,7 +172,7 @@ def sql_column(
     literal: Literal
     exact: Literal
     if kind in _INTEGERS:
-        literal = exact = _integer
+        literal, exact = _integer, (_compared_set if kind == ColumnType.SET else _integer)
     elif kind in _REAL:
         literal, exact = (_real_or_refuse if flavour is Flavour.MARIADB else _real), _real_number
     elif kind == ColumnType.NEWDECIMAL:
@@ -205,6 +205,11 @@ def sql_column(
 
 def _integer(value: int) -> bytes:
     return b"%d" % value
+
+
+def _compared_set(value: int) -> bytes:
+    """A SET compares as a signed number, of which its 64th member is the sign."""
+    return b"%d" % (value - (1 << 64) if value >> 63 else value)
 
 
 def _number_text(value: str) -> bytes:

@@ -213,6 +213,25 @@ def test_rows_that_a_key_does_not_tell_apart_and_keys_of_every_kind(sql_chain: C
         assert chain.last.execute(f"SELECT COUNT(*), SUM(n) FROM {name}", database=chain.database) == [(2, 6)], name
 
 
+def test_sets_of_64_members_are_found_by_their_last_one(sql_pair: Chain) -> None:
+    pair = sql_pair
+    pair.start()
+    members = ",".join(f"'m{number}'" for number in range(64))
+    pair.sql(
+        f"CREATE TABLE keyed (tags SET({members}) PRIMARY KEY, n INT)",
+        f"CREATE TABLE keyless (tags SET({members}), n INT)",
+        "INSERT INTO keyed VALUES (18446744073709551615, 1), (9223372036854775808, 2), (9223372036854775807, 3)",
+        "INSERT INTO keyed VALUES (0, 4), (5, 5)",
+        "INSERT INTO keyless SELECT * FROM keyed",
+        "UPDATE keyed SET n = n + 10",
+        "UPDATE keyless SET n = n + 10",
+        "DELETE FROM keyed WHERE n IN (11, 13)",
+        "DELETE FROM keyless WHERE n IN (11, 13)",
+    )
+    pair.settle()
+    pair.assert_equal()
+
+
 def test_unique_values_change_hands_and_foreign_keys_hold(sql_chain: Chain) -> None:
     chain = sql_chain
     chain.start()
