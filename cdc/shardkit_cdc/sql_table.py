@@ -192,11 +192,17 @@ def sql_column(
         own = name + b"=" + (f"_{charset} ".encode() if charset and charset != _BINARY else b"")
     else:
         stored = own = name + b"="
+
+    def test(value: Any) -> bytes:
+        if value == 0 and kind in _REAL and flavour is Flavour.MYSQL:
+            return _zero(name, value)
+        return stored + exact(value)
+
     return SqlColumn(
         place,
         name,
         literal,
-        lambda value: stored + exact(value),
+        test,
         lambda value: own + exact(value),
         computed=target.computed,
         touched="on update" in target.extra.lower(),
@@ -232,6 +238,15 @@ def _real_number(value: float) -> bytes:
     """A DOUBLE, not a DECIMAL or a string: a FLOAT is compared with it by its very value."""
     text = f"{value!r}"
     return (text if "e" in text else f"{text}e0").encode()
+
+
+def _zero(name: bytes, value: float) -> bytes:
+    """What finds 0.0 or -0.0, which compare as equal.
+
+    The factor keeps the server from putting a constant for the column: the sign would be the constant's.
+    """
+    sign = b"" if math.copysign(1, value) < 0 else b"NOT "
+    return name + b"*1e0=0 AND CAST(" + name + b"*1e0 AS CHAR) " + sign + b"LIKE '-%'"
 
 
 def _temporal(value: str) -> bytes:
