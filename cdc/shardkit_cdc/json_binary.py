@@ -44,7 +44,8 @@ def json_text(document: bytes, *, as_document: bool = False) -> str:
         return "null"  # what the server reads out of a column that was filled without a value
     reader = _Reader(len(document), as_document)
     try:
-        return reader.value(document[0], document[1:], _DEPTH)
+        # Views: a container's values would else be copied with all that stands behind them, each time.
+        return reader.value(document[0], memoryview(document)[1:], _DEPTH)
     except (IndexError, struct.error, UnicodeDecodeError):
         raise BadEvent("a JSON document is truncated") from None
 
@@ -54,7 +55,7 @@ class _Reader:
         self._left = most  # each value takes a byte at least: more of them than bytes point at one another
         self._as_document = as_document
 
-    def value(self, kind: int, data: bytes, depth: int) -> str:
+    def value(self, kind: int, data: memoryview, depth: int) -> str:
         self._left -= 1
         if self._left < 0 or depth < 0:
             raise BadEvent("a JSON document contradicts itself")
@@ -73,13 +74,13 @@ class _Reader:
             return double_text(struct.unpack_from("<d", data)[0])
         if kind == _STRING:
             size, at = _length(data, 0)
-            return _quoted(_take(data, at, size).decode("utf-8"))
+            return _quoted(str(_take(data, at, size), "utf-8"))
         if kind == _OPAQUE:
             size, at = _length(data, 1)
             return self._opaque(data[0], _take(data, at, size))
         raise BadEvent(f"a JSON document holds a value of the unknown kind {kind}")
 
-    def _container(self, data: bytes, width: int, is_object: bool, depth: int) -> str:
+    def _container(self, data: memoryview, width: int, is_object: bool, depth: int) -> str:
         count = int.from_bytes(_take(data, 0, width), "little")
         data = _take(data, 0, int.from_bytes(_take(data, width, width), "little"))
         keys_at = 2 * width
@@ -97,15 +98,15 @@ class _Reader:
                 key_at = keys_at + number * (width + 2)
                 place = int.from_bytes(data[key_at : key_at + width], "little")
                 size = int.from_bytes(data[key_at + width : key_at + width + 2], "little")
-                text = f"{_quoted(_take(data, place, size).decode('utf-8'))}: {text}"
+                text = f"{_quoted(str(_take(data, place, size), 'utf-8'))}: {text}"
             parts.append(text)
         return ("{%s}" if is_object else "[%s]") % ", ".join(parts)
 
-    def _opaque(self, kind: int, data: bytes) -> str:
+    def _opaque(self, kind: int, data: memoryview) -> str:
         if self._as_document:
             raise Opaque(f"a JSON document holds a value of the SQL type {_type_name(kind)}")
         if kind == ColumnType.NEWDECIMAL:
-            return decimal_text(data[0], data[1], data[2:])
+            return decimal_text(data[0], data[1], bytes(data[2:]))
         if kind in {ColumnType.DATE, ColumnType.DATETIME, ColumnType.TIMESTAMP, ColumnType.TIME}:
             return f'"{_temporal(kind, int.from_bytes(_take(data, 0, 8), "little", signed=True))}"'
         return f'"base64:type{kind}:{base64.b64encode(data).decode()}"'
@@ -118,13 +119,13 @@ def _type_name(kind: int) -> str:
         return str(kind)
 
 
-def _take(data: bytes, at: int, size: int) -> bytes:
+def _take(data: memoryview, at: int, size: int) -> memoryview:
     if at + size > len(data):
         raise BadEvent("a JSON document is truncated")
     return data[at : at + size]
 
 
-def _length(data: bytes, at: int) -> tuple[int, int]:
+def _length(data: memoryview, at: int) -> tuple[int, int]:
     """A length in groups of seven bits, the lowest first, and the place behind it."""
     size = 0
     for number in range(5):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from contextlib import suppress
 
 import pytest
@@ -97,6 +98,14 @@ def test_a_document_that_holds_itself_is_refused() -> None:
     array = struct.pack("<HH", 4, 16) + (b"\x02" + struct.pack("<H", 0)) * 4
     with pytest.raises(BadEvent):
         json_text(b"\x02" + array)
+
+
+def test_the_time_for_a_document_grows_with_its_size() -> None:
+    count = 1_000_000
+    array = struct.pack("<II", count, 8 + 5 * count) + (b"\x05" + struct.pack("<H", 7) + bytes(2)) * count
+    began = time.process_time()
+    assert json_text(b"\x03" + array) == f"[{', '.join('7' * count)}]"
+    assert time.process_time() - began < 15  # with the square of the size it took 43 s
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
