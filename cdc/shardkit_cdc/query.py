@@ -34,6 +34,10 @@ _MARIADB_XID = 129
 
 _NO_FOREIGN_KEY_CHECKS = 1 << 26
 _RELAXED_UNIQUE_CHECKS = 1 << 27
+#: MariaDB alone (sql/sql_priv.h, OPTIONS_WRITTEN_TO_BIN_LOG).
+_NO_CHECK_CONSTRAINT_CHECKS = 1 << 15
+_EXPLICIT_DEFAULTS = 1 << 24
+_IF_EXISTS = 1 << 28
 _TOO_MANY_DATABASES = 254
 
 
@@ -42,6 +46,8 @@ class SessionState:
     """The session variables that a statement's meaning depends on, as the event carries them; None: not said.
 
     Numbers stand for modes, character sets and collations, as the servers take them in SET.
+
+    :param options: the event's flags, some of which only MariaDB has.
     """
 
     sql_mode: int | None = None
@@ -56,6 +62,17 @@ class SessionState:
     microseconds: int = 0
     explicit_defaults_for_timestamp: bool | None = None
     default_collation_for_utf8mb4: int | None = None
+    options: int | None = None
+
+    def mariadb_options(self) -> dict[str, int]:
+        """What the flags of MariaDB's events say besides, by the variables' names."""
+        if self.options is None:
+            return {}
+        return {
+            "explicit_defaults_for_timestamp": int(bool(self.options & _EXPLICIT_DEFAULTS)),
+            "check_constraint_checks": int(not self.options & _NO_CHECK_CONSTRAINT_CHECKS),
+            "sql_if_exists": int(bool(self.options & _IF_EXISTS)),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +121,7 @@ def _session(status: Cursor) -> SessionState:
                 state,
                 foreign_key_checks=not flags & _NO_FOREIGN_KEY_CHECKS,
                 unique_checks=not flags & _RELAXED_UNIQUE_CHECKS,
+                options=flags,
             )
         elif code == _SQL_MODE:
             state = replace(state, sql_mode=status.integer(8))

@@ -8,7 +8,7 @@ tables could not tell: an index, a default or a TRUNCATE leaves them looking equ
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pymysql
@@ -42,6 +42,10 @@ _ATOMIC_CREATE = re.compile(rb"\s+START\s+TRANSACTION\s*$", re.IGNORECASE)
 
 #: ER_BAD_TABLE_ERROR, and MariaDB's ER_UNKNOWN_SEQUENCES and ER_UNKNOWN_VIEW.
 _UNKNOWN = frozenset({1051, 4091, 4092})
+
+
+#: Only set where they differ: not every server has them all, or lets every account set them.
+_OPTIONS = ("explicit_defaults_for_timestamp", "check_constraint_checks", "sql_if_exists")
 
 
 class SchemaChanger:
@@ -198,8 +202,11 @@ class SchemaChanger:
             int(session.foreign_key_checks),
             int(session.unique_checks),
         ]
-        said = _said(session, self._flavour) if self._source is self._flavour else _said_abroad(session, self._charsets)
-        for name, value in said:
+        if self._source is self._flavour:
+            said = _said(session, self._flavour)
+        else:
+            said = _said_abroad(session, self._source, self._charsets)
+        for name, value in _differing(cursor, said):
             names.append(name)
             values.append(value)
         if query.database:  # before the character set changes: the name is sent in it
@@ -236,7 +243,7 @@ class SchemaChanger:
         elif marked:
             self._query("SET SESSION gtid_next = 'AUTOMATIC'")
         # To set these takes a privilege, which an account that did not have to set them may lack.
-        guarded = ("default_collation_for_utf8mb4", "explicit_defaults_for_timestamp")
+        guarded = ("default_collation_for_utf8mb4", *_OPTIONS)
         defaults += [name for name in guarded if name in self._entered]
         self._entered = []
         self._query("SET " + ", ".join(f"SESSION {name} = DEFAULT" for name in defaults))
@@ -264,12 +271,14 @@ def _said(session: SessionState, flavour: Flavour) -> list[tuple[str, object]]:
         found += zip(("auto_increment_increment", "auto_increment_offset"), session.auto_increment, strict=True)
     if session.explicit_defaults_for_timestamp is not None:
         found.append(("explicit_defaults_for_timestamp", int(session.explicit_defaults_for_timestamp)))
-    if flavour is Flavour.MYSQL and session.default_collation_for_utf8mb4 is not None:
+    if flavour is Flavour.MARIADB:
+        found += session.mariadb_options().items()
+    elif session.default_collation_for_utf8mb4 is not None:
         found.append(("default_collation_for_utf8mb4", session.default_collation_for_utf8mb4))
     return found
 
 
-def _said_abroad(session: SessionState, charsets: Mapping[int, str]) -> list[tuple[str, object]]:
+def _said_abroad(session: SessionState, source: Flavour, charsets: Mapping[int, str]) -> list[tuple[str, object]]:
     """The same for the other server family: what both have, by name. Numbers of collations and modes differ."""
     found: list[tuple[str, object]] = []
     if session.sql_mode is not None:
@@ -281,7 +290,22 @@ def _said_abroad(session: SessionState, charsets: Mapping[int, str]) -> list[tup
         found.append(("time_zone", session.time_zone))
     if session.auto_increment is not None:
         found += zip(("auto_increment_increment", "auto_increment_offset"), session.auto_increment, strict=True)
+    explicit = "explicit_defaults_for_timestamp"
+    if source is Flavour.MARIADB:
+        found += [(name, value) for name, value in session.mariadb_options().items() if name == explicit]
+    elif session.explicit_defaults_for_timestamp is not None:
+        found.append((explicit, int(session.explicit_defaults_for_timestamp)))
     return found
+
+
+def _differing(cursor: pymysql.cursors.Cursor, said: Sequence[tuple[str, object]]) -> list[tuple[str, object]]:
+    """What is said, without options that the session has so already."""
+    asked = [name for name, _ in said if name in _OPTIONS]
+    if not asked:
+        return list(said)
+    cursor.execute("SELECT " + ", ".join(f"@@session.{name}" for name in asked))
+    have = dict(zip(asked, cursor.fetchone() or (), strict=True))
+    return [(name, value) for name, value in said if name not in have or have[name] != value]
 
 
 def _mark_hint(flavour: Flavour) -> str:

@@ -141,6 +141,22 @@ def test_schema_changes_and_transactions_of_every_kind(abroad: Chain) -> None:
     assert rows(abroad.last, abroad, "SHOW TABLES LIKE 'went'") == []
 
 
+def test_a_timestamp_without_a_default_is_what_its_session_made_of_it(abroad: Chain) -> None:
+    abroad.start()
+    abroad.sql(
+        "SET sql_mode = '', explicit_defaults_for_timestamp = OFF, time_zone = '+00:00'",
+        "CREATE TABLE stamped (id INT PRIMARY KEY)",
+        "INSERT INTO stamped VALUES (1)",
+        "ALTER TABLE stamped ADD first TIMESTAMP",
+        "ALTER TABLE stamped ADD second TIMESTAMP",
+        "SET explicit_defaults_for_timestamp = ON",
+        "ALTER TABLE stamped ADD third TIMESTAMP",
+    )
+    abroad.settle()
+    master, copy = (rows(server, abroad, "SELECT * FROM stamped") for server in abroad.servers)
+    assert copy == master
+
+
 def test_the_path_and_the_position_are_told(abroad: Chain, tmp_path: Path) -> None:
     abroad.start()
     abroad.sql("CREATE TABLE t (id INT PRIMARY KEY)", "INSERT INTO t VALUES (1)")

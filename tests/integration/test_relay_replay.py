@@ -14,6 +14,7 @@ from shardkit.gtid import Flavour
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit.topology import Role
 from shardkit_cdc.relay import Hop, HopSpec, State
+from tests.conftest import FLAVOUR
 from tests.relay_chain import Chain, wait_for
 
 pytest_plugins = ["tests.relay_fixtures"]
@@ -87,6 +88,27 @@ def test_every_type_arrives_as_it_was_written(chain: Chain) -> None:
     assert len(master) == 3
     for copy in copies:
         assert copy == master
+
+
+@pytest.mark.skipif(FLAVOUR != "mariadb", reason="MySQL names what it has of these in status variables of their own")
+def test_schema_changes_run_under_the_options_of_their_session(chain: Chain) -> None:
+    chain.start()
+    chain.sql(
+        "CREATE TABLE t (id INT PRIMARY KEY, n INT)",
+        "INSERT INTO t VALUES (1, -1)",
+        "SET explicit_defaults_for_timestamp = OFF",
+        "ALTER TABLE t ADD first TIMESTAMP, ADD second TIMESTAMP",
+        "SET explicit_defaults_for_timestamp = ON",
+        "ALTER TABLE t ADD third TIMESTAMP",
+        "SET check_constraint_checks = OFF",
+        "ALTER TABLE t ADD CHECK (n > 0)",
+        "SET check_constraint_checks = ON, sql_if_exists = ON",
+        "ALTER TABLE nothing ADD m INT",
+        "SET sql_if_exists = OFF",
+        "CREATE TABLE u (id INT PRIMARY KEY)",
+    )
+    chain.settle()
+    chain.assert_equal()
 
 
 #: What only one family has, or describes in its own way.
