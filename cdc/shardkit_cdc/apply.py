@@ -388,6 +388,7 @@ def prepare_session(connection: Connection, flavour: Flavour, form: Format) -> i
     with connection.cursor() as cursor:
         cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
         if flavour is Flavour.MARIADB:
+            cursor.execute("SET SESSION max_statement_time = 0")  # a limit is for clients: rows have to come in
             # Else each group logs the text of the whole BINLOG statement: the target's log would grow with the square
             # of the batch.
             cursor.execute("SET SESSION binlog_annotate_row_events = 0")

@@ -395,6 +395,7 @@ def prepare_statements(connection: Connection, flavour: Flavour, endpoint: Endpo
     with connection.cursor() as cursor:
         cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
         if flavour is Flavour.MARIADB:
+            cursor.execute("SET SESSION max_statement_time = 0")  # a limit is for clients: rows have to come in
             # A statement's text beside its row events doubles the log; to leave it out needs BINLOG ADMIN.
             with contextlib.suppress(pymysql.OperationalError):
                 cursor.execute("SET SESSION binlog_annotate_row_events = 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -420,6 +421,25 @@ def test_statements_keep_to_the_targets_packets(own_pair: Chain) -> None:
     )
     own_pair.settle()
     own_pair.assert_equal()
+
+
+@pytest.mark.skipif(FLAVOUR != "mariadb", reason="MySQL limits the time of SELECT alone")
+@pytest.mark.parametrize("path", [AskedPath.SQL, AskedPath.RAW])
+def test_a_target_that_limits_the_time_of_statements_lets_the_relay_finish(own_pair: Chain, path: AskedPath) -> None:
+    pair = own_pair
+    pair.options = HopOptions(retry_seconds=(0.05, 0.5), apply=path)
+    pair.sql("SET GLOBAL max_statement_time = 1", server=pair.last)
+    pair.start()
+    pair.sql("CREATE TABLE t (id INT PRIMARY KEY, n INT)", "INSERT INTO t VALUES (1, 1)")
+    pair.settle()
+    with closing(pair.last.connect(pair.database)) as other, other.cursor() as cursor:
+        cursor.execute("SELECT * FROM t FOR UPDATE")
+        pair.sql("UPDATE t SET n = 2")
+        # Held for longer than a statement may take: the relay's waits for it.
+        threading.Event().wait(2)
+        other.rollback()
+    pair.settle()
+    pair.assert_equal()
 
 
 @contextmanager
