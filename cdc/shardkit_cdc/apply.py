@@ -7,6 +7,7 @@ is always the end of a source transaction.
 
 from __future__ import annotations
 
+import binascii
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -339,9 +340,10 @@ class Applier:
             self._check.check(table, at=where)
         with self._connection.cursor() as cursor:
             for payload in payloads(rows, largest=self._largest):
+                # Base64, which `largest` allows for: as a parameter bytes take twice their size.
                 cursor.execute(
-                    f"INSERT INTO {_PREPARED} (hop, xid, part, gtid, events) VALUES (%s, %s, %s, %s, %s)",
-                    (self._claim.key, xid, parts.stored, where, payload),
+                    f"INSERT INTO {_PREPARED} (hop, xid, part, gtid, events) VALUES (%s, %s, %s, %s, FROM_BASE64(%s))",
+                    (self._claim.key, xid, parts.stored, where, binascii.b2a_base64(payload, newline=False).decode()),
                 )
                 parts.stored += 1
 

@@ -423,6 +423,25 @@ def test_statements_keep_to_the_targets_packets(own_pair: Chain) -> None:
     own_pair.assert_equal()
 
 
+@pytest.mark.parametrize("path", [AskedPath.SQL, AskedPath.RAW])
+def test_a_branch_whose_rows_fit_the_targets_packets_is_kept(own_pair: Chain, path: AskedPath) -> None:
+    pair = own_pair
+    pair.options = HopOptions(retry_seconds=(0.05, 0.5), apply=path)
+    pair.sql("SET GLOBAL max_allowed_packet = 1048576", server=pair.last)
+    pair.start()
+    pair.sql(
+        "CREATE TABLE t (id INT PRIMARY KEY, body LONGBLOB)",
+        "XA START 'large'",
+        "INSERT INTO t VALUES (1, REPEAT(x'00', 600000))",
+        "INSERT INTO t VALUES (2, REPEAT('\\'', 350000))",
+        "XA END 'large'",
+        "XA PREPARE 'large'",
+        "XA COMMIT 'large'",
+    )
+    pair.settle(20)
+    pair.assert_equal()
+
+
 @pytest.mark.skipif(FLAVOUR != "mariadb", reason="MySQL limits the time of SELECT alone")
 @pytest.mark.parametrize("path", [AskedPath.SQL, AskedPath.RAW])
 def test_a_target_that_limits_the_time_of_statements_lets_the_relay_finish(own_pair: Chain, path: AskedPath) -> None:
