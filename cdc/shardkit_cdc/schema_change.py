@@ -20,7 +20,7 @@ from shardkit_cdc.connection import DENIED, PASSING, READ_ONLY, code_of, text_of
 from shardkit_cdc.position import Claim
 from shardkit_cdc.query import Query, SessionState
 from shardkit_cdc.selection import SchemaChange
-from shardkit_cdc.statement import Effect
+from shardkit_cdc.statement import Effect, Name
 
 if TYPE_CHECKING:
     Connection = pymysql.Connection[Any]
@@ -39,6 +39,9 @@ _IDLE_MODES = 1 << 28
 
 #: MySQL logs CREATE TABLE ... SELECT as a CREATE TABLE with this at its end, followed by rows.
 _ATOMIC_CREATE = re.compile(rb"\s+START\s+TRANSACTION\s*$", re.IGNORECASE)
+
+#: What removes, or exchanges, the rows of a partition.
+_ROWS_OF_PARTITIONS = re.compile(rb"\b(DROP|TRUNCATE|EXCHANGE)\s+PARTITION\b", re.IGNORECASE)
 
 #: ER_BAD_TABLE_ERROR, and MariaDB's ER_UNKNOWN_SEQUENCES and ER_UNKNOWN_VIEW.
 _UNKNOWN = frozenset({1051, 4091, 4092})
@@ -142,6 +145,8 @@ class SchemaChanger:
             reason = f"a statement ran under an sql_mode that the target's family does not have ({session.sql_mode})"
         elif session.character_set_client is not None and session.character_set_client not in self._charsets:
             reason = f"a statement is in an unknown character set ({session.character_set_client})"
+        elif _ROWS_OF_PARTITIONS.search(change.query.text) and self._is_partitioned_by_text(outline.names):
+            reason = "which partition a text is in depends on its collation, and the families' differ"
         if reason:
             raise BadEvent(
                 f"{reason}: {_shown(change.query)}",
@@ -150,6 +155,20 @@ class SchemaChanger:
                 hint="run on the target by hand what does the same there, if anything; then `shardkit relay skip --at "
                 "GTID`",
             )
+
+    def _is_partitioned_by_text(self, names: Sequence[Name]) -> bool:
+        """Whether one of the target's tables places rows by what its collation makes of a text (KEY and COLUMNS)."""
+        with self._connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT 1 FROM information_schema.partitions p JOIN information_schema.columns c "
+                "USING (table_schema, table_name) "
+                "WHERE p.table_schema = DATABASE() AND p.table_name IN %s AND c.collation_name IS NOT NULL "
+                "AND c.collation_name NOT LIKE %s AND p.partition_method REGEXP 'KEY|COLUMNS' "
+                "AND (p.partition_expression IS NULL OR p.partition_expression = '' "
+                "OR p.partition_expression LIKE CONCAT('%%', c.column_name, '%%')) LIMIT 1",
+                ([name.name for name in names] or [""], r"%\_bin"),
+            )
+            return cursor.fetchone() is not None
 
     def _execute(self, change: SchemaChange, at: str) -> None:
         query = change.query

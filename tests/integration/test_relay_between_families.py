@@ -194,6 +194,30 @@ def test_what_means_something_else_there_stops_the_hop(abroad: Chain) -> None:
     assert rows(abroad.last, abroad, "SELECT id FROM t") == [(1,)]
 
 
+def test_partitions_lose_their_rows_where_both_families_place_rows_alike(abroad: Chain) -> None:
+    abroad.run(abroad.hop(0))
+    for name, kind in (("numbers", "INT"), ("bytes", "VARBINARY(9)"), ("bits", "VARCHAR(9) COLLATE utf8mb4_bin")):
+        abroad.sql(
+            f"CREATE TABLE {name} (k {kind} PRIMARY KEY, word VARCHAR(9)) PARTITION BY KEY (k) PARTITIONS 4",
+            f"INSERT INTO {name} (k) VALUES {','.join(f'({number})' for number in range(60))}",
+            f"ALTER TABLE {name} TRUNCATE PARTITION p1",
+        )
+    abroad.settle()
+    for name in ("numbers", "bytes", "bits"):
+        master, copy = (rows(server, abroad, f"SELECT k FROM {name} ORDER BY k") for server in abroad.servers)
+        assert copy == master, name
+        assert 0 < len(copy) < 60
+    abroad.sql(
+        "CREATE TABLE words (k VARCHAR(9) PRIMARY KEY) PARTITION BY KEY (k) PARTITIONS 4",
+        f"INSERT INTO words VALUES {','.join(f'({number})' for number in range(60))}",
+        "ALTER TABLE words TRUNCATE PARTITION p1",
+    )
+    error = abroad.failed()
+    assert isinstance(error, BadEvent)
+    assert "collation" in error.message
+    assert len(rows(abroad.last, abroad, "SELECT * FROM words")) == 60
+
+
 def test_copies_are_filled_and_compared_within_one_family(abroad: Chain) -> None:
     spec, credentials = abroad.specs[0], abroad.master.credentials
     with pytest.raises(PreconditionFailed, match="is mysql"):
