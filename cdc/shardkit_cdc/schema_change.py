@@ -49,6 +49,7 @@ _UNKNOWN = frozenset({1051, 4091, 4092})
 
 #: Only set where they differ: not every server has them all, or lets every account set them.
 _OPTIONS = ("explicit_defaults_for_timestamp", "check_constraint_checks", "sql_if_exists")
+_STEPS = ("auto_increment_increment", "auto_increment_offset")
 
 
 class SchemaChanger:
@@ -286,8 +287,7 @@ def _said(session: SessionState, flavour: Flavour) -> list[tuple[str, object]]:
         )
         if value is not None
     ]
-    if session.auto_increment is not None:
-        found += zip(("auto_increment_increment", "auto_increment_offset"), session.auto_increment, strict=True)
+    found += zip(_STEPS, session.auto_increment or (1, 1), strict=True)  # said only where it is another than 1
     if session.explicit_defaults_for_timestamp is not None:
         found.append(("explicit_defaults_for_timestamp", int(session.explicit_defaults_for_timestamp)))
     if flavour is Flavour.MARIADB:
@@ -307,8 +307,7 @@ def _said_abroad(session: SessionState, source: Flavour, charsets: Mapping[int, 
         found += [("character_set_client", charset), ("character_set_connection", charset)]
     if session.time_zone is not None:
         found.append(("time_zone", session.time_zone))
-    if session.auto_increment is not None:
-        found += zip(("auto_increment_increment", "auto_increment_offset"), session.auto_increment, strict=True)
+    found += zip(_STEPS, session.auto_increment or (1, 1), strict=True)  # said only where it is another than 1
     explicit = "explicit_defaults_for_timestamp"
     if source is Flavour.MARIADB:
         found += [(name, value) for name, value in session.mariadb_options().items() if name == explicit]
@@ -319,9 +318,7 @@ def _said_abroad(session: SessionState, source: Flavour, charsets: Mapping[int, 
 
 def _differing(cursor: pymysql.cursors.Cursor, said: Sequence[tuple[str, object]]) -> list[tuple[str, object]]:
     """What is said, without options that the session has so already."""
-    asked = [name for name, _ in said if name in _OPTIONS]
-    if not asked:
-        return list(said)
+    asked = [name for name, _ in said if name in _OPTIONS or name in _STEPS]
     cursor.execute("SELECT " + ", ".join(f"@@session.{name}" for name in asked))
     have = dict(zip(asked, cursor.fetchone() or (), strict=True))
     return [(name, value) for name, value in said if name not in have or have[name] != value]

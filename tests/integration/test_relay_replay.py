@@ -111,6 +111,23 @@ def test_schema_changes_run_under_the_options_of_their_session(chain: Chain) -> 
     chain.assert_equal()
 
 
+def test_new_numbers_are_the_sources_whatever_steps_the_target_takes(own_pair: Chain) -> None:
+    pair = own_pair
+    pair.sql("SET GLOBAL auto_increment_increment = 7", "SET GLOBAL auto_increment_offset = 3", server=pair.last)
+    pair.start()
+    pair.sql(
+        "CREATE TABLE t (n INT)",
+        "INSERT INTO t VALUES (1), (2), (3)",
+        "ALTER TABLE t ADD id INT AUTO_INCREMENT PRIMARY KEY",
+        "CREATE TABLE u (n INT)",
+        "INSERT INTO u VALUES (1), (2)",
+        "SET auto_increment_increment = 5, auto_increment_offset = 2",
+        "ALTER TABLE u ADD id INT AUTO_INCREMENT PRIMARY KEY",
+    )
+    pair.settle()
+    pair.assert_equal()
+
+
 #: What only one family has, or describes in its own way.
 PECULIAR = {
     Flavour.MARIADB: [
