@@ -93,8 +93,11 @@ def _hint(error: RoutingError, shard_map: ShardMap, *, typed: bool) -> str | Non
     """The fix, for somebody who has a command line and no session."""
     hint = error.hint or ""
     if "create_cluster(metadata=" in hint:
-        return "compare the key with a value of its column's type" + (
-            "" if typed else "; --models MODULE:NAME (shop.models:Base) says what the types are"
+        several = ", or write the statement as a select(), whose rows can be put together" if error.shards else ""
+        return (
+            "compare the key with a value of its column's type"
+            + ("" if typed else " (--models MODULE:NAME, as shop.models:Base, says what the types are)")
+            + several
         )
     if "cluster.assign(" in hint:
         info = shard_map.table(error.table or next(iter(shard_map.tables)))

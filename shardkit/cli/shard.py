@@ -34,13 +34,13 @@ def list_(map_source: str, out: Output) -> int:
     standings = look(shard_map.shards.values(), from_environment())
     out.result({"map_version": shard_map.version, "databases": [_document(each) for each in standings]})
     out.table(
-        ["shard", Column("epoch", right=True), "role", "endpoint", "state", Column("lag s", right=True), "position"],
+        ["shard", Column("epoch", right=True), "role", "address", "state", Column("lag s", right=True), "position"],
         [
             [
                 each.shard,
                 shard_map.shards[each.shard].epoch,
                 each.role,
-                each.endpoint,
+                each.endpoint.address or each.endpoint,
                 _state(each),
                 None if each.lag_seconds is None else f"{each.lag_seconds:.2f}",
                 each.position,

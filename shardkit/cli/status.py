@@ -168,7 +168,7 @@ def _with_live_states(store: MapStore, databases: Sequence[EndpointStatus]) -> l
 
 def _clients_line(clients: Sequence[ClientState], current: int) -> str:
     if not clients:
-        return "no process has announced itself"
+        return "no application has announced itself"
     versions = Counter(client.version for client in clients)
     behind = sum(number for version, number in versions.items() if version < current)
     line = f"{len(clients)} running {'process' if len(clients) == 1 else 'processes'}"

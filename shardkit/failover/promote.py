@@ -311,8 +311,10 @@ class _Run:
         """Before it is opened: whatever is written to it then is in its log behind where the copies begin."""
         plan = self._plan
         has = position_of(candidate, self._shard, plan.candidate.role)
-        if self._shard.replication is ReplicationKind.NATIVE or has is None:
+        if self._shard.replication is ReplicationKind.NATIVE:
             return {}
+        if has is None:
+            return dict.fromkeys(plan.follow, f"{candidate.endpoint} does not say what it has of the old master's log")
         beginning = relayed.Beginning.note(candidate, self._shard, plan.after.epoch, has=has)
         first, behind = ((plan.staging,), plan.keeps) if plan.staging is not None else (plan.keeps, ())
         return relayed.follow_all(first, behind, self._shard, beginning, self._credentials)

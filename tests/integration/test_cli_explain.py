@@ -73,8 +73,16 @@ def test_a_refusal_is_told_with_its_fix(map_file: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["SELECT * FROM users WHERE age = 5"], 1, "--models MODULE:NAME (shop.models:Base) says what the types are"),
-        (["SELECT * FROM users WHERE age = 5", "--models", "tests.routing_shop:Base"], 1, "its column's type\n"),
+        (
+            ["SELECT * FROM users WHERE age = 5"],
+            1,
+            "(--models MODULE:NAME, as shop.models:Base, says what the types are), or",
+        ),
+        (
+            ["SELECT * FROM users WHERE age = 5", "--models", "tests.routing_shop:Base"],
+            1,
+            "its column's type, or write the statement as a select()",
+        ),
         (["SELECT * FROM users WHERE id = :id"], 2, "parameters without a value: give id=VALUE"),
         (["this is no SQL"], 2, "'this is no SQL' is no SQL statement: give the whole statement in quotes"),
         ([""], 2, "is no SQL statement"),
