@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
 import sqlalchemy as sa
-from sqlalchemy.sql import operators
+from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.elements import (
     AbstractTextClause,
     AggregateOrderBy,
@@ -45,7 +45,14 @@ from sqlalchemy.sql.lambdas import LambdaElement
 from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.sql.selectable import CompoundSelect, Exists, ScalarSelect, SelectStatementGrouping
 
-from shardkit.routing.functions import AGGREGATES, OF_THE_CONNECTION, PURE, VOLATILE
+from shardkit.routing.functions import (
+    AGGREGATES,
+    BARE_CLOCKS,
+    CLOCKS_BY_ARGUMENT,
+    OF_THE_CONNECTION,
+    PURE,
+    VOLATILE,
+)
 
 #: Where an expression stands: in an AND of a predicate, under an OR of one, or where its value is used.
 Place: TypeAlias = Literal["and", "or", "value"]
@@ -126,6 +133,7 @@ _PLAIN_TEXT: Final = re.compile(
         (?::\w+|-?\d+(?:\.\d+)?|'[^'\\]*'|null|true|false|[A-Za-z_][\w.`]*)\s*""",
     re.ASCII | re.IGNORECASE | re.VERBOSE,
 )
+_BARE_CLOCK: Final = re.compile(rf"(?<![\w.`])(?:{'|'.join(sorted(BARE_CLOCKS))})(?![\w.`])", re.ASCII | re.IGNORECASE)
 
 
 def _look(element: Any, place: Place, contents: Contents) -> None:
@@ -133,6 +141,8 @@ def _look(element: Any, place: Place, contents: Contents) -> None:
         case ColumnClause():
             if element.is_literal and not _ONE_NAME.fullmatch(element.name):
                 contents.unreadable.append("literal_column() with more than a name or a number")
+            elif element.is_literal and element.name.casefold() in BARE_CLOCKS:
+                contents.functions.add(element.name.casefold())
         case AbstractTextClause():
             _text(element, place, contents)
         case Grouping():
@@ -174,6 +184,7 @@ def _text(element: AbstractTextClause, place: Place, contents: Contents) -> None
     pattern = _ONE_NAME if place == "value" else _PLAIN_TEXT
     if not isinstance(element, sa.TextClause) or not pattern.fullmatch(text):
         contents.unreadable.append("text()")
+    contents.functions |= {found.casefold() for found in _BARE_CLOCK.findall(text)}
 
 
 def _binary(element: BinaryExpression[Any], place: Place, contents: Contents) -> None:
@@ -219,10 +230,23 @@ def _function(element: FunctionElement[Any], contents: Contents) -> None:
         return
     name = _name(element)
     contents.functions.add(name)
+    if _reads_clock(name, arguments):
+        contents.functions.add("now")
     if name in AGGREGATES and not (name in {"max", "min"} and len(arguments) > 1):  # SQLite's scalar MAX(a, b)
         contents.aggregates = True
     elif name not in PURE and name not in VOLATILE and name not in OF_THE_CONNECTION:
         contents.unknown.add(name)
+
+
+def _reads_clock(name: str, arguments: Sequence[ClauseElement]) -> bool:
+    """Whether a function of times may be given none: a constant may be SQLite's ``'now'``."""
+    place = CLOCKS_BY_ARGUMENT.get(name)
+    if place is None:
+        return False
+    if len(arguments) <= place:
+        return True
+    inside = visitors.iterate(arguments[place])
+    return name != "unix_timestamp" and not any(isinstance(each, ColumnClause) for each in inside)
 
 
 def is_distinct(element: Any) -> bool:

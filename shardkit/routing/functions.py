@@ -3,6 +3,7 @@ that reads other tables), so over several shards it is refused."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 
@@ -44,6 +45,22 @@ VOLATILE: Final = names_of(
 
 #: Those of them whose value nobody can foresee.
 RANDOM: Final = names_of("rand random random_bytes randomblob uuid uuid_short")
+
+#: Clocks that are read by their name alone, without parentheses.
+BARE_CLOCKS: Final = names_of(
+    "current_date current_time current_timestamp localtime localtimestamp utc_date utc_time utc_timestamp"
+)
+
+#: Functions that read the clock where an argument says no time of its own, and the place of this argument: without it,
+#: and SQLite's also with the word 'now'.
+CLOCKS_BY_ARGUMENT: Final[Mapping[str, int]] = {
+    "date": 0,
+    "julianday": 0,
+    "strftime": 1,
+    "time": 0,
+    "unixepoch": 0,
+    "unix_timestamp": 0,
+}
 
 #: What they answer belongs to one connection: they say nothing over several.
 OF_THE_CONNECTION: Final = names_of(

@@ -241,7 +241,10 @@ class Inserts:
                     key=info.key,
                     shards=len(hosts),
                 )
-            contents = contents_of(value for value in changes.values() if isinstance(value, ClauseElement))
+            read = [*changes.values(), getattr(part, "update_whereclause", None)]
+            if info.kind == "reference":
+                check_same_everywhere(read, info)
+            contents = contents_of(value for value in read if isinstance(value, ClauseElement))
             if contents.subqueries or contents.unreadable:
                 raise RoutingError(
                     f"the upsert of {info.name} reads a subquery or raw SQL",

@@ -17,7 +17,7 @@ from shardkit.errors import MissingKey, RoutingError
 from shardkit.routing.planner import Planner
 from shardkit.routing.route import RouteOptions, StatementKind
 from shardkit.shardmap import ShardMap
-from tests.routing_shop import ROWS, Country, Currency, Invoice, Member, Order, Read, Shop, Store, User
+from tests.routing_shop import ROWS, Country, Currency, Invoice, Member, Order, Read, Shop, Store, User, shop_map
 
 u, o = User, Order
 
@@ -168,6 +168,67 @@ def test_reference_tables_are_written_everywhere(shop: Shop) -> None:
     now = datetime(2024, 1, 1)  # noqa: DTZ001 - DATETIME has no zone
     assert shop.change(sa.insert(Currency).values(id=1, code="KRW", changed=now)).replicated
     same(shop, Country, Currency)
+
+
+CLOCKS: dict[str, Any] = {
+    "current_timestamp as text": sa.text("CURRENT_TIMESTAMP"),
+    "current_timestamp as a name": sa.literal_column("current_timestamp"),
+    "the seconds of now": sa.func.from_unixtime(sa.func.unix_timestamp()),
+    "SQLite's word for now": sa.func.date("now"),
+    "SQLite's now, with a format": sa.func.strftime("%s", sa.literal("now")),
+}
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_a_reference_table_takes_no_time_from_its_servers_by_any_name(shop: Shop, name: str) -> None:
+    now = CLOCKS[name]
+    then = datetime(2024, 1, 1)  # noqa: DTZ001 - DATETIME has no zone
+    for statement in (
+        sa.insert(Currency).values(id=1, code="KRW", changed=now),
+        sa.update(Currency).values(changed=now),
+        sa.update(Currency).values(code="x").where(Currency.changed < now),
+        sa.delete(Currency).where(Currency.changed < now),
+        mysql.insert(Currency).values(id=1, code="x", changed=then).on_duplicate_key_update(changed=now),
+    ):
+        with pytest.raises(RoutingError, match="another value on each shard"):
+            shop.route(statement)
+    born = sa.update(Currency).values(code=sa.func.strftime("%Y", Currency.changed), changed=sa.func.now())
+    with pytest.raises(RoutingError, match=r"now\(\)"):
+        shop.route(born)
+    assert shop.route(sa.update(Currency).values(code=sa.func.strftime("%Y", Currency.changed))).replicated
+
+
+def test_a_text_with_a_clocks_name_does_not_change_a_reference_table() -> None:
+    planner = Planner(shop_map())
+    with pytest.raises(RoutingError, match="another value on each shard"):
+        planner.plan(sa.delete(Currency).where(sa.text("changed < CURRENT_TIMESTAMP")))
+    assert planner.plan(sa.delete(Currency).where(sa.text("code = 'KRW'"))).replicated
+
+
+def test_an_upsert_of_a_reference_table_sets_the_same_on_every_shard(shop: Shop) -> None:
+    then = datetime(2024, 1, 1)  # noqa: DTZ001 - DATETIME has no zone
+    row = mysql.insert(Currency).values(id=1, code="x", changed=then)
+    lite = sqlite_insert(Currency).values(id=1, code="x", changed=then)
+    for statement in (
+        row.on_duplicate_key_update(changed=sa.func.now()),
+        row.on_duplicate_key_update(id=sa.func.rand()),
+        lite.on_conflict_do_update(index_elements=["id"], set_={"changed": sa.func.now()}),
+        lite.on_conflict_do_update(index_elements=["id"], set_={"code": "y"}, where=Currency.changed < sa.func.now()),
+    ):
+        with pytest.raises(RoutingError, match="another value on each shard"):
+            shop.route(statement)
+    assert shop.route(row.on_duplicate_key_update(code=row.inserted.code, changed=then)).replicated
+    assert shop.change(lite.on_conflict_do_update(index_elements=["id"], set_={"code": "y"})).replicated
+    same(shop, Currency)
+
+
+def test_an_upsert_reads_no_other_rows_in_its_where(shop: Shop) -> None:
+    statement = sqlite_insert(u).values(id=5, name="new")
+    elsewhere = sa.select(o.giver).where(o.giver.is_not(None))
+    with pytest.raises(RoutingError, match="reads a subquery"):
+        shop.route(
+            statement.on_conflict_do_update(index_elements=["id"], set_={"name": "new"}, where=u.id.in_(elsewhere))
+        )
 
 
 def test_upserts_whose_unique_indexes_hold_the_key(shop: Shop) -> None:
