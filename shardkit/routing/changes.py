@@ -13,7 +13,7 @@ from shardkit.partition import Bucket
 from shardkit.routing.conditions import Binds
 from shardkit.routing.functions import AGGREGATES, PURE
 from shardkit.routing.hints import Hint, hint_of
-from shardkit.routing.inserts import check_same_everywhere, mapper_of, name_of, parameter_sets
+from shardkit.routing.inserts import changed_by_server, check_same_everywhere, mapper_of, name_of, parameter_sets
 from shardkit.routing.merge import MergePlan
 from shardkit.routing.moving import moves_on, restricted
 from shardkit.routing.queries import Occurrence
@@ -125,8 +125,7 @@ class Changes:
         check_same_everywhere((statement._values or {}).values(), info)  # noqa: SLF001
         for column in getattr(statement.table, "c", ()):
             changing = getattr(column, "onupdate", None)
-            by_server = getattr(column, "server_onupdate", None) is not None
-            if (by_server or (changing is not None and not changing.is_scalar)) and not {
+            if (changed_by_server(column) or (changing is not None and not changing.is_scalar)) and not {
                 column.name,
                 column.key,
             } & given:

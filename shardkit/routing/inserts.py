@@ -244,6 +244,16 @@ class Inserts:
             read = [*changes.values(), getattr(part, "update_whereclause", None)]
             if info.kind == "reference":
                 check_same_everywhere(read, info)
+                stamped = next(
+                    (c for c in table.c if changed_by_server(c) and changed.isdisjoint({c.name, c.key})), None
+                )
+                if changes and stamped is not None:
+                    raise RoutingError(
+                        f"{info.name} is a reference table, and each shard would choose its own {stamped.name}",
+                        hint=f"give {stamped.key}=... in the update, too",
+                        table=info.name,
+                        shards=len(hosts),
+                    )
             contents = contents_of(value for value in read if isinstance(value, ClauseElement))
             if contents.subqueries or contents.unreadable:
                 raise RoutingError(
@@ -324,6 +334,17 @@ def is_constant(server_default: Any) -> bool:
         return True
     given = getattr(server_default, "arg", None)
     return isinstance(given, str) or (isinstance(given, sa.TextClause) and bool(_LITERAL.fullmatch(given.text)))
+
+
+def changed_by_server(column: Any) -> bool:
+    """Whether the server sets a column in every UPDATE that does not: MySQL's ON UPDATE stands beside the default."""
+    if getattr(column, "server_onupdate", None) is not None:
+        return True
+    given = getattr(getattr(column, "server_default", None), "arg", None)
+    return isinstance(given, sa.TextClause) and bool(_ON_UPDATE.search(given.text))
+
+
+_ON_UPDATE: Final = re.compile(r"\bon\s+update\b", re.IGNORECASE)
 
 
 def _unique_sets(table: sa.Table) -> Iterable[set[str]]:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.sql.elements import ClauseElement
 
 from shardkit.errors import MissingKey, RoutingError
-from shardkit.routing.inserts import check_same_everywhere, is_constant
+from shardkit.routing.inserts import changed_by_server, check_same_everywhere, is_constant
 from shardkit.routing.rows import attribute_of
 from shardkit.shardmap import TableInfo
 
@@ -53,7 +53,7 @@ def touched_values(mapper: Mapper[Any], info: TableInfo, changed: Mapping[str, A
         default = column.onupdate
         if attribute in changed or column.table not in tables:
             continue
-        if default is None and column.server_onupdate is not None:
+        if default is None and changed_by_server(column):
             raise _chosen_by_each(info, column)
         if default is None or default.is_scalar:
             continue

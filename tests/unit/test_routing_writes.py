@@ -16,6 +16,7 @@ from sqlalchemy.schema import CreateTable, DropTable
 from shardkit.errors import MissingKey, RoutingError
 from shardkit.routing.planner import Planner
 from shardkit.routing.route import RouteOptions, StatementKind
+from shardkit.session.shared import touched_values
 from shardkit.shardmap import ShardMap
 from tests.routing_shop import ROWS, Country, Currency, Invoice, Member, Order, Read, Shop, Store, User, shop_map
 
@@ -220,6 +221,45 @@ def test_an_upsert_of_a_reference_table_sets_the_same_on_every_shard(shop: Shop)
     assert shop.route(row.on_duplicate_key_update(code=row.inserted.code, changed=then)).replicated
     assert shop.change(lite.on_conflict_do_update(index_elements=["id"], set_={"code": "y"})).replicated
     same(shop, Currency)
+
+
+STAMPED = sa.Table(
+    "currencies",
+    sa.MetaData(),
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("code", sa.String(3)),
+    sa.Column(
+        "changed", sa.TIMESTAMP, server_default=sa.text("CURRENT_TIMESTAMP ON UPDATE CURRENT_TIMESTAMP"), nullable=False
+    ),
+)
+
+
+class Stamped(DeclarativeBase):
+    pass
+
+
+class StampedCurrency(Stamped):
+    __table__ = STAMPED.to_metadata(Stamped.metadata)
+
+
+def test_a_reference_table_whose_servers_stamp_each_change(shop: Shop) -> None:
+    """MySQL's ON UPDATE CURRENT_TIMESTAMP is written where SQLAlchemy's manual writes it: into the server's default."""
+    then = datetime(2024, 1, 1)  # noqa: DTZ001 - DATETIME has no zone
+    planner = Planner(shop.map)
+    row = mysql.insert(STAMPED).values(id=1, code="x", changed=then)
+    for statement in (sa.update(STAMPED).values(code="y"), row.on_duplicate_key_update(code="y")):
+        with pytest.raises(RoutingError, match="would choose its own changed"):
+            planner.plan(statement)
+    for statement in (
+        sa.update(STAMPED).values(code="y", changed=then),
+        row.on_duplicate_key_update(code="y", changed=then),
+        sa.delete(STAMPED).where(STAMPED.c.id == 1),
+    ):
+        assert planner.plan(statement).replicated
+    mapper = sa.inspect(StampedCurrency)
+    with pytest.raises(RoutingError, match="changed"):
+        touched_values(mapper, shop.map.table("currencies"), {"code": "y"})
+    assert touched_values(mapper, shop.map.table("currencies"), {"code": "y", "changed": then}) == {}
 
 
 def test_an_upsert_reads_no_other_rows_in_its_where(shop: Shop) -> None:
