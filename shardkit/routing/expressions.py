@@ -271,9 +271,10 @@ def _name(function: FunctionElement[Any]) -> str:
 
 # --- what hangs on a statement beside its clauses -----------------------------------------------------------------
 
-#: What users may hang on a statement as raw SQL without changing what it means.
+#: What users may hang on a statement as raw SQL without changing what it means. SET_VAR may (sql_select_limit).
 _HARMLESS = re.compile(
-    r"/\*\+[^*/]*\*/|SQL_NO_CACHE|STRAIGHT_JOIN|HIGH_PRIORITY|SQL_(BIG|SMALL|BUFFER)_RESULT", re.IGNORECASE
+    r"/\*\+(?![^*/]*\bSET_VAR\b)[^*/]*\*/|SQL_NO_CACHE|STRAIGHT_JOIN|HIGH_PRIORITY|SQL_(BIG|SMALL|BUFFER)_RESULT",
+    re.IGNORECASE,
 )
 _INDEX_HINT = re.compile(r"(USE|FORCE|IGNORE)\s+(INDEX|KEY)\b[^()]*\([^()]*\)", re.IGNORECASE)
 

@@ -138,6 +138,10 @@ REFUSED: dict[str, Any] = {
     "sorted by a value, which a driver sends as a column's number": sa.select(u.id, u.age).order_by(sa.literal(2)),
 }
 
+for text in ("/*+ SET_VAR(sql_select_limit=2) */", "/*+ MAX_EXECUTION_TIME(1000) set_var(timestamp=5) */"):
+    REFUSED[f"a hint that sets a variable: {text}"] = sa.select(u.id).prefix_with(text)
+    REFUSED[f"a statement hint that sets a variable: {text}"] = sa.select(u.id).with_statement_hint(text)
+
 
 ANSWERED |= {
     f"a union of {name}": union(
