@@ -253,7 +253,7 @@ class _Splitting:
         value = self.context.binds.of(clause) if isinstance(clause, BindParameter) else None
         if type(value) is not int or value < 0:
             raise refused(f"{name} that is not a number over several shards")
-        return value
+        return min(value, _MOST_ROWS)
 
     # --- aggregates and groups
 
@@ -364,6 +364,9 @@ def _same_column(one: Any, other: Any) -> bool:
         and one.key == other.key
     )
 
+
+#: A larger LIMIT or OFFSET is as good as this one, and their sum is still a number to servers and to Python.
+_MOST_ROWS: Final = 2**61
 
 #: How values compare of which equal ones are the same.
 _ONE_VALUE: Final = frozenset({Comparison.NUMBER, Comparison.BYTES})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
@@ -481,3 +482,18 @@ def test_different_floats_are_sent_as_they_are_told_apart() -> None:
     for column, sent in ((typed.c.f, "min(users.f + 0e0)"), (typed.c.d, "min(users.d)")):
         route = plan(sa.select(total(column.distinct())), None, shop_map(), dialect_name="mysql")
         assert str(route.merge and route.merge.statement).count(sent) == 2
+
+
+@pytest.mark.parametrize(
+    ("limit", "offset"),
+    [(2**63 - 1, 3), (2**64 - 1, 5), (3, 2**63 - 1), (2**63 - 1, 2**63 - 1), (2**64 - 1, None), (None, 2**64 - 1)],
+)
+def test_a_limit_that_is_none(shop: Shop, limit: int | None, offset: int | None) -> None:
+    """``LIMIT 18446744073709551615 OFFSET 5`` is how MySQL's manual leaves a LIMIT away; added up it is no number."""
+    for statement in (sa.select(u.id).order_by(u.id), sa.union_all(sa.select(u.id), sa.select(o.id)).order_by("id")):
+        everything = shop.over_shards(statement)
+        route = shop.route(statement.limit(limit).offset(offset))
+        assert shop.answer(route) == everything[offset or 0 : None if limit is None else (offset or 0) + limit]
+        assert route.merge is not None
+        sent = str(route.merge.statement.compile(compile_kwargs={"literal_binds": True}))
+        assert all(int(number) < 2**63 for number in re.findall(r"\d+", sent))
