@@ -235,6 +235,8 @@ class Grouping:
                 )
             case _ if name in _DEVIATIONS:
                 return self._deviation(name, expression, arguments[0], place, own)
+            case _ if name.startswith("bit_") and isinstance(stored_type(arguments[0].type, self.dialect), _BINARY):
+                raise refused(f"{name.upper()} of binary text, over several shards")  # as many bytes, on MySQL
             case _:
                 return Total(Aggregate(name), place, own)
 
@@ -645,6 +647,7 @@ _DEVIATIONS: Final[Mapping[str, tuple[bool, bool]]] = {
     "var_samp": (True, False),
 }
 _AGGREGATES: Final = frozenset({*(each.value for each in Aggregate), "min", "max", "avg", *_DEVIATIONS, *_TEXTS})
+_BINARY: Final = (sa.LargeBinary, sa.BINARY, sa.VARBINARY)
 _ARITHMETIC: Final[Mapping[Any, Callable[..., Any]]] = {
     operators.add: formulas.add,
     operators.sub: formulas.subtract,
