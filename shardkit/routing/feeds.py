@@ -267,8 +267,8 @@ class _Finder:
             return None  # a set of words, which sorts and compares as a number
         kind = KeyType.STRING if isinstance(stored, sa.Enum) else key_type_of(stored)
         server = self._dialect.name != "sqlite"
-        if kind is KeyType.DECIMAL and not server:
-            return None  # a REAL's digits do not all come back
+        if kind is KeyType.DECIMAL and not (server and getattr(stored, "asdecimal", True)):
+            return None  # a REAL's digits do not all come back, nor do those of a DECIMAL that is made a float
         if isinstance(stored, sa.TIMESTAMP) and server:
             return None  # the hour that a clock runs through twice
         return kind

@@ -195,3 +195,14 @@ def test_a_query_of_the_older_style_asks_whether_there_are_any(shop: Shop) -> No
     with Session(shop.whole) as session:
         statement = sa.select(u.id).where(session.query(Member).filter(Member.age > 20).exists())
     assert Counter(shop.over_shards(statement)) == Counter(shop.at_once(statement))
+
+
+def test_decimals_that_come_as_floats_do_not_come_as_they_are() -> None:
+    """Two DECIMAL(20,10) may be one float: IN would find what the server does not take as equal."""
+    told = sa.MetaData()
+    ones, others = (
+        sa.Table(name, told, sa.Column("id", sa.Integer), sa.Column("x", sa.Numeric(20, 10, asdecimal=False)))
+        for name in ("users", "members")
+    )
+    with pytest.raises(RoutingError):
+        PLANNER.plan(sa.select(ones.c.id).where(ones.c.x.in_(sa.select(others.c.x))))
