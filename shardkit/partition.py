@@ -52,8 +52,10 @@ def key_type_of(column_type: TypeEngine[Any]) -> KeyType | None:
     """The kind of key that a column of this type holds; None where it cannot be a key."""
     if isinstance(column_type, sa.types.TypeDecorator):
         return key_type_of(column_type.impl_instance)
-    if isinstance(column_type, sa.Float | sa.TIMESTAMP):
-        return None  # FLOAT does not survive rounding; what a TIMESTAMP shows depends on the session's time zone
+    if isinstance(column_type, sa.Float | sa.TIMESTAMP | mysql.SET):
+        # FLOAT does not survive rounding, a TIMESTAMP shows what the session's time zone says, and of a SET the server
+        # stores the words in its own order and spelling
+        return None
     for known, kind in _KEY_TYPES:
         if isinstance(column_type, known):
             return kind

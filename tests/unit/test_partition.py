@@ -153,6 +153,7 @@ def test_the_parts_of_a_composite_key_stay_apart() -> None:
         (sa.Time(), None),
         (mysql.YEAR(), None),
         (mysql.BIT(), None),
+        (mysql.SET("a", "b"), None),
     ],
 )
 def test_the_kind_of_key_of_a_column(column_type: sa.types.TypeEngine[object], kind: KeyType | None) -> None:
