@@ -12,7 +12,7 @@ from decimal import Decimal
 from enum import StrEnum
 from fractions import Fraction
 from functools import reduce
-from math import sqrt
+from math import isnan, sqrt
 from operator import and_, or_, xor
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -327,7 +327,8 @@ class Groups:
 def total(values: Sequence[Any]) -> Any:
     """The sum: exact for integers and decimals, in floating point where the database's is."""
     if any(isinstance(number, float) for number in values):
-        return sum(float(number) for number in values)
+        added = sum(float(number) for number in values)
+        return None if isnan(added) else added  # SQLite: infinity less infinity is NULL
     if all(isinstance(number, int) for number in values):
         return sum(values)
     decimals = [Decimal(number) for number in values]
@@ -336,6 +337,8 @@ def total(values: Sequence[Any]) -> Any:
 
 
 def _average(sum_: Any, count: Any, sample: Any) -> Any:
+    if sum_ is None:
+        return None
     if isinstance(sum_, float) or isinstance(sample, float):
         return float(sum_) / int(count)
     return quotient(sum_, int(count), -int(Decimal(sample).as_tuple().exponent))

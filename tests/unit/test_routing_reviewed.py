@@ -506,3 +506,10 @@ def test_bits_of_binary_text_are_no_numbers() -> None:
         with pytest.raises(RoutingError, match=r"BIT_\w+ of binary text"):
             plan(sa.select(how(raw.c.raw)), None, shop_map())
         assert plan(sa.select(how(raw.c.id)), None, shop_map()).merge is not None
+
+
+def test_an_infinite_sum_that_is_no_number_is_null(shop: Shop) -> None:
+    """SQLite has infinity, and makes NULL of what is no number."""
+    endless = sa.case((u.id < 8, float("inf")), (u.id < 16, float("-inf")), else_=0.5)
+    for how in (sa.func.sum, sa.func.avg):
+        assert shop.over_shards(sa.select(how(endless))) == shop.at_once(sa.select(how(endless))) == [(None,)]
