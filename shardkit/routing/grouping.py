@@ -49,6 +49,7 @@ from shardkit.routing.combining import (
 from shardkit.routing.conditions import Binds
 from shardkit.routing.expressions import contents_of, is_distinct, same
 from shardkit.routing.formulas import Call, Constant, Formula, Place
+from shardkit.routing.functions import VOLATILE
 from shardkit.routing.keyvalues import stored_type
 from shardkit.routing.sorting import Comparison, SortKey, bare, extreme_column, raw, sort_column, without_null
 from shardkit.routing.spread import Refused
@@ -95,6 +96,7 @@ class Grouping:
 
     def __post_init__(self) -> None:
         for expression in self.groups:
+            refuse_clock(expression)
             column, comparison = sort_column(expression, self.dialect)
             self.keys.append(SortKey(self.hide(least(column)), comparison))
 
@@ -264,6 +266,7 @@ class Grouping:
     def _different(self, name: str, argument: Any, place: int | None, own: int) -> Combine:
         if name != "count" and not (_is_number(argument) or isinstance(argument.type, sa.Boolean | sa.Float)):
             raise refused(f"{name.upper()} of different values that are no numbers, over several shards")
+        refuse_clock(argument)
         column, comparison = sort_column(argument, self.dialect)
         self.finer.append(argument)
         # FLOAT is sent rounded: its key is not
@@ -736,6 +739,16 @@ def least(column: ColumnElement[Any]) -> ColumnElement[Any]:
 def refused(what: str, hint: str = "pin the statement to one shard, or do this part in the application") -> Refused:
     """A refusal."""
     return Refused(RoutingError, what, hint)
+
+
+def refuse_clock(expression: ClauseElement) -> None:
+    """:raises Refused: for what tells rows apart by the time alone: one database has one, each shard its own."""
+    columns = (each for each in visitors.iterate(expression) if isinstance(each, ColumnClause) and not each.is_literal)
+    if contents_of([expression]).functions & VOLATILE and next(columns, None) is None:
+        raise refused(
+            "rows of several shards told apart by the time, which is another on each",
+            "pass the time as a value, or leave it out of DISTINCT, GROUP BY and UNION",
+        )
 
 
 def _untold() -> Refused:

@@ -32,7 +32,7 @@ from shardkit.routing.conditions import Binds
 from shardkit.routing.expressions import contents_of, is_distinct, same
 from shardkit.routing.formulas import Formula
 from shardkit.routing.functions import RANDOM
-from shardkit.routing.grouping import Grouping, Sorted, least, refused
+from shardkit.routing.grouping import Grouping, Sorted, least, refuse_clock, refused
 from shardkit.routing.merge import MergePlan
 from shardkit.routing.naming import Names
 from shardkit.routing.queries import Occurrence, Query
@@ -235,6 +235,7 @@ class _Splitting:
                 raise refused("DISTINCT with raw SQL over several shards")
             if shown.type._has_column_expression:  # noqa: SLF001 - the only way to see that another value is selected
                 raise refused(f"DISTINCT with a column whose type {shown.type!r} selects an expression of it")
+            refuse_clock(shown)
             column, comparison = sort_column(_undistinct(shown), self.context.dialect)
             keys.append(SortKey(self._hide(column), comparison))
         return tuple(keys)

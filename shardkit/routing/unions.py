@@ -10,6 +10,7 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.selectable import CompoundSelect
 
 from shardkit.errors import RoutingError
+from shardkit.routing.grouping import refuse_clock
 from shardkit.routing.sorting import LONGEST_TEXT
 from shardkit.routing.spread import Refused
 
@@ -70,7 +71,10 @@ def _of_rows(clause: Any, statement: CompoundSelect[Any], shown: Sequence[Any]) 
 
 
 def _check_alike(selects: Sequence[Any], place: int) -> None:
-    types = [list(select.selected_columns)[place].type for select in selects]
+    columns = [list(select.selected_columns)[place] for select in selects]
+    for column in columns:
+        refuse_clock(column)
+    types = [column.type for column in columns]
     exact = all(isinstance(each, sa.Integer | sa.Numeric) and not isinstance(each, sa.Float) for each in types)
     texts = all(isinstance(each, sa.String) and not isinstance(each, sa.Enum) for each in types)
     if texts:

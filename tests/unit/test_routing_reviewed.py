@@ -139,6 +139,17 @@ REFUSED: dict[str, Any] = {
     "sorted by a value, which a driver sends as a column's number": sa.select(u.id, u.age).order_by(sa.literal(2)),
 }
 
+REFUSED |= {
+    "DISTINCT with the time itself": sa.select(o.note, sa.func.now()).distinct(),
+    "different times": sa.select(count(sa.func.now().distinct())).select_from(o),
+    "groups by the time itself": sa.select(sa.func.current_timestamp(), count(o.id)).group_by(
+        sa.func.current_timestamp()
+    ),
+    "a union of rows with the time itself": sa.union(
+        sa.select(u.id, sa.func.now().label("t")), sa.select(o.user_id, sa.func.now())
+    ),
+    "groups by the day": sa.select(count(o.id)).group_by(sa.cast(sa.func.now(), sa.Date)),
+}
 for text in ("/*+ SET_VAR(sql_select_limit=2) */", "/*+ MAX_EXECUTION_TIME(1000) set_var(timestamp=5) */"):
     REFUSED[f"a hint that sets a variable: {text}"] = sa.select(u.id).prefix_with(text)
     REFUSED[f"a statement hint that sets a variable: {text}"] = sa.select(u.id).with_statement_hint(text)
