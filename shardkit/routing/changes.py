@@ -78,8 +78,17 @@ class Changes:
         changed = {name_of(column) for column in statement._values or ()}  # noqa: SLF001 - no public reader
         changed |= {name for each in sets for name in each}
         mapper = mapper_of(statement)
-        for occurrence in _targets(statement, shape):
+        target, *others = _targets(statement, shape)
+        for occurrence in (target, *others):
             info = occurrence.info
+            if occurrence is not target and info.kind == "reference" and len(info.shards) > 1:
+                raise RoutingError(
+                    f"{info.name} is a reference table: an UPDATE of {target.info.name} that sets its columns, too, "
+                    "may leave some of its copies as they are",
+                    hint=f"change {info.name} with an UPDATE of its own",
+                    table=info.name,
+                    shards=len(info.shards),
+                )
             for column in occurrence.clause.c:
                 names = {column.name, column.key, attribute_of(mapper, column)}
                 movable = len(info.shards) > 1 or info.keyspace.directory is not None
@@ -333,10 +342,17 @@ def _over_sets(
 
 def _targets(statement: sa.Update, shape: Shape) -> list[Occurrence]:
     """The tables that the UPDATE may set columns of: MySQL's multi-table UPDATE sets any of them."""
-    named = {getattr(column, "table", None) for column in statement._values or ()}  # noqa: SLF001 - no public reader
-    tables = {each._deannotate(clone=False) for each in named if isinstance(each, sa.FromClause)}  # noqa: SLF001
+    named = {_stored_name(getattr(column, "table", None)) for column in statement._values or ()}  # noqa: SLF001 - no public reader
     first, *others = shape.lineage.occurrences
-    return [first, *(each for each in others if each.clause in tables)]
+    # by name: the occurrences may be those of another statement of this shape, with other aliases
+    return [first, *(each for each in others if each.info.name in named)]
+
+
+def _stored_name(clause: Any) -> str | None:
+    """The name of the table that a column's table is, or is an alias of."""
+    while isinstance(clause, sa.Alias):
+        clause = clause.element
+    return clause.fullname if isinstance(clause, sa.TableClause) else None
 
 
 def _check_readable(shape: Shape) -> None:

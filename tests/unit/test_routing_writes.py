@@ -10,10 +10,10 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, aliased, mapped_column
 from sqlalchemy.schema import CreateTable, DropTable
 
-from shardkit.errors import MissingKey, RoutingError
+from shardkit.errors import KeyChange, MissingKey, RoutingError
 from shardkit.routing.planner import Planner
 from shardkit.routing.route import RouteOptions, StatementKind
 from shardkit.session.shared import touched_values
@@ -269,6 +269,29 @@ def test_an_upsert_reads_no_other_rows_in_its_where(shop: Shop) -> None:
         shop.route(
             statement.on_conflict_do_update(index_elements=["id"], set_={"name": "new"}, where=u.id.in_(elsewhere))
         )
+
+
+def test_an_update_of_joined_tables_sets_no_reference_table_on_one_shard(shop: Shop) -> None:
+    """MySQL's UPDATE of several tables: the copies of the reference table on other shards would keep the old value."""
+    planner = Planner(shop.map)
+    joined = (o.user_id == u.id, u.country == Country.code)
+    for where in ((u.id == 5,), (u.id.in_(range(20)),)):
+        for values in ({u.name: "x", Country.title: "y"}, {Country.title: "y"}):
+            for options in (RouteOptions(), RouteOptions(shard=shop.map.locate("users", [5]).shard)):
+                with pytest.raises(RoutingError, match="countries is a reference table"):
+                    planner.plan(sa.update(u).values(values).where(*joined[1:], *where), None, options)
+    there = aliased(Country)
+    with pytest.raises(RoutingError, match="countries is a reference table"):
+        planner.plan(sa.update(o).values({there.title: "y"}).where(o.user_id == 5, there.code == o.note))
+    assert planner.plan(sa.update(o).values({o.note: Country.title, u.name: "y"}).where(*joined, u.id == 5)).shards
+
+
+def test_the_key_of_another_table_is_not_set_by_an_alias_either(shop: Shop) -> None:
+    planner = Planner(shop.map)
+    for _ in range(2):  # what was learned of the shape holds another alias
+        other = aliased(User)
+        with pytest.raises(KeyChange):
+            planner.plan(sa.update(o).values({other.id: 7}).where(o.user_id == other.id, o.user_id == 5))
 
 
 def test_upserts_whose_unique_indexes_hold_the_key(shop: Shop) -> None:
