@@ -289,6 +289,8 @@ class Lineage:
 
     def _check_tables(self) -> None:
         seen = [occurrence.info.name for occurrence in self.occurrences]
+        if isinstance(self._anatomy.statement, sa.Delete) and self._anatomy.froms:
+            seen.append(seen[0])  # DELETE FROM a USING a, b
         for name in set(self._anatomy.tables):
             if self._anatomy.tables.count(name) > seen.count(name):
                 self.unreadable.append(f"table {name} in a place that the router does not look into")

@@ -13,7 +13,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, aliased, mapped_column
 from sqlalchemy.schema import CreateTable, DropTable
 
-from shardkit.errors import KeyChange, MissingKey, RoutingError
+from shardkit.errors import CrossShardJoin, KeyChange, MissingKey, RoutingError, ScatterRefused
 from shardkit.routing.planner import Planner
 from shardkit.routing.route import RouteOptions, StatementKind
 from shardkit.session.shared import touched_values
@@ -292,6 +292,22 @@ def test_the_key_of_another_table_is_not_set_by_an_alias_either(shop: Shop) -> N
         other = aliased(User)
         with pytest.raises(KeyChange):
             planner.plan(sa.update(o).values({other.id: 7}).where(o.user_id == other.id, o.user_id == 5))
+
+
+def test_a_delete_that_uses_another_table_goes_where_their_keys_are(shop: Shop) -> None:
+    planner = Planner(shop.map)
+    home = (shop.map.locate("users", [5]).shard,)
+    joined = sa.delete(o).where(o.user_id == u.id)
+    assert planner.plan(joined.where(u.id == 5)).shards == home
+    assert planner.plan(sa.delete(o).where(o.user_id == 5, o.note == Country.code)).shards == home
+    earlier = aliased(Order)
+    twice = sa.delete(o).where(o.user_id == earlier.user_id, earlier.id < o.id)
+    for statement in (joined.where(u.age > 3), twice):
+        assert planner.plan(statement, None, RouteOptions(scatter=True)).shards == ("s0", "s1", "s2")
+        with pytest.raises(ScatterRefused):
+            planner.plan(statement)
+    with pytest.raises(CrossShardJoin):
+        planner.plan(sa.delete(o).where(o.amount == u.id), None, RouteOptions(scatter=True))
 
 
 def test_upserts_whose_unique_indexes_hold_the_key(shop: Shop) -> None:
