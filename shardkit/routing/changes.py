@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from shardkit.errors import KeyChange, RoutingError, ScatterRefused
+from shardkit.errors import CrossShardJoin, KeyChange, RoutingError, ScatterRefused
 from shardkit.partition import Bucket
 from shardkit.routing.conditions import Binds
 from shardkit.routing.functions import AGGREGATES, PURE
@@ -121,6 +121,14 @@ class Changes:
             raise Refused(
                 RoutingError,
                 f"{info.name} is a reference table: {what} may have another value on each shard",
+                "read it first and pass the value",
+                table=info.name,
+            )
+        if spread.shards is not None and not spread.shards.issuperset(info.shards):
+            others = ", ".join(name for name in spread.names if name != info.name)
+            raise Refused(
+                CrossShardJoin,
+                f"{info.name} is changed by what stands in {others}, which is not on every shard of {info.name}",
                 "read it first and pass the value",
                 table=info.name,
             )

@@ -18,7 +18,7 @@ from shardkit.routing.planner import Planner
 from shardkit.routing.route import RouteOptions, StatementKind
 from shardkit.session.shared import touched_values
 from shardkit.shardmap import ShardMap
-from tests.routing_shop import ROWS, Country, Currency, Invoice, Member, Order, Read, Shop, Store, User, shop_map
+from tests.routing_shop import MAP, ROWS, Country, Currency, Invoice, Member, Order, Read, Shop, Store, User, shop_map
 
 u, o = User, Order
 
@@ -308,6 +308,22 @@ def test_a_delete_that_uses_another_table_goes_where_their_keys_are(shop: Shop) 
             planner.plan(statement)
     with pytest.raises(CrossShardJoin):
         planner.plan(sa.delete(o).where(o.amount == u.id), None, RouteOptions(scatter=True))
+
+
+def test_a_reference_table_is_changed_by_others_only_where_they_stand_beside_it() -> None:
+    reads = {**MAP["keyspaces"]["reads"], "placement": {"s0": "0-3", "s1": "4-7"}, "reference": ["currencies"]}
+    orders = {**MAP["keyspaces"]["orders"], "reference": ["countries"]}
+    planner = Planner(shop_map(keyspaces={**MAP["keyspaces"], "orders": orders, "reads": reads}))
+    for statement in (
+        sa.update(Country).values(title="x").where(Country.code == Currency.code),
+        sa.delete(Country).where(Country.code == Currency.code),
+    ):
+        with pytest.raises(RoutingError, match="currencies"):
+            planner.plan(statement)
+    assert planner.plan(sa.update(Currency).values(code="x").where(Country.code == Currency.code)).shards == (
+        "s0",
+        "s1",
+    )
 
 
 def test_upserts_whose_unique_indexes_hold_the_key(shop: Shop) -> None:
