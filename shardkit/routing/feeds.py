@@ -309,8 +309,20 @@ def _rebuilt(statement: Any, change: Callable[[Any], Any]) -> Any:
             changed = statement._generate()  # noqa: SLF001
             changed._where_criteria = tuple(change(each) for each in statement._where_criteria)  # noqa: SLF001
             if isinstance(statement, sa.Select):
-                changed._raw_columns = [change(each) for each in statement._raw_columns]  # noqa: SLF001
+                changed._raw_columns = _renewed(statement, change)  # noqa: SLF001
     return changed
+
+
+def _renewed(select: sa.Select[Any], change: Callable[[Any], Any]) -> list[Any]:
+    """A SELECT's columns, those that change under the names that SQLAlchemy gives them."""
+    before: list[Any] = select._raw_columns  # noqa: SLF001 - no public reader
+    after = [change(each) for each in before]
+    if all(new is old for new, old in zip(after, before, strict=True)):
+        return after
+    compiled: Any = select.compile()
+    names = [column.keyname for column in compiled._result_columns]  # noqa: SLF001 - no public reader
+    triples = zip(after, before, names, strict=True)
+    return [new if new is old or isinstance(new, Label) else Label(name, new) for new, old, name in triples]
 
 
 def _parts(condition: Any) -> Iterator[ClauseElement]:
@@ -331,13 +343,15 @@ def _replaced(condition: Any, instead: Mapping[int, ColumnElement[bool]]) -> Any
     """A condition with some of its `_parts` replaced."""
     if id(condition) in instead:
         return instead[id(condition)]
+    if not any(id(each) in instead for each in _parts(condition)):
+        return condition
     match condition:
         case BooleanClauseList():
             join = sa.and_ if condition.operator is operators.and_ else sa.or_
             return join(*(_replaced(each, instead) for each in condition.clauses))
         case Grouping():
             return _replaced(condition.element, instead)
-        case Label() if any(id(each) in instead for each in _parts(condition)):
+        case Label():
             return Label(condition.name, _replaced(condition.element, instead))
         case UnaryExpression() if condition.operator is operators.inv:
             return sa.not_(_replaced(condition.element, instead))

@@ -206,3 +206,19 @@ def test_decimals_that_come_as_floats_do_not_come_as_they_are() -> None:
     )
     with pytest.raises(RoutingError):
         PLANNER.plan(sa.select(ones.c.id).where(ones.c.x.in_(sa.select(others.c.x))))
+
+
+def test_columns_that_are_answered_first_keep_their_names(shop: Shop) -> None:
+    old, grown = sa.exists().where(u.age > 20), sa.exists().where(o.amount > 2)
+    for statement in (
+        sa.select(old),
+        sa.select(old, grown),
+        sa.select(~old, grown.label("grown"), sa.not_(grown), old),
+    ):
+        first = shop.route(statement).first
+        assert first is not None
+        with shop.whole.connect() as connection:
+            names = list(connection.execute(statement).keys())
+            assert list(connection.execute(first.fed([[1] for _ in first.feeds])).keys()) == names
+    bracketed = sa.select(u, sa.and_(u.age > 3, u.id > 2).self_group()).where(u.id.in_(sa.select(o.giver)))
+    assert Counter(shop.over_shards(bracketed)) == Counter(shop.at_once(bracketed))
