@@ -20,7 +20,7 @@ from shardkit.routing.queries import Occurrence
 from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStatement, StatementKind
 from shardkit.routing.rows import Rows, attribute_of
 from shardkit.routing.shapes import Shape, Shapes
-from shardkit.routing.spread import Everywhere, Parted, Refused, check_readable
+from shardkit.routing.spread import Everywhere, Parted, Refused, check_connection, check_readable
 from shardkit.shardmap import ShardMap, TableInfo
 
 
@@ -64,6 +64,7 @@ class Changes:
                 return self._everywhere(route, shape, hint)
             if hint is not None:
                 return self._hinted(route, shape, binds, hint)
+            check_connection(shape.lineage.functions, target.info.name)
             if many and len(sets) > 1:
                 return self._split(route, shape, sets)
             return self._planned(route, shape, binds, options)

@@ -68,6 +68,9 @@ OF_THE_CONNECTION: Final = names_of(
     "release_all_locks release_lock row_count total_changes"
 )
 
+#: Those of them that tell of the statement before, wherever that has run.
+OF_THE_STATEMENT_BEFORE: Final = names_of("changes found_rows last_insert_id last_insert_rowid row_count total_changes")
+
 #: Functions whose value is a number whatever SQLAlchemy thinks of its type.
 NUMERIC: Final = names_of(
     "abs ascii avg bit_count bit_length ceil ceiling char_length character_length count crc32 cume_dist datediff day "

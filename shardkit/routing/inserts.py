@@ -21,7 +21,7 @@ from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStateme
 from shardkit.routing.rows import Rows, attribute_of
 from shardkit.routing.shapes import Shapes
 from shardkit.routing.sorting import bare
-from shardkit.routing.spread import Refused, check_readable
+from shardkit.routing.spread import Refused, check_connection, check_readable
 from shardkit.shardmap import Placement, ShardMap, TableInfo
 
 #: Prefixes that change nothing about which row is written.
@@ -55,6 +55,8 @@ class Inserts:
             StatementKind.INSERT, statement, parameters, hosts, info.keyspace.name, names, writes=True, locking=True
         )
         hint = hint_of(options, self._map, infos)
+        if hint is None:
+            self._check_connection(statement, sets, info)
         if len(hosts) == 1 and not info.keyspace.directory:
             self._check_reads(statement, sets, info, hosts[0])
             return replace(route, reasons=(f"{info.name} stands on one shard",))
@@ -85,6 +87,17 @@ class Inserts:
         if mapper is not None:
             return tuple(table for table in mapper.tables if isinstance(table, TableClause))
         return (_table_of(statement),)
+
+    def _check_connection(self, statement: sa.Insert, sets: Sequence[Mapping[str, Any]], info: TableInfo) -> None:
+        values = [*_expressions_in(statement)]
+        values += [each for part in _upsert_parts(statement) for each in _upsert_values(part)]
+        functions = contents_of(values).functions
+        for select in _selects_in(statement):
+            functions |= self._shapes.of(select, sets[0] if sets else None)[0].lineage.functions
+        try:
+            check_connection(functions, info.name)
+        except Refused as refused:
+            raise refused.over(len(info.shards), info.key) from None
 
     def _check_reads(
         self, statement: sa.Insert, sets: Sequence[Mapping[str, Any]], info: TableInfo, shard: str
@@ -223,15 +236,14 @@ class Inserts:
                 shards=len(hosts),
             )
         if clause is not None:
-            self._check_upsert(clause, _table_of(statement), info, hosts)
+            self._check_upsert(statement, _table_of(statement), info, hosts)
         if (clause is not None or prefixes & _DEPENDING) and info.kind == "sharded":
             self._check_unique(statement, info, hosts)
 
-    def _check_upsert(self, clause: Any, table: Any, info: TableInfo, hosts: Sequence[str]) -> None:
-        parts = [clause, *getattr(clause, "clauses", ())]
+    def _check_upsert(self, statement: sa.Insert, table: Any, info: TableInfo, hosts: Sequence[str]) -> None:
         by_key = {column.key: column.name for column in table.c}  # columns may be given by either
-        for part in parts:
-            changes = getattr(part, "update", None) or getattr(part, "update_values_to_set", None) or {}
+        for part in _upsert_parts(statement):
+            changes = _upsert_changes(part)
             changed = {name_of(column) for column in changes}
             if (changed | {by_key.get(name) for name in changed}) & set(info.key):
                 raise KeyChange(
@@ -241,7 +253,7 @@ class Inserts:
                     key=info.key,
                     shards=len(hosts),
                 )
-            read = [*changes.values(), getattr(part, "update_whereclause", None)]
+            read = _upsert_values(part)
             if info.kind == "reference":
                 check_same_everywhere(read, info)
                 stamped = next(
@@ -254,7 +266,7 @@ class Inserts:
                         table=info.name,
                         shards=len(hosts),
                     )
-            contents = contents_of(value for value in read if isinstance(value, ClauseElement))
+            contents = contents_of(read)
             if contents.subqueries or contents.unreadable:
                 raise RoutingError(
                     f"the upsert of {info.name} reads a subquery or raw SQL",
@@ -284,6 +296,21 @@ class Inserts:
                     key=info.key,
                     shards=len(hosts),
                 )
+
+
+def _upsert_parts(statement: sa.Insert) -> Sequence[Any]:
+    clause = statement._post_values_clause  # noqa: SLF001 - no public reader
+    return () if clause is None else (clause, *getattr(clause, "clauses", ()))
+
+
+def _upsert_changes(part: Any) -> Mapping[Any, Any]:
+    return getattr(part, "update", None) or getattr(part, "update_values_to_set", None) or {}
+
+
+def _upsert_values(part: Any) -> Iterable[ClauseElement]:
+    """What an upsert sets, and on which condition."""
+    values = (*_upsert_changes(part).values(), getattr(part, "update_whereclause", None))
+    return [value for value in values if isinstance(value, ClauseElement)]
 
 
 def parameter_sets(parameters: Parameters) -> Sequence[Mapping[str, Any]]:

@@ -21,7 +21,7 @@ from shardkit.routing.queries import limited_tables, loses_limited_rows
 from shardkit.routing.route import Parameters, Route, RouteOptions, ShardStatement, StatementKind
 from shardkit.routing.shapes import Pinned, Shape, Shapes
 from shardkit.routing.splitting import SplitContext, merge_plan
-from shardkit.routing.spread import Everywhere, Parted, Refused, check_readable
+from shardkit.routing.spread import Everywhere, Parted, Refused, check_connection, check_readable
 from shardkit.routing.unions import as_select
 from shardkit.shardmap import ShardMap
 
@@ -55,6 +55,7 @@ class Reads:
         try:
             if hint is not None:
                 return self._hinted(route, shape, binds, hint)
+            check_connection(shape.lineage.functions, shape.tables[0] if shape.tables else None)
             return self._planned(route, shape, binds, options)
         except Refused as refused:
             sharded = next((info for info in shape.infos if info.kind == "sharded"), None)

@@ -18,7 +18,7 @@ from sqlalchemy.sql.elements import ClauseElement
 from shardkit.partition import Bucket
 from shardkit.routing.anatomy import Slot, anatomy_of
 from shardkit.routing.conditions import Binds
-from shardkit.routing.functions import AGGREGATES, PURE, VOLATILE
+from shardkit.routing.functions import AGGREGATES, OF_THE_STATEMENT_BEFORE, PURE, VOLATILE
 from shardkit.routing.keys import KeyPin, Readers
 from shardkit.routing.keyvalues import Reader
 from shardkit.routing.lineage import Lineage
@@ -70,7 +70,7 @@ class Shape:
 
     def _quick(self) -> tuple[Reader, Slot, Keyspace, tuple[str, ...]] | None:
         """The one bound parameter that decides where the statement goes, where it is that simple."""
-        if self.unreadable or len(self._pins) != 1:
+        if self.unreadable or len(self._pins) != 1 or self.lineage.functions & OF_THE_STATEMENT_BEFORE:
             return None
         only = self._pins[0]
         single = only.pin.single

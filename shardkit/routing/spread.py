@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from shardkit.errors import CrossShardJoin, RoutingError
+from shardkit.routing.functions import OF_THE_STATEMENT_BEFORE
 from shardkit.routing.keys import Facts
 from shardkit.routing.lineage import Lineage
 from shardkit.routing.queries import ConstantNode, DerivedNode, JoinNode, Node, Occurrence, Query, TableNode
@@ -286,6 +287,22 @@ def check_readable(unreadable: Sequence[str], shard_map: ShardMap, shard: str, t
             f"the router cannot look into {', '.join(unreadable)}: on shard {shard!r}, which holds only a part of "
             f"keyspace {partial.name!r}, it may read half a table",
             "write it as SQLAlchemy expressions, or name the shard with shardkit_shard",
+            table=table,
+        )
+
+
+def check_connection(functions: Iterable[str], table: str | None) -> None:
+    """What tells of the statement before tells of the last one on the same shard.
+
+    :raises Refused: for functions that do, where nobody has named the shard.
+    """
+    told = sorted(OF_THE_STATEMENT_BEFORE.intersection(functions))
+    if told:
+        raise Refused(
+            RoutingError,
+            f"{', '.join(told)}() is about the statement before on the same connection, and each shard has its own",
+            "take the value from the result of that statement (inserted_primary_key, rowcount), or name its shard with "
+            "shardkit_shard",
             table=table,
         )
 

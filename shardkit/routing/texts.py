@@ -22,6 +22,7 @@ from sqlalchemy.sql.base import Executable
 from shardkit.errors import KeyChange, MissingKey, RoutingError
 from shardkit.partition import Bucket
 from shardkit.routing.conditions import Binds
+from shardkit.routing.functions import OF_THE_STATEMENT_BEFORE
 from shardkit.routing.hints import Hint, hint_of
 from shardkit.routing.inserts import parameter_sets
 from shardkit.routing.keys import Readers
@@ -66,7 +67,8 @@ class Texts:
             raw = read_raw(element.text, binds, self._map, self._tables, self._dialect)
         if options.shard is not None or options.key is not None:
             return self._hinted(route, raw, options)
-        if raw is not None:
+        if raw is not None and element is not None:
+            _check_connection(element.text)
             return self._where_it_reads(route, raw, options)
         raise RoutingError(
             f"raw SQL ({type(statement).__name__}) does not say which of {len(self._map.shards)} shards it is for",
@@ -278,6 +280,22 @@ class Texts:
                     table=info.name,
                     key=info.key,
                 )
+
+
+#: What an earlier statement has left on its connection: functions that tell of it, and variables.
+_OF_THE_CONNECTION: Final = re.compile(
+    rf"\b(?:{'|'.join(sorted(OF_THE_STATEMENT_BEFORE))})\s*\(|@(?!@)", re.ASCII | re.IGNORECASE
+)
+_QUOTED: Final = re.compile(r"'[^']*'|`[^`]*`")
+
+
+def _check_connection(text: str) -> None:
+    """:raises RoutingError: for plain SQL that takes up what another statement has left on its connection."""
+    if _OF_THE_CONNECTION.search(_QUOTED.sub("''", text)):
+        raise RoutingError(
+            "raw SQL with a variable, or of the statement before on the same connection: each shard has its own",
+            hint="pass the value as a parameter, or name the shard with shardkit_shard",
+        )
 
 
 def reads_only(text: str) -> bool:

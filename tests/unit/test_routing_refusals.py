@@ -417,3 +417,38 @@ def test_a_key_that_no_bucket_takes_is_found_where_its_keyspace_stands_whole(pla
         sa.delete(Store).where(Store.region == "jeju"),
     ):
         assert planner.plan(statement).shards == ("s0",)
+
+
+def _of_the_statement_before() -> dict[str, Any]:
+    last = sa.func.last_insert_id()
+    return {
+        "read": sa.select(u.id, last).where(u.id == 5),
+        "compared": sa.select(o.id).where(o.user_id == 5, o.giver == sa.func.row_count()),
+        "in a subquery": sa.select(o.id).where(o.user_id == 5, o.id.in_(sa.select(sa.func.found_rows()))),
+        "inserted": sa.insert(o).values(id=1, user_id=5, giver=last),
+        "inserted, among many": sa.insert(o).values([{"id": 1, "user_id": 5, "giver": last}]),
+        "inserted by a SELECT": sa.insert(o).from_select(["id", "user_id"], sa.select(last, sa.literal(5))),
+        "an upsert's": mysql.insert(u).values(id=5).on_duplicate_key_update(age=last),
+        "set": sa.update(o).values(giver=last).where(o.user_id == 5),
+        "deleted by": sa.delete(o).where(o.user_id == 5, o.id == last),
+        "in a vertical table": sa.insert(Invoice).values(id=last),
+        "in raw SQL": sa.text("INSERT INTO orders (id, user_id, giver) VALUES (1, 5, LAST_INSERT_ID())"),
+        "a variable in raw SQL": sa.text("UPDATE orders SET giver = @it WHERE user_id = 5"),
+    }
+
+
+@pytest.mark.parametrize("name", _of_the_statement_before())
+def test_what_the_statement_before_has_left_on_its_connection(name: str) -> None:
+    """On another shard it is what some earlier statement has left there, or 0."""
+    statement = _of_the_statement_before()[name]
+    planner = Planner(shop_map(), tables=User.metadata.tables.get)
+    with pytest.raises(RoutingError, match="connection"):
+        planner.plan(statement)
+    home = "s3" if "vertical" in name else shop_map().locate("users", [5]).shard
+    assert planner.plan(statement, None, RouteOptions(shard=home)).shards == (home,)
+
+
+def test_words_in_quotes_are_no_variables() -> None:
+    planner = Planner(shop_map(), tables=User.metadata.tables.get)
+    text = sa.text("UPDATE orders SET note = 'a@b, last_insert_id()' WHERE user_id = 5")
+    assert len(planner.plan(text).shards) == 1
