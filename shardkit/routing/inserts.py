@@ -196,6 +196,14 @@ class Inserts:
                 table=info.name,
                 shards=len(route.shards),
             )
+        read = contents_of(_returned_expressions(statement))
+        if read.subqueries or read.unreadable:
+            raise RoutingError(
+                f"RETURNING of a subquery or raw SQL, from an INSERT into the reference table {info.name}",
+                hint="read it with a statement of its own",
+                table=info.name,
+                shards=len(route.shards),
+            )
         base = _single_row(statement)
         rows = _multi_rows(statement, table) or [{**base, **row} for row in sets or ({},)]
         for row in rows:
@@ -400,10 +408,17 @@ def _selects_in(statement: sa.Insert) -> Iterable[Any]:
 
 
 def _expressions_in(statement: sa.Insert) -> Iterator[ClauseElement]:
-    """The values that are SQL expressions."""
+    """The values that are SQL expressions, and what is returned."""
+    yield from _returned_expressions(statement)
     values = [*(statement._values or {}).values()]  # noqa: SLF001 - no public reader
     values += [value for row in _multi_rows(statement, _table_of(statement)) for value in row.values()]
     yield from (value for value in values if isinstance(value, ClauseElement))
+
+
+def _returned_expressions(statement: sa.Insert) -> Iterator[ClauseElement]:
+    for each in statement._returning:  # noqa: SLF001 - no public reader
+        if not isinstance(each, sa.FromClause):
+            yield each
 
 
 def _single_row(statement: sa.Insert) -> Mapping[Any, Any]:

@@ -452,3 +452,21 @@ def test_words_in_quotes_are_no_variables() -> None:
     planner = Planner(shop_map(), tables=User.metadata.tables.get)
     text = sa.text("UPDATE orders SET note = 'a@b, last_insert_id()' WHERE user_id = 5")
     assert len(planner.plan(text).shards) == 1
+
+
+def test_what_an_insert_returns_reads_no_other_shards() -> None:
+    for row in (
+        sa.insert(u).values(id=5),
+        sa.insert(u).values([{"id": 5}, {"id": 6}]),
+        sa.insert(Country).values(code="x"),
+    ):
+        for counted in (
+            sa.select(sa.func.count(o.id)).scalar_subquery(),
+            sa.select(sa.func.count(o.id)).where(o.user_id == 999).scalar_subquery() + 1,
+            sa.exists().where(o.amount > 3),
+        ):
+            with pytest.raises(RoutingError):
+                PLANNER.plan(row.returning(counted))
+    here = sa.select(sa.func.count(o.id)).where(o.user_id == 5).scalar_subquery()
+    assert len(PLANNER.plan(sa.insert(u).values(id=5).returning(u, here)).shards) == 1
+    assert PLANNER.plan(sa.insert(Country).values(code="x").returning(Country, sa.func.upper(Country.code))).replicated
