@@ -30,10 +30,12 @@ def refuse_shared_schema(tables: Iterable[str], renamed: Mapping[str, SchemaMap]
         return
     for table in tables:
         schema = table.rpartition(".")[0] or None
+        if not any(each.get(schema) for each in renamed.values()):
+            continue
+        masters = {shard: view.map.shards[shard].master for shard in renamed}
         named: Sequence[Any] = [
-            (view.map.shards[shard].master.host, view.map.shards[shard].master.port, each[schema])
+            (masters[shard].host, masters[shard].port, each.get(schema) or schema or masters[shard].database)
             for shard, each in renamed.items()
-            if each.get(schema)
         ]
         if len(set(named)) < len(named):
             raise RoutingError(

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from sqlalchemy.orm import joinedload
 from shardkit.errors import RoutingError
 from shardkit.routing.anatomy import dialect_of
 from shardkit.routing.formulas import value_of
-from shardkit.routing.planner import plan
+from shardkit.routing.planner import Planner, plan
 from shardkit.routing.route import RouteOptions
 from shardkit.routing.sorting import Comparison, sort_column
 from shardkit.routing.spread import Refused
+from shardkit.session.renamed import refuse_shared_schema
+from shardkit.shardmap import ShardMap
 from tests.routing_shop import ROWS, Country, Order, Shop, User, shop_map
 
 
@@ -524,3 +527,25 @@ def test_an_infinite_sum_that_is_no_number_is_null(shop: Shop) -> None:
     endless = sa.case((u.id < 8, float("inf")), (u.id < 16, float("-inf")), else_=0.5)
     for how in (sa.func.sum, sa.func.avg):
         assert shop.over_shards(sa.select(how(endless))) == shop.at_once(sa.select(how(endless))) == [(None,)]
+
+
+def test_a_shard_that_is_led_to_the_database_of_another() -> None:
+    """Only one of the connections renames: to the database in which the other shard stands."""
+    document: Any = {
+        "format": 1,
+        "cluster": "shop",
+        "keyspaces": {
+            "orders": {
+                "partition": {"by": "hash", "buckets": 2},
+                "tables": {"users": "id"},
+                "placement": {"s0": "0", "s1": "1"},
+            }
+        },
+        "shards": {name: {"master": f"mysql://10.0.0.1:3306/{name}"} for name in ("s0", "s1")},
+    }
+    shard_map = ShardMap.parse(document)
+    view: Any = SimpleNamespace(map=shard_map, planner=Planner(shard_map))
+    with pytest.raises(RoutingError, match="share"):
+        refuse_shared_schema(["users"], {"s0": {}, "s1": {None: "s0"}}, view)
+    for renamed in ({"s0": {}, "s1": {None: "other"}}, {"s0": {}, "s1": {"elsewhere": "s0"}}, {"s0": {}, "s1": {}}):
+        refuse_shared_schema(["users"], renamed, view)
