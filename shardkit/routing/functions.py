@@ -39,16 +39,16 @@ PURE: Final = names_of(
 
 #: One row in, one value out; another value every time, or on every server.
 VOLATILE: Final = names_of(
-    "curdate current_date current_time current_timestamp curtime localtime localtimestamp now rand random "
+    "curdate current_date current_time current_timestamp curtime default localtime localtimestamp now rand random "
     "random_bytes randomblob sysdate utc_date utc_time utc_timestamp uuid uuid_short"
 )
 
 #: Those of them whose value nobody can foresee.
 RANDOM: Final = names_of("rand random random_bytes randomblob uuid uuid_short")
 
-#: Clocks that are read by their name alone, without parentheses.
+#: Clocks that are read by their name alone, without parentheses, and the word for a default, which may be one.
 BARE_CLOCKS: Final = names_of(
-    "current_date current_time current_timestamp localtime localtimestamp utc_date utc_time utc_timestamp"
+    "current_date current_time current_timestamp default localtime localtimestamp utc_date utc_time utc_timestamp"
 )
 
 #: Functions that read the clock where an argument says no time of its own, and the place of this argument: without it,
