@@ -6,8 +6,10 @@ Values of parameters do not appear: they may be personal data.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+import sqlalchemy as sa
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.base import Executable
@@ -15,7 +17,8 @@ from sqlalchemy.sql.base import Executable
 from shardkit.partition import format_buckets
 from shardkit.routing.anatomy import dialect_of
 from shardkit.routing.feeds import Feed
-from shardkit.routing.route import Route
+from shardkit.routing.inserts import parameter_sets
+from shardkit.routing.route import Parameters, Route
 
 
 def explain_json(route: Route, *, dialect_name: str = "mysql") -> dict[str, Any]:
@@ -40,7 +43,9 @@ def explain_json(route: Route, *, dialect_name: str = "mysql") -> dict[str, Any]
         "alternatives": list(route.alternatives),
         "reasons": list(route.reasons),
         "merge": [] if route.merge is None else list(route.merge.steps),
-        "sql": {shard: _sql(route.statement_for(shard), dialect) for shard in route.shards},
+        "sql": {
+            shard: _sql(route.statement_for(shard), route.parameters_for(shard), dialect) for shard in route.shards
+        },
         "first": [
             {"purpose": feed.purpose, **explain_json(own, dialect_name=dialect_name)} for feed, own in _before(route)
         ],
@@ -77,7 +82,11 @@ def _before(route: Route) -> Sequence[tuple[Feed, Route]]:
     return () if route.first is None else list(zip(route.first.feeds, route.first.routes, strict=True))
 
 
-def _sql(statement: Executable, dialect: Dialect) -> str:
+def _sql(statement: Executable, parameters: Parameters, dialect: Dialect) -> str:
+    sets = parameter_sets(parameters)
+    if sets and isinstance(statement, sa.Insert | sa.Update):
+        with suppress(sa_exc.CompileError):  # the ORM's names for columns: shown with all of them
+            return str(statement.compile(dialect=dialect, column_keys=list(sets[0])))
     try:
         return str(statement.compile(dialect=dialect))  # type: ignore[attr-defined]
     except sa_exc.CompileError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import timeit
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -109,3 +110,19 @@ def test_a_known_shape_is_planned_in_microseconds() -> None:
     statement = sa.select(User).where(User.id == 5)
     PLANNER.plan(statement)
     assert min(timeit.repeat(lambda: PLANNER.plan(statement), number=200, repeat=5)) / 200 < 100e-6
+
+
+def test_parameters_say_which_columns_are_written() -> None:
+    """Without them an INSERT is shown with all columns of its table, though it is not sent with them."""
+    planner = Planner(shop_map())
+    table: Any = User.__table__
+    rows = [{"id": 5, "name": "a"}, {"id": 6, "name": "b"}]
+    shown = explain_json(planner.plan(sa.insert(table), rows))["sql"]
+    assert shown
+    assert set(shown.values()) == {"INSERT INTO users (id, name) VALUES (%s, %s)"}
+    (shown,) = explain_json(planner.plan(sa.update(table).where(table.c.id == 5), {"age": 3}))["sql"].values()
+    assert shown == "UPDATE users SET age=%s WHERE users.id = %s"
+    statement = sa.update(table).where(table.c.id == sa.bindparam("which")).values(age=sa.bindparam("how_old"))
+    (shown,) = explain_json(planner.plan(statement, [{"which": 5, "how_old": 3}]))["sql"].values()
+    assert shown == "UPDATE users SET age=%s WHERE users.id = %s"
+    assert all(explain_json(planner.plan(sa.insert(User), rows))["sql"].values())
