@@ -82,7 +82,7 @@ class Changes:
         target, *others = _targets(statement, shape)
         for occurrence in (target, *others):
             info = occurrence.info
-            if occurrence is not target and info.kind == "reference" and len(info.shards) > 1:
+            if info.name != target.info.name and info.kind == "reference" and len(info.shards) > 1:
                 raise RoutingError(
                     f"{info.name} is a reference table: an UPDATE of {target.info.name} that sets its columns, too, "
                     "may leave some of its copies as they are",

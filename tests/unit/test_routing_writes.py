@@ -290,6 +290,12 @@ def test_an_update_of_joined_tables_sets_no_reference_table_on_one_shard(shop: S
     assert planner.plan(sa.update(o).values({o.note: Country.title, u.name: "y"}).where(*joined, u.id == 5)).shards
 
 
+def test_a_reference_table_that_reads_itself_is_refused_for_that(shop: Shop) -> None:
+    most = sa.select(sa.func.max(Currency.id)).scalar_subquery()
+    with pytest.raises(RoutingError, match="another table may have another value"):
+        shop.route(sa.update(Currency).values({Currency.id: most}))
+
+
 def test_the_key_of_another_table_is_not_set_by_an_alias_either(shop: Shop) -> None:
     planner = Planner(shop.map)
     for _ in range(2):  # what was learned of the shape holds another alias
