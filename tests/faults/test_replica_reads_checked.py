@@ -33,6 +33,8 @@ from tests.native_replication import follow
 #: Of each kind of replication, with threads and with asyncio: 20,500 together, on either kind of server.
 OPERATIONS = {ReplicationKind.RELAY: 7_000, ReplicationKind.NATIVE: 9_500}
 ASYNC_OPERATIONS = 2_000
+#: Of the long run, for each kind of replication.
+SOAK_OPERATIONS = int(os.environ.get("SHARDKIT_TEST_SOAK_OPERATIONS", "200000"))
 
 pytestmark = [getattr(pytest.mark, FLAVOUR)]
 
@@ -219,13 +221,13 @@ def test_without_tokens_the_checker_finds_violations_under_asyncio(stage: Stage)
 @pytest.mark.soak
 def test_nobody_is_shown_the_past_under_asyncio_for_long(stage: Stage) -> None:
     wait(stage.fresh)
-    asyncio.run(check_async(stage, 100_000, seconds=3600))
+    asyncio.run(check_async(stage, SOAK_OPERATIONS // 2, seconds=3600))
 
 
 @pytest.mark.soak
 def test_nobody_is_shown_the_past_for_long(stage: Stage) -> None:
     wait(stage.fresh)
-    check(stage, 200_000, seconds=3600)
+    check(stage, SOAK_OPERATIONS, seconds=3600)
 
 
 @pytest.mark.parametrize("stage", [ReplicationKind.RELAY], indirect=True)
