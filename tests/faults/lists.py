@@ -87,6 +87,11 @@ class Story:
         with self.lock:
             self.violations.append(what)
 
+    def add(self, more: Story) -> None:
+        """What happened afterwards."""
+        self.counts += more.counts
+        self.violations += more.violations
+
     @property
     def operations(self) -> int:
         return self.counts["append"] + self.counts["read"]
