@@ -12,17 +12,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
 import pymysql
+import pytest
 from sqlalchemy.exc import DBAPIError
 
 import shardkit
 from shardkit.cluster import Cluster, create_cluster
 from shardkit.credentials import Credentials, fixed
 from shardkit.demo.relay_process import RelayProcess
-from shardkit.errors import ShardkitError
+from shardkit.errors import MapConflict, PartlyApplied, ShardkitError
+from shardkit.failover import Plan, promote
+from shardkit.mapstore import MapStore
 from shardkit.shardmap import ShardMap
 from shardkit.testing import LocalCluster
 from shardkit.testing.cluster import database_of
@@ -32,6 +36,8 @@ from tests.conftest import FLAVOUR
 from tests.faults.lists import SHARD, Base, Entry, lists_map
 from tests.native_replication import follow
 
+#: The package shows the function of the module's name in its place.
+_RUN: Any = import_module("shardkit.failover.promote")._Run
 DATABASE = database_of(SHARD)
 APP, SECRET = "app", "app"
 
@@ -105,6 +111,26 @@ class Stage:
         """Wait until every replica has what the master has."""
         for number in range(2):
             wait_until(lambda number=number: self.entries(self.replica(number)) == self.entries(self.master))
+
+
+def cut_short(
+    monkeypatch: pytest.MonkeyPatch,
+    store: MapStore,
+    stage: Stage,
+    plan: Plan,
+    *,
+    of: object = _RUN,
+    step: str = "_publish",
+) -> None:
+    """Carry a promotion out up to a step that fails, after which only the same promotion helps."""
+
+    def conflict(*_arguments: object) -> None:
+        raise MapConflict("somebody else")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(of, step, conflict)
+        with pytest.raises(PartlyApplied):
+            promote(store, stage.local.credentials, plan)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:

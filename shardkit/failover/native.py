@@ -9,16 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import pymysql
-
 from shardkit.credentials import CredentialSource
-from shardkit.errors import PreconditionFailed, ShardkitError
-from shardkit.failover.servers import Server
+from shardkit.errors import PreconditionFailed
+from shardkit.failover.servers import Server, fault_in_the_end, fault_of
 from shardkit.gtid import Flavour, Position, parse_position
 from shardkit.topology import Endpoint
 
-#: Seconds that a replica gets to begin to follow its new master.
-_FOLLOW_SECONDS = 3.0
 #: Seconds that MySQL's appliers get to note how far they are: they do so every 300 ms (replica_checkpoint_period).
 _SETTLE_SECONDS = 1.0
 #: Seconds that MySQL waits for it (SLAVE_WAIT_GROUP_DONE in its rpl_replica.cc), and some to answer.
@@ -93,17 +89,19 @@ def follow_all(replicas: Sequence[Endpoint], master: Endpoint, credentials: Cred
 
 def _follow(replica: Endpoint, master: Endpoint, credentials: CredentialSource) -> str:
     """Why it does not; empty where it does."""
-    try:
-        with Server(replica, credentials) as server:
-            follow(server, master)
-            deadline = time.monotonic() + _FOLLOW_SECONDS
-            while (now := following(server)) is None or not now.running:
-                if time.monotonic() >= deadline:
-                    return now.error or "its replication does not start" if now else "it follows nobody"
-                time.sleep(_PAUSE)
-    except (ShardkitError, pymysql.MySQLError) as error:
-        return str(error)
-    return ""
+
+    def ask(server: Server) -> str:
+        follow(server, master)
+        return fault_in_the_end(lambda: _not_following(server))
+
+    return fault_of(replica, credentials, ask)
+
+
+def _not_following(server: Server) -> str:
+    now = following(server)
+    if now is None:
+        return "it follows nobody"
+    return "" if now.running else now.error or "its replication does not start"
 
 
 def follow(server: Server, source: Endpoint) -> None:

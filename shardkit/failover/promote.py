@@ -310,9 +310,9 @@ class _Run:
     def _relay_from(self, candidate: Server) -> dict[Endpoint, str]:
         """Before it is opened: whatever is written to it then is in its log behind where the copies begin."""
         plan = self._plan
-        has = position_of(candidate, self._shard, plan.candidate.role)
         if self._shard.replication is ReplicationKind.NATIVE:
             return {}
+        has = position_of(candidate, self._shard, plan.candidate.role)
         if has is None:
             return dict.fromkeys(plan.follow, f"{candidate.endpoint} does not say what it has of the old master's log")
         beginning = relayed.Beginning.note(candidate, self._shard, plan.after.epoch, has=has)

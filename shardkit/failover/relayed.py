@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import pymysql
-
 from shardkit import own_tables
 from shardkit.credentials import CredentialSource
-from shardkit.errors import PreconditionFailed, ShardkitError
-from shardkit.failover.servers import Server
+from shardkit.errors import PreconditionFailed
+from shardkit.failover.servers import FOLLOW_SECONDS, Server, fault_in_the_end, fault_of
 from shardkit.failover.standing import PROMOTED, position_of
 from shardkit.gtid import MariaDBPosition, Position, parse_position
 from shardkit.topology import Endpoint, Role, Shard
@@ -25,8 +23,6 @@ from shardkit_cdc import preflight
 from shardkit_cdc.position import insert_row, lock_name, read_row
 
 _PAUSE = 0.01  # seconds between two looks
-#: Seconds that a copy gets to come up to the new master: writes wait for it.
-_FOLLOW_SECONDS = 3.0
 #: Seconds that a killed runner's schema change gets to end.
 _END_SECONDS = 10.0
 #: Transactions of a master that cannot be asked, or that wrote although it was closed: more than it can have had.
@@ -170,16 +166,7 @@ def _raise_numbers(server: Server, shard: Shard, has: Position) -> None:
 
 def _follow(endpoint: Endpoint, shard: Shard, beginning: Beginning, credentials: CredentialSource) -> str:
     """Why it does not; empty where it does."""
-    try:
-        with Server(endpoint, credentials) as server:
-            deadline = time.monotonic() + _FOLLOW_SECONDS
-            while fault := _moved(server, shard, beginning):
-                if time.monotonic() >= deadline:
-                    return fault
-                time.sleep(_PAUSE)
-    except (ShardkitError, pymysql.MySQLError) as error:
-        return str(error)
-    return ""
+    return fault_of(endpoint, credentials, lambda server: fault_in_the_end(lambda: _moved(server, shard, beginning)))
 
 
 def _moved(server: Server, shard: Shard, beginning: Beginning) -> str:
@@ -232,16 +219,12 @@ def _not_there(server: Server, shard: Shard, beginning: Beginning) -> str:
 
 def _has_come(endpoint: Endpoint, shard: Shard, beginning: Beginning, credentials: CredentialSource) -> str:
     """Why a copy that is filled by another does not have the new master's history; empty where it does."""
-    try:
-        with Server(endpoint, credentials) as server:
-            deadline = time.monotonic() + _FOLLOW_SECONDS
-            while not has_begun(server, shard, beginning.source, beginning.position):
-                if time.monotonic() >= deadline:
-                    return f"it has not come up in {_FOLLOW_SECONDS:.0f} s: put it back when it has"
-                time.sleep(_PAUSE)
-    except (ShardkitError, pymysql.MySQLError) as error:
-        return str(error)
-    return ""
+    late = f"it has not come up in {FOLLOW_SECONDS:.0f} s: put it back when it has"
+
+    def look(server: Server) -> str:
+        return "" if has_begun(server, shard, beginning.source, beginning.position) else late
+
+    return fault_of(endpoint, credentials, lambda server: fault_in_the_end(lambda: look(server)))
 
 
 def has_begun(server: Server, shard: Shard, source: str, position: Position | None = None) -> bool:

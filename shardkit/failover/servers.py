@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from contextlib import closing
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -11,7 +13,7 @@ from pymysql.constants import ER
 
 from shardkit import own_tables
 from shardkit.credentials import CredentialSource
-from shardkit.errors import PreconditionFailed, Unreachable
+from shardkit.errors import PreconditionFailed, ShardkitError, Unreachable
 from shardkit.gtid import Flavour, Position
 from shardkit.topology import Endpoint
 from shardkit_cdc.connection import DENIED, code_of, connect, text_of
@@ -24,6 +26,9 @@ ANSWER_SECONDS = 10.0
 _LOST = frozenset({0, 2006, 2013, 2014, 2055, 1053, 1077, 1079, 1317, 1927, 3169, 4031})
 #: A lock that was not given in time: the caller tries again.
 LOCK_WAIT = ER.LOCK_WAIT_TIMEOUT
+#: Seconds that a copy gets to follow a new master: writes wait for it.
+FOLLOW_SECONDS = 3.0
+_PAUSE = 0.01  # seconds between two looks
 _SERVERS_OWN = ("system user", "event_scheduler", "binlog dump", "binlog dump gtid", "daemon")
 
 
@@ -177,3 +182,20 @@ class Server:
         except pymysql.MySQLError as error:
             if code_of(error) != ER.NO_SUCH_THREAD:
                 raise
+
+
+def fault_of(endpoint: Endpoint, credentials: CredentialSource, ask: Callable[[Server], str]) -> str:
+    """What a server answers to ``ask``, or why it cannot be asked; empty where all is well."""
+    try:
+        with Server(endpoint, credentials) as server:
+            return ask(server)
+    except (ShardkitError, pymysql.MySQLError) as error:
+        return str(error)
+
+
+def fault_in_the_end(look: Callable[[], str]) -> str:
+    """Look until there is no fault any more; the fault that is left after `FOLLOW_SECONDS`."""
+    deadline = time.monotonic() + FOLLOW_SECONDS
+    while (fault := look()) and time.monotonic() < deadline:
+        time.sleep(_PAUSE)
+    return fault

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shardkit import own_tables
-from shardkit.errors import Interrupted, MapConflict, PartlyApplied, PreconditionFailed, ShardkitError, Unreachable
+from shardkit.errors import Interrupted, PartlyApplied, PreconditionFailed, ShardkitError, Unreachable
 from shardkit.failover import make_plan, promote
 from shardkit.failover.servers import Server
 from shardkit.failover.standing import position_of
@@ -21,7 +21,7 @@ from shardkit_cdc.connection import connect
 from shardkit_cdc.position import Claim
 from tests.conftest import FLAVOUR
 from tests.faults.lists import SHARD
-from tests.promotion_stage import DATABASE, Stage, open_stage, refused, wait_until
+from tests.promotion_stage import DATABASE, Stage, cut_short, open_stage, refused, wait_until
 
 pytestmark = [getattr(pytest.mark, FLAVOUR)]
 
@@ -33,10 +33,6 @@ module: Any = __import__("shardkit.failover.promote", fromlist=["_Run"])
 def stage(tmp_path: Path) -> Iterator[Stage]:
     with open_stage(ReplicationKind.RELAY, tmp_path) as made:
         yield made
-
-
-def conflict(*_arguments: object) -> None:
-    raise MapConflict("somebody else")
 
 
 def follows(stage: Stage, owner: int) -> None:
@@ -64,10 +60,7 @@ def test_without_the_old_master_cut_short_before_the_map(stage: Stage, monkeypat
     staging, target = stage.shard.staging, stage.shard.replicas[0].url
     with closing(open_store(str(stage.source))) as store:
         plan = make_plan(store.load(), SHARD, stage.local.credentials, wanted=target, force=True)
-        with monkeypatch.context() as patch:
-            patch.setattr(module._Run, "_publish", conflict)
-            with pytest.raises(PartlyApplied):
-                promote(store, stage.local.credentials, plan)
+        cut_short(monkeypatch, store, stage, plan)
         again = make_plan(store.load(), SHARD, stage.local.credentials, wanted=target, force=True)
         done = promote(store, stage.local.credentials, again, timeout=5.0)
     assert stage.shard.staging == staging
@@ -93,10 +86,7 @@ def test_a_plan_from_before_another_promotion_began(stage: Stage, monkeypatch: p
     first, second = (each.url for each in stage.shard.replicas)
     with closing(open_store(str(stage.source))) as store:
         plans = [make_plan(store.load(), SHARD, stage.local.credentials, wanted=wanted) for wanted in (first, second)]
-        with monkeypatch.context() as patch:
-            patch.setattr(module._Run, "_publish", conflict)
-            with pytest.raises(PartlyApplied):
-                promote(store, stage.local.credentials, plans[0])
+        cut_short(monkeypatch, store, stage, plans[0])
         with pytest.raises(PreconditionFailed, match="since"):
             promote(store, stage.local.credentials, plans[1], timeout=5.0)
     stage.promoted(first)
@@ -171,10 +161,7 @@ def test_an_old_master_that_was_started_again_before_the_end(stage: Stage, monke
     target = stage.shard.replicas[0].url
     with closing(open_store(str(stage.source))) as store:
         plan = make_plan(store.load(), SHARD, stage.local.credentials, wanted=target)
-        with monkeypatch.context() as patch:
-            patch.setattr(module._Run, "_publish", conflict)
-            with pytest.raises(PartlyApplied):
-                promote(store, stage.local.credentials, plan)
+        cut_short(monkeypatch, store, stage, plan)
         before = stage.master.execute("SELECT beat FROM shardkit_heartbeat", database=DATABASE)
         stage.master.execute("SET GLOBAL read_only = 0")
         wait_until(lambda: stage.master.execute("SELECT beat FROM shardkit_heartbeat", database=DATABASE) > before)
@@ -192,10 +179,7 @@ def test_a_later_attempt_that_fails_does_not_say_that_nothing_was_changed(
 ) -> None:
     with closing(open_store(str(stage.source))) as store:
         plan = make_plan(store.load(), SHARD, stage.local.credentials)
-        with monkeypatch.context() as patch:
-            patch.setattr(module._Run, "_publish", conflict)
-            with pytest.raises(PartlyApplied):
-                promote(store, stage.local.credentials, plan)
+        cut_short(monkeypatch, store, stage, plan)
 
         def refuse(*_arguments: object, **_options: object) -> None:
             raise PreconditionFailed("it cannot be ended")
@@ -256,10 +240,7 @@ def test_an_old_master_that_was_started_again_before_the_copies_moved(
     beat = "SELECT beat FROM shardkit_heartbeat"
     with closing(open_store(str(stage.source))) as store:
         plan = make_plan(store.load(), SHARD, stage.local.credentials, wanted=target)
-        with monkeypatch.context() as patch:
-            patch.setattr(module.relayed, "follow_all", conflict)
-            with pytest.raises(PartlyApplied):
-                promote(store, stage.local.credentials, plan)
+        cut_short(monkeypatch, store, stage, plan, of=module.relayed, step="follow_all")
     before = stage.master.execute(beat, database=DATABASE)
     stage.master.execute("SET GLOBAL read_only = 0")
     wait_until(lambda: stage.server_at(staging).execute(beat, database=DATABASE) > before)

@@ -30,21 +30,21 @@ BIG_MEGABYTES = int(os.environ.get("SHARDKIT_TEST_BIG_MEGABYTES", "64"))
 MOST_MEGABYTES, MOST_GROWTH_MEGABYTES = 150, 40
 
 
-def by_sql(chain: Chain) -> Chain:
-    chain.options = HopOptions(retry_seconds=(0.05, 0.5), apply=AskedPath.SQL)
+def by(path: AskedPath, chain: Chain) -> Chain:
+    chain.options = HopOptions(retry_seconds=(0.05, 0.5), apply=path)
     return chain
 
 
 @pytest.fixture
 def sql_pair(pair: Chain) -> Chain:
     """master -> one target, rows as statements."""
-    return by_sql(pair)
+    return by(AskedPath.SQL, pair)
 
 
 @pytest.fixture
 def sql_chain(chain: Chain) -> Chain:
     """master -> staging -> replica, rows as statements."""
-    return by_sql(chain)
+    return by(AskedPath.SQL, chain)
 
 
 def path_of(chain: Chain) -> tuple[ApplyPath, str]:
@@ -132,8 +132,7 @@ def test_what_only_one_family_has(sql_chain: Chain) -> None:
 
 @pytest.mark.parametrize("path", [AskedPath.AUTO, AskedPath.SQL])
 def test_columns_whose_names_differ_only_in_folded_case(pair: Chain, path: AskedPath) -> None:
-    pair.options = HopOptions(retry_seconds=(0.05, 0.5), apply=path)
-    pair.start()
+    by(path, pair).start()
     pair.sql(
         "CREATE TABLE roads (`straße` INT NOT NULL, strasse INT PRIMARY KEY)",
         "INSERT INTO roads VALUES (1, 2), (2, 1)",
@@ -154,8 +153,7 @@ def test_a_table_whose_columns_are_all_computed(sql_pair: Chain) -> None:
 
 @pytest.mark.parametrize("path", [AskedPath.AUTO, AskedPath.SQL])
 def test_enum_values_with_characters_that_are_shown_escaped(pair: Chain, path: AskedPath) -> None:
-    pair.options = HopOptions(retry_seconds=(0.05, 0.5), apply=path)
-    pair.start()
+    by(path, pair).start()
     pair.sql(
         r"CREATE TABLE words (id INT PRIMARY KEY, e ENUM('d', 'b\\c', 'it''s', '\\'), s SET('a\nb', '\r', '\\\\n'))",
         "INSERT INTO words VALUES (1, 2, 7), (2, 4, 1)",
@@ -407,7 +405,7 @@ def test_a_row_event_past_the_targets_packets_takes_the_sql_path(own_pair: Chain
 
 
 def test_statements_keep_to_the_targets_packets(own_pair: Chain) -> None:
-    by_sql(own_pair)
+    by(AskedPath.SQL, own_pair)
     own_pair.sql("SET GLOBAL max_allowed_packet = 131072", server=own_pair.last)
     own_pair.start()
     own_pair.sql(
@@ -425,8 +423,7 @@ def test_statements_keep_to_the_targets_packets(own_pair: Chain) -> None:
 
 @pytest.mark.parametrize("path", [AskedPath.SQL, AskedPath.RAW])
 def test_a_branch_whose_rows_fit_the_targets_packets_is_kept(own_pair: Chain, path: AskedPath) -> None:
-    pair = own_pair
-    pair.options = HopOptions(retry_seconds=(0.05, 0.5), apply=path)
+    pair = by(path, own_pair)
     pair.sql("SET GLOBAL max_allowed_packet = 1048576", server=pair.last)
     pair.start()
     pair.sql(
@@ -445,8 +442,7 @@ def test_a_branch_whose_rows_fit_the_targets_packets_is_kept(own_pair: Chain, pa
 @pytest.mark.skipif(FLAVOUR != "mariadb", reason="MySQL limits the time of SELECT alone")
 @pytest.mark.parametrize("path", [AskedPath.SQL, AskedPath.RAW])
 def test_a_target_that_limits_the_time_of_statements_lets_the_relay_finish(own_pair: Chain, path: AskedPath) -> None:
-    pair = own_pair
-    pair.options = HopOptions(retry_seconds=(0.05, 0.5), apply=path)
+    pair = by(path, own_pair)
     pair.sql("SET GLOBAL max_statement_time = 1", server=pair.last)
     pair.start()
     pair.sql("CREATE TABLE t (id INT PRIMARY KEY, n INT)", "INSERT INTO t VALUES (1, 1)")

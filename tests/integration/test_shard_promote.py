@@ -22,7 +22,7 @@ import shardkit
 from shardkit.cluster import Cluster, create_cluster
 from shardkit.credentials import Credentials
 from shardkit.decisions import BranchId, new_transaction
-from shardkit.errors import MapConflict, PartlyApplied, PreconditionFailed, ShardUnreachable, StaleShardMap
+from shardkit.errors import PreconditionFailed, ShardUnreachable, StaleShardMap
 from shardkit.failover import make_plan, promote
 from shardkit.failover import promote as promote_module
 from shardkit.mapstore import open_store
@@ -31,7 +31,7 @@ from shardkit.testing import LocalCluster
 from shardkit.topology import ReplicationKind, Role
 from tests.conftest import FLAVOUR
 from tests.faults.lists import SHARD, Base, Entry, lists_map
-from tests.promotion_stage import APP, DATABASE, Stage, open_stage, refused, wait_until
+from tests.promotion_stage import APP, DATABASE, Stage, cut_short, open_stage, refused, wait_until
 
 pytestmark = [getattr(pytest.mark, FLAVOUR)]
 
@@ -205,18 +205,11 @@ def go_on(stage: Stage) -> None:
 
 
 def test_a_promotion_that_stops_before_the_map_goes_on(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = __import__("shardkit.failover.promote", fromlist=["_Run"])
     assert promote_module is promote
-
-    def conflict(*_arguments: object) -> None:
-        raise MapConflict("somebody else")
 
     with closing(open_store(str(stage.source))) as store:
         plan = make_plan(store.load(), SHARD, stage.local.credentials)
-        with monkeypatch.context() as patch:
-            patch.setattr(module._Run, "_publish", conflict)
-            with pytest.raises(PartlyApplied):
-                promote(store, stage.local.credentials, plan)
+        cut_short(monkeypatch, store, stage, plan)
         assert refused(stage.master)
         assert stage.shard.epoch == 0
         again = make_plan(store.load(), SHARD, stage.local.credentials)
@@ -230,18 +223,10 @@ def test_a_promotion_that_stops_before_the_map_goes_on(stage: Stage, monkeypatch
 
 def test_who_was_taken_out_and_left_behind_is_not_promoted(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """A promotion stops, the operator opens the old master again, and it goes on."""
-    module: Any = __import__("shardkit.failover.promote", fromlist=["_Run"])
-
-    def conflict(*_arguments: object) -> None:
-        raise MapConflict("somebody else")
-
     target = stage.shard.replicas[0].url
     with closing(open_store(str(stage.source))) as store:
         plan = make_plan(store.load(), SHARD, stage.local.credentials, wanted=target)
-        with monkeypatch.context() as patch:
-            patch.setattr(module._Run, "_publish", conflict)
-            with pytest.raises(PartlyApplied):
-                promote(store, stage.local.credentials, plan)
+        cut_short(monkeypatch, store, stage, plan)
     stage.master.execute("SET GLOBAL read_only = 0")
     insert(stage, 202)
     code, document, _ = stage.run("promote", SHARD, target, "--yes")
