@@ -147,8 +147,9 @@ class Claim:
                 raise Fenced("its position row is gone")
             if expected_epoch is not None and row.epoch != expected_epoch:
                 raise _taken_over(row)
+            if source is not None:
+                refuse_promoted(row, source if history is not None else None)
             if source is not None and row.source != source:
-                refuse_promoted(row, source)
                 raise Interrupted(f"its position is one of {row.source} now, not of {source}")
             end_old_runner(connection, lock)
             cursor.execute("SELECT GET_LOCK(%s, %s)", (lock, lock_timeout))
@@ -262,7 +263,8 @@ def end_old_runner(connection: Connection, lock: str) -> None:
 def refuse_promoted(row: HopRow, source: str | None = None) -> None:
     """See that no promotion is at work on the hop.
 
-    :param source: the identity of a source that would do: after the promotion, the new master's.
+    :param source: the identity of a master whose log would do, the new one's; None of a hop that reads no master: a
+        staging database may have become one that it goes on reading by the old map.
     :raises PreconditionFailed: until the map names the new master; then another hop reads that one.
     """
     if row.runner == own_tables.PROMOTED_BY and row.source != source:

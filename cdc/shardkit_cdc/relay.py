@@ -314,7 +314,7 @@ class Hop:
         preflight.refuse_faults(source, target_facts, statements=chosen.path is ApplyPath.SQL)
         row = self._position_row(target)
         if row is not None:
-            refuse_promoted(row, source.identity)
+            refuse_promoted(row, source.identity if spec.reads_master else None)
             preflight.refuse_other_log(row.source, source, target_facts, hop=spec.name)
         stream = self._open(source.flavour, row.gtid if row else "")
         try:
