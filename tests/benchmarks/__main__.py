@@ -27,7 +27,7 @@ from rich.text import Text
 
 Row = dict[str, Any]
 
-PARTS = ("router", "replicas", "relay", "rebalance")
+PARTS = ("router", "replicas", "relay", "loads", "rebalance")
 FIELDS = ("name", "value", "unit", "target", "rival", "ok")
 RESULTS = Path("bench.json")
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from shardkit.errors import PreconditionFailed
+from shardkit.errors import MissingServer
 from shardkit.mapstore import FileMapStore
 from shardkit.rebalance import Drain, Job, Progress, State, apply_plan, plan_move
 from shardkit.shardmap import ShardMap
@@ -62,7 +62,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     if not quick:
         try:
             rows += _moved(LocalMySQL, "mysql", count)
-        except PreconditionFailed as error:
+        except MissingServer as error:
             rows.append(_row("rebalance mysql, not measured", error.message, ""))
     return rows
 

@@ -19,9 +19,10 @@ from shardkit_cdc.apply_path import AskedPath
 from shardkit_cdc.relay import HopOptions
 from shardkit_cdc.seed import seed
 from shardkit_cdc.verify import verify
-from tests.faults.test_relay_kill9 import Daemon, Load, map_of
+from tests.faults.test_relay_kill9 import Load
 from tests.integration.test_relay_replay import COLUMNS, GENERATED
 from tests.relay_chain import Chain, relay_command
+from tests.relay_daemon import Daemon, map_of
 from tests.relay_fixtures import chain_over, servers
 
 logger = logging.getLogger(__name__)

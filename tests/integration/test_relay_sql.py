@@ -18,9 +18,9 @@ from shardkit.testing.database import LocalDatabaseServer
 from shardkit_cdc.apply_path import ApplyPath, AskedPath, read_path
 from shardkit_cdc.relay import Hop, HopOptions
 from tests.conftest import FLAVOUR
-from tests.faults.test_relay_kill9 import Daemon, map_of
 from tests.integration.test_relay_replay import COLUMNS, GENERATED
 from tests.relay_chain import Chain, relay_command, wait_for
+from tests.relay_daemon import Daemon, map_of
 
 pytest_plugins = ["tests.relay_fixtures"]
 
