@@ -555,3 +555,24 @@ def test_a_connection_that_renames_schemas_is_not_asked_for_each_shard_of_its_se
         session.add(Country(code="kr", name="Korea"))
         with pytest.raises(RoutingError, match="share"):
             session.flush()
+
+
+# --- what a result tells ------------------------------------------------------------------------------------------
+
+
+def test_an_alias_without_a_name_does_not_move_the_columns_behind_it(shop: Shop, users: dict[str, int]) -> None:
+    user = sa.orm.aliased(User)
+    with shop.session() as session:
+        result = session.execute(select(user, user.id).order_by(user.age, user.name))
+        assert list(result.keys()) == ["id"]
+        assert {row.id for row in result} == set(users.values())
+
+
+def test_columns_of_no_rows_are_known(shop: Shop) -> None:
+    with shop.session() as session:
+        for columns in ((User.id, User.name), (User.__table__.c.id, User.__table__.c.name)):
+            empty = session.execute(select(*columns).where(User.id.in_([])))
+            assert empty.columns(columns[1], "id").all() == []
+            assert session.execute(select(*columns).where(User.id.in_([]))).scalars(columns[1]).all() == []
+        both = sa.union_all(select(User.__table__.c.id), select(Order.__table__.c.user_id))
+        assert session.execute(both).columns(Order.__table__.c.user_id).all() == []
