@@ -103,6 +103,16 @@ def contents_of(elements: Iterable[ClauseElement], place: Place = "value") -> Co
     return contents
 
 
+_MAY_SELECT: Final = re.compile(r"\b(?:select|table|with)\b", re.ASCII | re.IGNORECASE)
+
+
+def may_select(value: ClauseElement) -> bool:
+    """Whether a value that is written may read rows: by a subquery, also one in raw SQL."""
+    contents = contents_of([value])
+    raw = (getattr(each, "text", getattr(each, "name", "")) for each in visitors.iterate(value))
+    return bool(contents.subqueries) or (bool(contents.unreadable) and any(_MAY_SELECT.search(str(t)) for t in raw))
+
+
 _LEAVES = (BindParameter, Null, True_, False_, TypeClause, CollationClause)
 _CONTAINERS = (
     AggregateOrderBy,

@@ -557,6 +557,111 @@ def test_a_connection_that_renames_schemas_is_not_asked_for_each_shard_of_its_se
             session.flush()
 
 
+# --- rows and values ----------------------------------------------------------------------------------------------
+
+
+def test_the_first_row_says_which_columns_are_written(shop: Shop, users: dict[str, int]) -> None:
+    """Also on the shards that it does not go to."""
+    one, other = users["shop-0"], users["shop-1"]
+    first = {"id": 50, "user_id": one, "item": "new"}
+    second = {"id": 51, "user_id": other, "item": "new", "amount": 7}
+    changes = [{"k": one, "item": "changed"}, {"k": other, "item": "changed", "amount": 7}]
+    with shop.session() as session:
+        session.execute(insert(Order.__table__), [first, second])
+        session.execute(insert(Order.__table__).values([{**first, "id": 60}, {**second, "id": 61}]))
+        session.execute(update(Order.__table__).where(Order.user_id == sa.bindparam("k")), changes)
+        session.commit()
+    amounts = [row for rows in shop.where("orders", "id, amount, item").values() for row in rows if row[1] == 7]
+    assert amounts == []
+    with shop.session() as session:
+        for statement in (insert(Order.__table__), update(Order.__table__).where(Order.user_id == sa.bindparam("k"))):
+            with pytest.raises(RoutingError, match="no value for amount, which the first has"):
+                session.execute(statement, [{**second, "k": other}, {**first, "k": one}])
+        with pytest.raises(RoutingError, match="lacks columns that its first row names"):
+            session.execute(insert(Order.__table__).values([second, first]))
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_an_expression_of_an_object_reads_no_half_tables(shop: Shop, users: dict[str, int], new: bool) -> None:
+    user = users["shop-0"]
+    everywhere = select(sa.func.count(Order.id)).scalar_subquery()
+    its_own = select(sa.func.count(Order.id)).where(Order.user_id == user).scalar_subquery()
+    with shop.session() as session:
+        order = Order(id=50, user_id=user) if new else session.scalars(select(Order).where(Order.user_id == user)).one()
+        session.add(order)
+        order.amount, order.item = its_own + 10, sa.text("'t'")
+        session.commit()
+        assert (order.amount, order.item) == (11, "t")
+    with shop.session() as session:
+        order = Order(id=51, user_id=user) if new else session.scalars(select(Order).where(Order.user_id == user)).one()
+        session.add(order)
+        order.amount, order.item = everywhere, "all"
+        with pytest.raises(RoutingError):
+            session.commit()
+    assert all(item != "all" for items in shop.where("orders", "item").values() for item in items)
+
+
+def test_a_default_of_the_model_reads_no_half_tables(shop: Shop, users: dict[str, int]) -> None:
+    base: Any = sa.orm.declarative_base()
+
+    class Counting(base):
+        __tablename__ = "orders"
+        id = sa.Column(sa.Integer, primary_key=True, autoincrement=False)
+        user_id = sa.Column(sa.Integer)
+        item = sa.Column(sa.String(100))
+        amount = sa.Column(sa.Integer, default=select(sa.func.count(Order.id)).scalar_subquery())
+
+    row = {"id": 50, "user_id": users["shop-0"], "item": "i"}
+    ways: dict[str, Any] = {
+        "core": lambda session: session.execute(insert(Counting.__table__), row),
+        "orm": lambda session: session.execute(insert(Counting), [row]),
+        "flush": lambda session: (session.add(Counting(**row)), session.flush()),
+        "bulk": lambda session: session.bulk_save_objects([Counting(**row)]),
+        "mappings": lambda session: session.bulk_insert_mappings(Counting, [row]),
+    }
+    with shop.session() as session:
+        for way in ways.values():
+            with pytest.raises(RoutingError, match="selects rows of other shards"):
+                way(session)
+            session.rollback()
+        session.execute(insert(Counting.__table__), {**row, "amount": 3})
+        session.commit()
+    assert (50, 3) in shop.rows("shop-0", "orders", "id, amount")
+
+
+# --- from_statement() ---------------------------------------------------------------------------------------------
+
+
+def test_raw_sql_gives_the_objects_that_are_there(shop: Shop, users: dict[str, int]) -> None:
+    user = users["shop-1"]
+    plain = select(User).from_statement(sa.text(f"SELECT * FROM users WHERE id = {user}"))
+    other = select(User).from_statement(sa.text(f"SELECT * FROM users WHERE id IN (SELECT {user})"))
+    with shop.session() as session:
+        known = session.get_one(User, user)
+        for statement in (plain, other):
+            for said in ({"shardkit_shard": "shop-1"}, {"shardkit_key": {"id": user}}):
+                assert session.scalars(statement, execution_options=said).one() is known
+    with shop.session() as session:
+        countries = select(Country).from_statement(sa.text("SELECT * FROM countries"))
+        country = session.get_one(Country, "kr")
+        assert session.scalars(countries, execution_options={"shardkit_shard": "shop-2"}).one() is country
+
+
+def test_a_statement_inside_from_statement_is_read(shop: Shop, users: dict[str, int]) -> None:
+    user = users["shop-1"]
+    with shop.session() as session:
+        known = session.get_one(User, user)
+        assert session.scalars(select(User).from_statement(select(User).where(User.id == user))).one() is known
+        with pytest.raises(RoutingError, match="not for one shard alone"):
+            session.scalars(select(User).from_statement(select(User)))
+        (elsewhere,) = shop.users_on("shop-0", 2)[1:]
+        hinted = {"shardkit_shard": "shop-2"}
+        for entity, row in ((Country, {"code": "de", "name": "n"}), (User, {"id": elsewhere, "name": "n"})):
+            inserted: Any = select(entity).from_statement(insert(entity).values(row).returning(entity))
+            with pytest.raises(RoutingError):
+                session.scalars(inserted, execution_options=hinted)
+
+
 # --- what a result tells ------------------------------------------------------------------------------------------
 
 
