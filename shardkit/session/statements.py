@@ -34,6 +34,7 @@ from shardkit.session.inserts import filled
 from shardkit.session.renamed import refuse_shared_schema, schema_map_of
 from shardkit.session.results import WriteResult, empty, merged
 from shardkit.session.scatter import select_from_several
+from shardkit.session.settled import settled
 from shardkit.session.tokens import LOAD_OPTIONS, PARENT_LOAD, as_immutable, existing, identity_of, tokened, with_token
 from shardkit.session.transacting import Target
 from shardkit.session.transaction import ClusterTransaction, ReplanNeeded
@@ -119,6 +120,7 @@ class RoutedSession(IdentitySession):
         parent: ORMExecuteState | None,
         scalar: bool,
     ) -> Any:
+        statement, params = settled(statement, params)
         try:
             return self._plan_and_run(statement, params, options, bind_arguments, parent, scalar)
         except ReplanNeeded:

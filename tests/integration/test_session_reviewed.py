@@ -629,6 +629,47 @@ def test_a_default_of_the_model_reads_no_half_tables(shop: Shop, users: dict[str
     assert (50, 3) in shop.rows("shop-0", "orders", "id, amount")
 
 
+def test_a_callable_is_asked_once(shop: Shop) -> None:
+    """For the shard and for the row."""
+    numbers = iter(range(100, 200))
+    one, other = (sa.bindparam(name, callable_=lambda: next(numbers), type_=sa.BigInteger()) for name in "ab")
+    ages = iter(range(100))
+    row = insert(User).values(id=one, name="n")
+    several = insert(User).values([{"id": one, "name": "n"}, {"id": other, "name": "n"}])
+    with shop.session() as session:
+        for statement in (row, row, row, several, several):
+            session.execute(statement)
+        session.commit()
+        found = session.execute(select(User.id).where(User.id == sa.bindparam("n", callable_=lambda: 100 + next(ages))))
+        assert found.scalars().all() == [100]
+    placed = shop.where("users")
+    assert sorted(each for ids in placed.values() for each in ids) == list(range(100, 107))
+    assert all(shop.shard_of(each) == shard for shard, ids in placed.items() for each in ids)
+
+
+@pytest.mark.parametrize("column", ["id", "age"])
+def test_an_iterator_is_read_once(shop: Shop, users: dict[str, int], column: str) -> None:
+    wanted = getattr(User, column)
+    with shop.session() as session:
+        session.execute(update(User).values(age=User.id), execution_options={"shardkit_scatter": True})
+        statement = select(User.id).where(wanted.in_(sa.bindparam("ids", expanding=True))).order_by(User.id)
+        ids = sorted(users.values())
+        assert session.scalars(statement, {"ids": iter(ids)}).all() == ids
+        assert session.scalars(statement.params(ids=iter(ids))).all() == ids
+
+
+def test_an_expired_object_is_loaded_before_its_shards_are_asked(shop: Shop, users: dict[str, int]) -> None:
+    """Not by each of the threads that ask them."""
+    sender, recipient = users["shop-0"], users["shop-1"]
+    with shop.session() as session:
+        session.add(Message(id=1, sender_id=sender, recipient_id=recipient, text="t"))
+        session.commit()
+        user = session.get_one(User, recipient)
+        for _ in range(5):
+            session.expire(user)
+            assert session.scalars(select(Message.id).where(Message.recipient == user)).all() == [1]
+
+
 # --- from_statement() ---------------------------------------------------------------------------------------------
 
 
