@@ -529,7 +529,8 @@ def test_an_infinite_sum_that_is_no_number_is_null(shop: Shop) -> None:
         assert shop.over_shards(sa.select(how(endless))) == shop.at_once(sa.select(how(endless))) == [(None,)]
 
 
-def test_a_shard_that_is_led_to_the_database_of_another() -> None:
+@pytest.mark.parametrize("hosts", [("10.0.0.1", "10.0.0.1"), ("db.example", "DB.example."), ("127.0.0.1", "localhost")])
+def test_a_shard_that_is_led_to_the_database_of_another(hosts: tuple[str, str]) -> None:
     """Only one of the connections renames: to the database in which the other shard stands."""
     document: Any = {
         "format": 1,
@@ -541,7 +542,7 @@ def test_a_shard_that_is_led_to_the_database_of_another() -> None:
                 "placement": {"s0": "0", "s1": "1"},
             }
         },
-        "shards": {name: {"master": f"mysql://10.0.0.1:3306/{name}"} for name in ("s0", "s1")},
+        "shards": {f"s{n}": {"master": f"mysql://{host}:3306/s{n}"} for n, host in enumerate(hosts)},
     }
     shard_map = ShardMap.parse(document)
     view: Any = SimpleNamespace(map=shard_map, planner=Planner(shard_map))
