@@ -125,13 +125,20 @@ def _attributes(statement: Executable) -> dict[str, Any]:
 class WriteResult(IteratorResult[Any]):
     """What a write over several shards (or none) answers: how many rows, and those it returned.
 
+    :param alike: of a reference table, the answer of one shard, which says more: ``inserted_primary_key``, ...
     :ivar rowcount: rows that matched, over all shards; a reference table's rows count once.
     """
 
-    def __init__(self, rowcount: int, returned: Result[Any] | None = None) -> None:
+    def __init__(self, rowcount: int, returned: Result[Any] | None = None, alike: Result[Any] | None = None) -> None:
         self.rowcount = rowcount
+        self._alike = alike
         self.returns_rows = returned is not None
         self.is_insert = False
         metadata = SimpleResultMetaData([]) if returned is None else returned._metadata  # noqa: SLF001
         rows: Iterator[Any] = iter(()) if returned is None else map(tuple, returned)
         super().__init__(metadata, rows)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or self._alike is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._alike, name)

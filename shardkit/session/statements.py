@@ -524,9 +524,9 @@ def _combined_write(route: Route, results: Sequence[Result[Any]]) -> WriteResult
     count = -1 if -1 in counts else counts[0] if route.replicated else sum(counts)
     if route.merge is not None:
         return WriteResult(count, merged(route.merge, results, route.statement))
-    if route.replicated and _returns_rows(results[0]):
-        return WriteResult(count, results[0])
-    return WriteResult(count)
+    if not route.replicated:
+        return WriteResult(count)
+    return WriteResult(count, results[0] if _returns_rows(results[0]) else None, results[0])
 
 
 def _returns_rows(result: Result[Any]) -> bool:

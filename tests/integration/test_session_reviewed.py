@@ -722,3 +722,12 @@ def test_columns_of_no_rows_are_known(shop: Shop) -> None:
             assert session.execute(select(*columns).where(User.id.in_([]))).scalars(columns[1]).all() == []
         both = sa.union_all(select(User.__table__.c.id), select(Order.__table__.c.user_id))
         assert session.execute(both).columns(Order.__table__.c.user_id).all() == []
+
+
+def test_a_new_row_of_a_reference_table_tells_its_primary_key(shop: Shop) -> None:
+    with shop.session() as session:
+        assert session.execute(insert(Country).values(code="kr", name="Korea")).inserted_primary_key == ("kr",)
+        many = session.execute(update(Country).values(name="k"))
+        assert (many.rowcount, many.last_updated_params()["name"]) == (1, "k")
+        with pytest.raises(AttributeError):
+            _ = many.other
