@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy import event, insert, inspect, select, text, update
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -581,6 +582,16 @@ def test_the_first_row_says_which_columns_are_written(shop: Shop, users: dict[st
             session.execute(insert(Order.__table__).values([second, first]))
 
 
+class _Everything(sa.ColumnElement[int]):
+    type = sa.Integer()
+    inherit_cache = True
+
+
+@compiles(_Everything)
+def _compiled(_element: Any, _compiler: Any, **_options: Any) -> str:
+    return "(SELECT COUNT(*) FROM orders)"
+
+
 @pytest.mark.parametrize("new", [False, True])
 def test_an_expression_of_an_object_reads_no_half_tables(shop: Shop, users: dict[str, int], new: bool) -> None:
     user = users["shop-0"]
@@ -598,6 +609,14 @@ def test_an_expression_of_an_object_reads_no_half_tables(shop: Shop, users: dict
         order.amount, order.item = everywhere, "all"
         with pytest.raises(RoutingError):
             session.commit()
+    for unknown in (sa.text("(SELECT COUNT(*) FROM orders)"), _Everything()):
+        with shop.session() as session:
+            found = select(Order).where(Order.user_id == user)
+            order = Order(id=51, user_id=user) if new else session.scalars(found).one()
+            session.add(order)
+            order.amount, order.item = unknown, "all"  # type: ignore[assignment]
+            with pytest.raises(RoutingError, match="cannot look into"):
+                session.commit()
     assert all(item != "all" for items in shop.where("orders", "item").values() for item in items)
 
 
