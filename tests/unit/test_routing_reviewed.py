@@ -171,6 +171,16 @@ ANSWERED |= {
         "cases": (sa.case((u.id > 3, 1), else_=0),),
     }.items()
 }
+of_user = sa.select(sa.func.count()).where(o.user_id == u.id).scalar_subquery()
+ANSWERED |= {
+    "ORDER BY a subquery": sa.select(u.id).order_by(of_user.desc(), u.id).limit(5).offset(2),
+    "ORDER BY an expression over a subquery": sa.select(u.id, of_user).order_by(sa.func.coalesce(of_user, 0) + 1, u.id),
+    "ORDER BY EXISTS": sa.select(u.id).order_by(sa.exists().where(o.user_id == u.id, o.amount > 4), u.id),
+}
+REFUSED["ORDER BY a subquery of groups"] = sa.select(u.age).group_by(u.age).order_by(sa.func.max(of_user))
+REFUSED["ORDER BY a subquery that no key ties"] = sa.select(u.id).order_by(
+    sa.select(sa.func.count()).where(o.giver == u.age).scalar_subquery(), u.id
+)
 ANSWERED["a number that is too large for an integer"] = sa.select(sa.func.count(u.id) * 2**60, -sa.func.count(u.id))
 
 
