@@ -202,23 +202,21 @@ class Flush:
     def check_item(
         self, home: Home, mapper: Mapper[Any], item: Any, shard: str, *, is_state: bool, update: bool
     ) -> None:
-        """`check_values` of one item of a bulk operation: a state, or a mapping by attribute name."""
+        """`_check_values` of one item of a bulk operation: a state, or a mapping by attribute name."""
         if is_state:
             self._check_expressions(home, item, shard)
         elif home.by_sql:  # values that are SQL expressions are none in such a mapping
-            self.check_values(home, mapper, item, item, shard, () if update else None)
+            self._check_values(mapper, item, item, shard, () if update else None)
 
     def _check_expressions(self, home: Home, state: InstanceState[Any], shard: str) -> None:
         now = state.dict
-        if state.key is None:
-            self.check_values(home, state.mapper, now, now, shard)
-        else:
-            changed = [name for name in state.committed_state if name in now]
-            self.check_values(home, state.mapper, now, changed, shard, home.key_of(state) or ())
+        new = state.key is None
+        written = now if new else [name for name in state.committed_state if name in now]
+        if home.by_sql or any(isinstance(now[name], ClauseElement) for name in written):
+            self._check_values(state.mapper, now, written, shard, None if new else home.key_of(state) or ())
 
-    def check_values(
+    def _check_values(
         self,
-        home: Home,
         mapper: Mapper[Any],
         values: Mapping[str, Any],
         written: Iterable[str],
@@ -232,8 +230,6 @@ class Flush:
         :raises RoutingError: where they may read more.
         """
         given = {name: values[name] for name in written if isinstance(values[name], ClauseElement)}
-        if not given and not home.by_sql:
-            return
         names = set(written)
         for table in (each for each in mapper.tables if isinstance(each, Table)):
             found: dict[Any, Any] = {}

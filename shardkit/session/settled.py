@@ -10,23 +10,27 @@ from sqlalchemy.sql.lambdas import LambdaElement
 from sqlalchemy.sql.visitors import cloned_traverse
 
 
-def settled(statement: Any, parameters: Any) -> tuple[Any, Any]:
-    """A statement and its parameters, whose values do not change by being looked at.
-
-    The value of ``bindparam(callable_=...)`` is asked for, and an iterator for IN is read.
-    """
+def listed(parameters: Any) -> Any:
+    """Parameters whose iterators, for IN, have been read."""
     if isinstance(parameters, Mapping) and any(map(_passes, parameters.values())):
-        parameters = _listed(parameters)
+        return {name: list(value) if _passes(value) else value for name, value in parameters.items()}
+    return parameters
+
+
+def settled(statement: Any, parameters: Any) -> tuple[Any, Any]:
+    """A statement and its parameters, whose values do not change by being looked at: the value of
+    ``bindparam(callable_=...)`` is asked for.
+    """
     key = None if isinstance(statement, LambdaElement) else statement._generate_cache_key()  # noqa: SLF001 - memoized: SQLAlchemy asks for it anyway
     if key is None:  # of several rows of VALUES, for one
         return _with_settled_rows(statement), parameters
-    if key.params and any(map(_passes, key.params.values())):
-        parameters = {**_listed(key.params), **(parameters or {})}
+    if key.params and (own := listed(key.params)) is not key.params and not isinstance(parameters, list):
+        parameters = {**own, **(parameters or {})}
     unsettled = False
     for bind in key.bindparams:
         if bind.callable is not None:
-            if bind.callable.__module__.startswith("sqlalchemy."):  # of an object: always the same, but may load it
-                bind.callable()
+            if (getattr(bind.callable, "__module__", None) or "").startswith("sqlalchemy."):
+                bind.callable()  # of an object: always the same, but it may load it
             else:
                 unsettled = True
     if unsettled:
@@ -76,7 +80,3 @@ def _settle(bind: BindParameter[Any]) -> None:
 def _passes(value: Any) -> bool:
     """Whether it is gone once it has been read."""
     return hasattr(type(value), "__next__")
-
-
-def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if _passes(value) else value for name, value in values.items()}

@@ -34,7 +34,7 @@ from shardkit.session.inserts import filled
 from shardkit.session.renamed import refuse_shared_schema, schema_map_of
 from shardkit.session.results import WriteResult, empty, merged
 from shardkit.session.scatter import select_from_several
-from shardkit.session.settled import settled
+from shardkit.session.settled import listed, settled
 from shardkit.session.tokens import LOAD_OPTIONS, PARENT_LOAD, as_immutable, existing, identity_of, tokened, with_token
 from shardkit.session.transacting import Target
 from shardkit.session.transaction import ClusterTransaction, ReplanNeeded
@@ -120,7 +120,7 @@ class RoutedSession(IdentitySession):
         parent: ORMExecuteState | None,
         scalar: bool,
     ) -> Any:
-        statement, params = settled(statement, params)
+        params = listed(params)
         try:
             return self._plan_and_run(statement, params, options, bind_arguments, parent, scalar)
         except ReplanNeeded:
@@ -181,7 +181,7 @@ class RoutedSession(IdentitySession):
                 named = combined["identity_token"]
                 if view.map.sole_host is None or named in view.map.shards:
                     route_options = replace(route_options, shard=named)
-        statement, params = self._completed(statement, params, options, view)
+        statement, params = self._completed(*settled(statement, params), options, view)
         try:
             route = view.planner.plan(statement, params, route_options)
         except KeyNotLookedUp:

@@ -652,14 +652,15 @@ def test_a_callable_is_asked_once(shop: Shop) -> None:
     """For the shard and for the row."""
     numbers = iter(range(100, 200))
     one, other = (sa.bindparam(name, callable_=lambda: next(numbers), type_=sa.BigInteger()) for name in "ab")
-    ages = iter(range(100))
     row = insert(User).values(id=one, name="n")
     several = insert(User).values([{"id": one, "name": "n"}, {"id": other, "name": "n"}])
     with shop.session() as session:
         for statement in (row, row, row, several, several):
             session.execute(statement)
         session.commit()
-        found = session.execute(select(User.id).where(User.id == sa.bindparam("n", callable_=lambda: 100 + next(ages))))
+        found = session.execute(
+            select(User.id).where(User.id == sa.bindparam("n", callable_=map(int, range(100, 200)).__next__))
+        )
         assert found.scalars().all() == [100]
     placed = shop.where("users")
     assert sorted(each for ids in placed.values() for each in ids) == list(range(100, 107))
