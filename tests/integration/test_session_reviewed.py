@@ -658,10 +658,8 @@ def test_a_callable_is_asked_once(shop: Shop) -> None:
         for statement in (row, row, row, several, several):
             session.execute(statement)
         session.commit()
-        found = session.execute(
-            select(User.id).where(User.id == sa.bindparam("n", callable_=map(int, range(100, 200)).__next__))
-        )
-        assert found.scalars().all() == [100]
+        number = sa.bindparam("n", callable_=iter(range(100, 200)).__next__)
+        assert session.scalars(select(User.id).where(User.id == number)).all() == [100]
     placed = shop.where("users")
     assert sorted(each for ids in placed.values() for each in ids) == list(range(100, 107))
     assert all(shop.shard_of(each) == shard for shard, ids in placed.items() for each in ids)
@@ -688,6 +686,20 @@ def test_an_expired_object_is_loaded_before_its_shards_are_asked(shop: Shop, use
         for _ in range(5):
             session.expire(user)
             assert session.scalars(select(Message.id).where(Message.recipient == user)).all() == [1]
+
+
+def test_an_object_that_is_merged_without_loading_stays_the_one_of_its_row(shop: Shop, users: dict[str, int]) -> None:
+    user = users["shop-1"]
+    with shop.session() as session:
+        known = session.get_one(User, user)
+    with shop.session() as session:
+        merged = session.merge(known, load=False)
+        merged.name = "merged"
+        session.flush()
+        assert session.get_one(User, user) is merged
+        assert session.scalars(select(User).order_by(User.id)).all().count(merged) == 1
+        session.commit()
+    assert shop.rows("shop-1", "users", "id, name") == [(user, "merged")]
 
 
 # --- from_statement() ---------------------------------------------------------------------------------------------
