@@ -181,7 +181,9 @@ class RoutedSession(IdentitySession):
                 named = combined["identity_token"]
                 if view.map.sole_host is None or named in view.map.shards:
                     route_options = replace(route_options, shard=named)
-        statement, params = self._completed(*settled(statement, params), options, view)
+        if view.map.sole_host is None:  # one database looks at them once
+            statement, params = settled(statement, params)
+        statement, params = self._completed(statement, params, options, view)
         try:
             route = view.planner.plan(statement, params, route_options)
         except KeyNotLookedUp:
