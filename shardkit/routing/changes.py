@@ -13,7 +13,14 @@ from shardkit.partition import Bucket
 from shardkit.routing.conditions import Binds
 from shardkit.routing.functions import AGGREGATES, PURE
 from shardkit.routing.hints import Hint, hint_of
-from shardkit.routing.inserts import changed_by_server, check_same_everywhere, mapper_of, name_of, parameter_sets
+from shardkit.routing.inserts import (
+    changed_by_server,
+    check_same_everywhere,
+    mapper_of,
+    name_of,
+    named_as_the_first,
+    parameter_sets,
+)
 from shardkit.routing.merge import MergePlan
 from shardkit.routing.moving import moves_on, restricted
 from shardkit.routing.queries import Occurrence
@@ -43,6 +50,8 @@ class Changes:
         many = parameters is not None and not isinstance(parameters, Mapping)
         if many and isinstance(statement, sa.Update) and mapper_of(statement) and not statement._where_criteria:  # noqa: SLF001 - no public reader
             return self._by_primary_key(statement, parameters, sets, options)
+        parameters = named_as_the_first(statement, parameters)
+        sets = parameter_sets(parameters)
         shape, binds = self._shapes.of(statement, sets[0] if sets else None, executemany=many)
         kind = StatementKind.UPDATE if isinstance(statement, sa.Update) else StatementKind.DELETE
         target = shape.lineage.occurrences[0]

@@ -139,7 +139,8 @@ class Deviation:
     """Variances and standard deviations: from the parts' counts, means and variances, in floating point as in the
     database (T. Chan, G. Golub, R. LeVeque: Algorithms for computing the sample variance, 1983).
 
-    :param count: the place of the part's COUNT; :param mean: of its mean; :param variance: of its VAR_POP.
+    :param count: the place of the part's COUNT; :param variance: of its VAR_POP.
+    :param mean: the place of its mean, which is floating point; of exact numbers, of their sum.
     :param zero: the place of a zero with as many digits as the values have, where they are exact numbers.
     :param rounds: the place of a flag: MariaDB rounds those of exact numbers to four digits more than the values have,
         MySQL does not (seen on MariaDB 10.11 and MySQL 9.7).
@@ -160,15 +161,15 @@ class Deviation:
         present = [row for row in parts if row[self.count]]
         if not present:
             return
-        count, mean, squares = 0, 0.0, 0.0
-        for row in present:
-            more, its_mean = int(row[self.count]), float(row[self.mean])
-            apart = its_mean - mean
-            squares += float(row[self.variance]) * more + apart * apart * count * more / (count + more)
+        count, mean, squares = 0, Fraction(0), Fraction(0)
+        for row in present:  # exactly: means that are large and differ little would lose what they differ by
+            more, its_mean = int(row[self.count]), row[self.mean]
+            apart = Fraction(its_mean) / (1 if isinstance(its_mean, float) else more) - mean
+            squares += Fraction(float(row[self.variance])) * more + apart * apart * count * more / (count + more)
             mean += apart * more / (count + more)
             count += more
         degrees = count - 1 if self.sample else count
-        value = None if not degrees else squares / degrees
+        value = None if not degrees else float(squares / degrees)
         if value is not None:
             value = sqrt(value) if self.root else value
             zero = present[0][self.zero]

@@ -7,7 +7,7 @@ around ``text("a = 1 OR b = 2")``, so even beside ``user_id = 5`` such a text ca
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
@@ -101,6 +101,25 @@ def contents_of(elements: Iterable[ClauseElement], place: Place = "value") -> Co
     for element in elements:
         _look(element, place, contents)
     return contents
+
+
+_MAY_SELECT: Final = re.compile(r"\b(?:select|table|with)\b", re.ASCII | re.IGNORECASE)
+
+
+def may_select(value: ClauseElement) -> bool:
+    """Whether a value that is written may read rows: by a subquery, also one in raw SQL, or by what is not known."""
+    contents = contents_of([value])
+    if contents.subqueries or any(each.startswith("a ") for each in contents.unreadable):
+        return True
+    return bool(contents.unreadable) and any(map(_MAY_SELECT.search, _raw_texts(value)))
+
+
+def _raw_texts(value: ClauseElement) -> Iterator[str]:
+    for each in visitors.iterate(value):
+        operator = getattr(each, "operator", None)
+        for text in (getattr(each, "text", None), getattr(each, "name", None), getattr(operator, "opstring", None)):
+            if isinstance(text, str):
+                yield text
 
 
 _LEAVES = (BindParameter, Null, True_, False_, TypeClause, CollationClause)

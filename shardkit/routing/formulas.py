@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
+from math import isfinite
 from typing import Any, Final, TypeAlias
 
 from shardkit.errors import RoutingError
@@ -58,6 +59,7 @@ def value_of(formula: Formula, row: Sequence[Any]) -> Any:
 _EXACT: Final = Context(prec=400)
 _WORD: Final = 9
 _MORE_DIGITS: Final = 4
+_LARGEST: Final = 2**63 - 1
 
 
 def as_decimal(value: Fraction | int, scale: int) -> Decimal:
@@ -164,6 +166,38 @@ def multiply(one: Any, other: Any) -> Any:
 def negate(value: Any) -> Any:
     """``-value``."""
     return -value
+
+
+#: Most digits of a DECIMAL inside of the servers: nine words.
+_MOST_DIGITS: Final = 81
+
+
+def in_range(value: Any, unsigned: bool, *operands: Any) -> Any:
+    """The result of an operation, where the servers do not refuse it as too large (1690).
+
+    :param unsigned: whether an operand's type is, so that an integer may not be negative.
+    :raises RoutingError: where they do, or where nobody can tell.
+    """
+    if isinstance(value, float):
+        kind, fits = "DOUBLE", isfinite(value)
+    elif isinstance(value, Decimal):
+        kind, fits = "DECIMAL", len(value.as_tuple().digits) <= _MOST_DIGITS
+    elif isinstance(value, int):
+        large = unsigned or any(isinstance(each, int) and each > _LARGEST for each in operands)
+        kind, fits = "BIGINT", (0 if unsigned else ~_LARGEST) <= value <= (2 * _LARGEST + 1 if large else _LARGEST)
+    else:
+        return value
+    if not fits:
+        raise RoutingError(
+            f"a {kind} value is out of range in an expression over aggregates of several shards",
+            hint="do a part of it in the application",
+        )
+    return value
+
+
+def as_sqlite(value: Any) -> Any:
+    """An integer that is too large for one is floating point there."""
+    return float(value) if isinstance(value, int) and not ~_LARGEST <= value <= _LARGEST else value
 
 
 def divide(one: Any, other: Any, more_digits: int | None) -> Any:

@@ -249,13 +249,15 @@ class Grouping:
         number: ColumnElement[Any] = sa.type_coerce(
             argument, sa.Double()
         )  # what the server takes texts, dates and ENUMs for, too
+        kind = stored_type(argument.type, self.dialect)
+        inexact = isinstance(kind, sa.Float) or not isinstance(kind, sa.Integer | sa.Numeric)
         exact = raw(number + sa.literal_column("0e0"))  # as DOUBLE: MariaDB rounds those of exact numbers
         return Deviation(
             name.upper(),
             place,
             own,
             count=self.hide(raw(sa.func.count(argument))),
-            mean=self.hide(raw(sa.func.avg(exact))),
+            mean=self.hide(raw(sa.func.avg(exact) if inexact else sa.func.sum(argument))),
             variance=self.hide(raw(sa.func.var_pop(exact))),
             zero=self.hide(raw(sa.func.max(number * sa.literal_column("0")))),
             rounds=self._of_mariadb(),
@@ -345,7 +347,7 @@ class Grouping:
             case BinaryExpression() if expression.operator in _ARITHMETIC:
                 self._check_digits(expression.left, expression.right)
                 arguments = (self.formula(expression.left), self.formula(expression.right))
-                return Call(_ARITHMETIC[expression.operator], arguments)
+                return self._in_range(Call(_ARITHMETIC[expression.operator], arguments), expression)
             case BinaryExpression() if expression.operator is operators.truediv:
                 arguments = (self.formula(expression.left), self.formula(expression.right))
                 if self.dialect.name == "sqlite":
@@ -357,7 +359,7 @@ class Grouping:
                         "give its values the same number of digits after the point, or do it in the application",
                     )
                 digits = Place(self.hide(raw(sa.literal_column("@@div_precision_increment"))))
-                return Call(formulas.divide, (*arguments, digits))
+                return self._in_range(Call(formulas.divide, (*arguments, digits)), expression)
             case UnaryExpression() if expression.operator is operators.neg:
                 return Call(formulas.negate, self._values([expression.element], compared=compared))
             case FunctionElement() if _name(expression) in {"coalesce", "ifnull"}:
@@ -558,6 +560,13 @@ class Grouping:
     def _of_mariadb(self) -> int:
         """A hidden column that tells the servers apart."""
         return self.hide(raw(sa.func.version().like("%MariaDB%")))
+
+    def _in_range(self, call: Call, expression: BinaryExpression[Any]) -> Call:
+        if self.dialect.name == "sqlite":
+            return Call(formulas.as_sqlite, (call,))
+        types = [stored_type(each.type, self.dialect) for each in (expression.left, expression.right)]
+        unsigned = any(isinstance(each, sa.Integer) and getattr(each, "unsigned", False) for each in types)
+        return Call(formulas.in_range, (call, Constant(unsigned), *call.arguments))
 
     def _aggregated(self, expression: Any) -> Place:
         if not _is_number(expression):

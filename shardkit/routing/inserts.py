@@ -13,7 +13,7 @@ from sqlalchemy.sql.selectable import ScalarSelect, SelectStatementGrouping, Tab
 
 from shardkit.errors import KeyChange, RoutingError
 from shardkit.routing.conditions import Binds
-from shardkit.routing.expressions import contents_of
+from shardkit.routing.expressions import contents_of, may_select
 from shardkit.routing.functions import PURE
 from shardkit.routing.hints import Hint, hint_of
 from shardkit.routing.merge import MergePlan
@@ -44,8 +44,10 @@ class Inserts:
         :raises MissingKey: when a row has no key that can be trusted.
         :raises RoutingError: for what cannot be done on the rows' own shards.
         """
-        sets = parameter_sets(parameters)
         mapper = mapper_of(statement)
+        if mapper is None:  # the ORM takes each row as it is
+            parameters = named_as_the_first(statement, parameters)
+        sets = parameter_sets(parameters)
         tables = self._tables(statement, mapper if sets else None)
         infos = tuple(self._map.table(table.fullname) for table in tables)
         info = infos[0]
@@ -58,7 +60,7 @@ class Inserts:
         if hint is None:
             self._check_connection(statement, sets, info)
         if len(hosts) == 1 and not info.keyspace.directory:
-            self._check_reads(statement, sets, info, hosts[0])
+            self._check_reads(statement, sets, info, hosts[0], tables)
             return replace(route, reasons=(f"{info.name} stands on one shard",))
         if len({each.kind for each in infos}) > 1 or len({each.keyspace.name for each in infos}) > 1:
             raise RoutingError(
@@ -80,7 +82,7 @@ class Inserts:
                 shards=len(found.shards),
             )
         for shard in found.shards:
-            self._check_reads(statement, sets, info, shard)
+            self._check_reads(statement, sets, info, shard, tables)
         return found
 
     def _tables(self, statement: sa.Insert, mapper: Any) -> tuple[TableClause, ...]:
@@ -100,16 +102,38 @@ class Inserts:
             raise refused.over(len(info.shards), info.key) from None
 
     def _check_reads(
-        self, statement: sa.Insert, sets: Sequence[Mapping[str, Any]], info: TableInfo, shard: str
+        self,
+        statement: sa.Insert,
+        sets: Sequence[Mapping[str, Any]],
+        info: TableInfo,
+        shard: str,
+        tables: Sequence[TableClause],
     ) -> None:
         """What the INSERT selects has to stand on the shard that it writes."""
-        unreadable = contents_of(_expressions_in(statement)).unreadable
+        base = _single_row(statement)
+        rows = _multi_rows(statement, tables[0]) or [{**base, **row} for row in sets or ({},)]
+        made_up = [value for table in tables for value in _defaults_by_sql(table, rows, mapper_of(statement))]
+        whole = [statement.select] if statement._select_names else []  # noqa: SLF001 - no public reader
+        self.check_values([*_expressions_in(statement), *made_up], info, shard, whole, sets[0] if sets else None)
+
+    def check_values(
+        self,
+        values: Sequence[ClauseElement],
+        info: TableInfo,
+        shard: str,
+        selects: Sequence[Any] = (),
+        given: Mapping[str, Any] | None = None,
+    ) -> None:
+        """What is written on a shard as an SQL expression must not read rows that stand elsewhere.
+
+        :raises RoutingError: where it may.
+        """
         try:
-            check_readable(unreadable, self._map, shard, info.name)
+            check_readable(contents_of(values).unreadable, self._map, shard, info.name)
         except Refused as refused:
             raise refused.over(len(info.shards), info.key) from None
-        for select in _selects_in(statement):
-            shape, binds = self._shapes.of(select, sets[0] if sets else None)
+        for select in (*selects, *_subqueries_of(values)):
+            shape, binds = self._shapes.of(select, given)
             pinned = {name for each in shape.pinned(binds) for name in each.shards}
             elsewhere = sorted(pinned - {shard})
             missing = [each.name for each in shape.infos if shard not in each.shards]
@@ -153,7 +177,11 @@ class Inserts:
         if len(shards) == 1:
             return found
         if multi:
-            split = {shard: ShardStatement(_of_rows(statement, by_shard[shard]), route.parameters) for shard in shards}
+            rows = _named_as_the_first(multi, info)
+            split = {
+                shard: ShardStatement(_of_rows(statement, [rows[n] for n in by_shard[shard]]), route.parameters)
+                for shard in shards
+            }
         else:
             split = {shard: ShardStatement(statement, [sets[n] for n in by_shard[shard]]) for shard in shards}
         return replace(found, shard_statements=split, merge=_returned(statement, info, len(shards)))
@@ -330,6 +358,29 @@ def parameter_sets(parameters: Parameters) -> Sequence[Mapping[str, Any]]:
     return parameters
 
 
+def named_as_the_first(statement: Any, parameters: Any) -> Any:
+    """Several sets of parameters as SQLAlchemy takes them: those that the first one names, whatever others say besides.
+
+    Split over shards, each shard has another first one.
+
+    :raises RoutingError: for a set that lacks what the first one names.
+    """
+    if not isinstance(parameters, Sequence) or len(parameters) < 2:
+        return parameters
+    names = parameters[0].keys()
+    if all(each.keys() == names for each in parameters):
+        return parameters
+    cache_key = statement._generate_cache_key()  # noqa: SLF001 - memoized: SQLAlchemy asks for it anyway
+    own = {bind.key for bind in cache_key.bindparams if not bind.required} if cache_key else set()
+    for number, each in enumerate(parameters):
+        if lacking := [name for name in names if name not in each and name not in own]:
+            raise RoutingError(
+                f"set {number} of the parameters has no value for {', '.join(map(str, lacking))}, which the first has",
+                hint="name the same columns in each of them",
+            )
+    return [{name: each[name] for name in names if name in each} for each in parameters]
+
+
 def mapper_of(statement: Any) -> Any:
     """The mapper of an ORM-enabled INSERT, UPDATE or DELETE."""
     if statement._propagate_attrs.get("compile_state_plugin") != "orm":  # noqa: SLF001 - no public reader
@@ -400,11 +451,25 @@ def _selects_in(statement: sa.Insert) -> Iterable[Any]:
     """The SELECTs whose rows or values an INSERT writes."""
     if statement._select_names:  # noqa: SLF001 - no public reader
         yield statement.select
-    for inner in contents_of(_expressions_in(statement)).subqueries:
+    yield from _subqueries_of(_expressions_in(statement))
+
+
+def _subqueries_of(values: Iterable[ClauseElement]) -> Iterator[Any]:
+    for inner in contents_of(values).subqueries:
         select = inner.select
         while isinstance(select, ScalarSelect | SelectStatementGrouping):
             select = select.element
         yield select
+
+
+def _defaults_by_sql(table: Any, rows: Sequence[Mapping[Any, Any]], mapper: Any) -> Iterator[ClauseElement]:
+    """The defaults of the model that read rows, of columns that some row does not give."""
+    for column in table.c:
+        default = getattr(column, "default", None)
+        if default is not None and default.is_clause_element and may_select(default.arg):
+            names = {column.name, column.key, attribute_of(mapper, column)}
+            if any(names.isdisjoint({name_of(given) for given in row}) for row in rows):
+                yield default.arg
 
 
 def _expressions_in(statement: sa.Insert) -> Iterator[ClauseElement]:
@@ -453,11 +518,27 @@ def _multi_rows(statement: sa.Insert, table: Any) -> list[Mapping[Any, Any]]:
     ]
 
 
-def _of_rows(statement: sa.Insert, numbers: Sequence[int]) -> sa.Insert:
-    """The same multi-row INSERT with some of its rows."""
-    rows = [row for group in statement._multi_values for row in group]  # noqa: SLF001 - no public reader
+def _named_as_the_first(rows: Sequence[Mapping[Any, Any]], info: TableInfo) -> list[Mapping[Any, Any]]:
+    """The rows of one INSERT with the columns that its first row names: the only ones that SQLAlchemy writes."""
+    names = {getattr(name, "key", name) for name in rows[0]}
+    found: list[Mapping[Any, Any]] = [
+        {name: value for name, value in row.items() if getattr(name, "key", name) in names} for row in rows
+    ]
+    if any(len(row) < len(names) for row in found):
+        raise RoutingError(
+            f"a row of an INSERT into {info.name} lacks columns that its first row names",
+            hint="name the same columns in each row",
+            table=info.name,
+            key=info.key,
+            shards=len(info.shards),
+        )
+    return found
+
+
+def _of_rows(statement: sa.Insert, rows: list[Mapping[Any, Any]]) -> sa.Insert:
+    """The same multi-row INSERT with these rows."""
     part: Any = statement._generate()  # noqa: SLF001 - there is no public way to leave rows out
-    part._multi_values = ([rows[number] for number in numbers],)  # noqa: SLF001
+    part._multi_values = (rows,)  # noqa: SLF001
     found: sa.Insert = part
     return found
 

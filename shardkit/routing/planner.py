@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.orm import FromStatement
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.base import Executable
+from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.lambdas import LambdaElement
 from sqlalchemy.sql.selectable import CompoundSelect
@@ -18,6 +20,7 @@ from shardkit.errors import CrossShardJoin, KeyChange, MissingKey, RoutingError,
 from shardkit.partition import WHOLE
 from shardkit.routing.anatomy import dialect_of
 from shardkit.routing.changes import Changes
+from shardkit.routing.expressions import contents_of, may_select
 from shardkit.routing.feeds import Feed, feeding_of
 from shardkit.routing.inserts import Inserts
 from shardkit.routing.keys import Readers
@@ -27,6 +30,7 @@ from shardkit.routing.reads import Reads, one_set
 from shardkit.routing.route import Parameters, Route, RouteOptions, StatementKind
 from shardkit.routing.rows import Rows
 from shardkit.routing.shapes import Shapes
+from shardkit.routing.spread import Refused, check_connection
 from shardkit.routing.texts import Texts, reads_only, text_of
 from shardkit.shardmap import Placement, ShardMap
 
@@ -101,8 +105,22 @@ class Planner:
                 return self._fed(self._changes.route, statement, parameters, options)
             case ExecutableDDLElement():
                 return self._texts.ddl(statement, parameters, options)
+            case FromStatement() if kind_of(statement.element) is not StatementKind.TEXT:
+                return self._of_entities(statement, parameters, options)
             case _:
                 return self._texts.route(statement, parameters, options)
+
+    def _of_entities(self, statement: FromStatement[Any], parameters: Parameters, options: RouteOptions) -> Route:
+        """``select(...).from_statement(...)`` of no raw SQL: where the statement inside runs, if that is one shard."""
+        route = self._plan(statement.element, parameters, options)
+        if route.first is not None or route.merge is not None or route.shard_statements or len(route.shards) > 1:
+            raise RoutingError(
+                f"from_statement() of a statement that is not for one shard alone ({', '.join(route.tables)})",
+                hint="select from an aliased() subquery, or run the statement inside as it is",
+                table=route.tables[0] if route.tables else None,
+                shards=len(route.shards),
+            )
+        return replace(route, statement=statement)
 
     def _fed(
         self,
@@ -207,6 +225,40 @@ class Planner:
             )
         prototype: Route = shape.prototype
         return prototype.bound(statement, parameters, keyspace.placement[bucket], bucket)
+
+    def check_values(
+        self, table: sa.Table, values: Mapping[Any, ClauseElement], shard: str, key: Sequence[Any] | None
+    ) -> None:
+        """SQL expressions as values of a row on this shard, in a flush: what they read has to stand there.
+
+        :param values: by column.
+        :param key: of a row that is there already, empty where it is not known; None for a new one.
+        :raises RoutingError: where they may read rows of other shards.
+        """
+        if self.shard_map.sole_host is not None:
+            return
+        info = self.shard_map.table(table.fullname)
+        try:
+            check_connection(contents_of(values.values()).functions, info.name)
+        except Refused as refused:
+            raise refused.over(len(info.shards), info.key) from None
+        reading = {column: value for column, value in values.items() if may_select(value)}
+        if not reading:
+            return
+        if key is None:
+            self._inserts.check_values([*reading.values()], info, shard)
+            return
+        columns = {column.name: column for column in table.c}
+        here = [columns[name] == value for name, value in zip(info.key, key, strict=False)]
+        route = self._changes.route(sa.update(table).values(reading).where(*here), None, _DEFAULT_OPTIONS)
+        if route.shards != (shard,):
+            raise RoutingError(
+                f"an SQL expression that is written to {info.name} on shard {shard!r} reads rows of other shards",
+                hint="read its value first and assign it",
+                table=info.name,
+                key=info.key,
+                shards=len(route.shards),
+            )
 
     def place(self, table: sa.Table, row: Mapping[str, Any]) -> Placement | None:
         """Where one row belongs: for objects in a flush.

@@ -177,8 +177,12 @@ class _Splitting:
         if _is_value(element):
             raise refused("ORDER BY a value over several shards: a driver may send it as a column's number")
         contents = contents_of([element])
-        if contents.subqueries:
-            raise refused("ORDER BY with a subquery over several shards")
+        query = self.context.query
+        alone = not (query.grouped or query.distinct or query.collapses) and self.context.repeated is None
+        if contents.subqueries and not alone:
+            raise refused(
+                "ORDER BY with a subquery beside groups, DISTINCT or eager loads under LIMIT, over several shards"
+            )
         if contents.functions & RANDOM:
             raise refused("ORDER BY or GROUP BY with a random value over several shards")
         return Sorted(element, descending, (not descending) if nulls_first is None else nulls_first)

@@ -16,6 +16,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import FromStatement
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.base import Executable
 
@@ -305,6 +306,8 @@ def reads_only(text: str) -> bool:
 
 def writes_rows(statement: Any) -> bool:
     """Whether a statement says itself which rows it inserts."""
+    if isinstance(statement, FromStatement):
+        statement = statement.element
     if isinstance(statement, sa.Insert):
         return statement.select is None
     text = text_of(statement)

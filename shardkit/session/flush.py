@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Table
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.base import PassiveFlag
 from sqlalchemy.orm.interfaces import RelationshipDirection
+from sqlalchemy.sql.elements import ClauseElement
 
 from shardkit.errors import KeyChange, MissingKey, StaleShardMap
+from shardkit.routing.rows import attribute_of
 from shardkit.session.homes import Home, check_generated, home_of
 from shardkit.session.renamed import refuse_shared_schema, schema_map_of
 from shardkit.session.shared import changed_values, missing_values, touched_values
@@ -70,6 +73,8 @@ class Flush:
             shard = self._early_shard(home, state)
             if home.tokened and shard is not None:
                 state.identity_token = shard  # a row that is deleted in this flush may have the same identity
+            if shard is not None:
+                self._check_expressions(home, state, shard)
             self._touch(home, shard)
             order.append((shard or "\uffff", _insert_order(state), state))
         order.sort(key=lambda entry: entry[:2])
@@ -80,7 +85,10 @@ class Flush:
             home.refuse_key_change(state)
             _complete_change(home, state)
             if _is_changed(state):
-                self._touch(home, None if home.replicated else self._shard_of_persistent(home, state))
+                shard = None if home.replicated else self._shard_of_persistent(home, state)
+                if shard is not None:
+                    self._check_expressions(home, state, shard)
+                self._touch(home, shard)
             else:
                 self.unchanged.append(state)
         for state in deleted:
@@ -181,12 +189,62 @@ class Flush:
             return self._replicated(home, state)
         if state.key is not None:
             home.refuse_key_change(state)
-            return self._connection(self._shard_of_persistent(home, state))
-        self._fill(home, state)
-        shard = self._place(home, state)
-        if home.tokened:
-            state.identity_token = shard
-        return self._connection(shard or home.info.shards[0])
+            shard = self._shard_of_persistent(home, state)
+        else:
+            self._fill(home, state)
+            placed = self._place(home, state)
+            if home.tokened:
+                state.identity_token = placed
+            shard = placed or home.info.shards[0]
+        self._check_expressions(home, state, shard)
+        return self._connection(shard)
+
+    def check_item(
+        self, home: Home, mapper: Mapper[Any], item: Any, shard: str, *, is_state: bool, update: bool
+    ) -> None:
+        """`_check_values` of one item of a bulk operation: a state, or a mapping by attribute name."""
+        if is_state:
+            self._check_expressions(home, item, shard)
+        elif home.by_sql:  # values that are SQL expressions are none in such a mapping
+            self._check_values(mapper, item, item, shard, () if update else None)
+
+    def _check_expressions(self, home: Home, state: InstanceState[Any], shard: str) -> None:
+        now = state.dict
+        new = state.key is None
+        written = now if new else [name for name in state.committed_state if name in now]
+        if home.by_sql or any(isinstance(now[name], ClauseElement) for name in written):
+            self._check_values(state.mapper, now, written, shard, None if new else home.key_of(state) or ())
+
+    def _check_values(
+        self,
+        mapper: Mapper[Any],
+        values: Mapping[str, Any],
+        written: Iterable[str],
+        shard: str,
+        key: Sequence[Any] | None = None,
+    ) -> None:
+        """SQL expressions among the values that are written may only read what stands on the same shard.
+
+        :param values: by attribute.
+        :param key: of a row that is there already, empty where it is not known; None for a new one.
+        :raises RoutingError: where they may read more.
+        """
+        given = {name: values[name] for name in written if isinstance(values[name], ClauseElement)}
+        names = set(written)
+        for table in (each for each in mapper.tables if isinstance(each, Table)):
+            found: dict[Any, Any] = {}
+            touched = key is None
+            for column in table.columns:
+                name = attribute_of(mapper, column)
+                touched = touched or name in names
+                default: Any = column.default if key is None else column.onupdate
+                if name in given:
+                    found[column] = given[name]
+                elif default is not None and default.is_clause_element:
+                    left_out = values.get(str(name)) is None if key is None else name not in names
+                    found.update({column: default.arg} if left_out else {})
+            if found and touched:
+                self._looked_up(partial(self._view.planner.check_values, table, found, shard, key))
 
     def completed(
         self, home: Home, mapper: Mapper[Any], item: Any, *, update: bool, states: bool, nulls: bool, changed_only: bool

@@ -59,6 +59,7 @@ class Home:
         ``ids: generated``.
     :param plain_number: where in the primary key the shard key stands, if it is one plain integer column, whose value
         needs no interpreting.
+    :param by_sql: whether a column's default or ``onupdate`` is an SQL expression.
     :param tokened: whether objects carry their shard in their identity: each row stands on one shard of several.
     """
 
@@ -69,6 +70,7 @@ class Home:
     generated: KeyAttribute | None = None
     tokened: bool = False
     plain_number: int | None = None
+    by_sql: bool = False
 
     @property
     def replicated(self) -> bool:
@@ -269,6 +271,7 @@ def _find(view: View, mapper: Mapper[Any]) -> Home:
         generated=_generated(mapper, table, info),
         tokened=info.kind != "reference" and view.map.sole_host is None,
         plain_number=_plain_number(table, info, key),
+        by_sql=any(_is_sql(made) for each in tables for column in each.c for made in (column.default, column.onupdate)),
     )
 
 
@@ -291,6 +294,10 @@ def _check_same_key(mapper: Mapper[Any], key: Sequence[KeyAttribute], table: Tab
             key=info.key,
             hint="shard them by the same column: the rows of one object have to stand on one shard",
         )
+
+
+def _is_sql(default: Any) -> bool:
+    return default is not None and bool(default.is_clause_element)
 
 
 def _plain_number(table: Table, info: TableInfo, key: Sequence[KeyAttribute]) -> int | None:

@@ -133,7 +133,10 @@ class IdentitySession(FilingSession):
     def _place_again(self, state: InstanceState[Any], key: Any) -> None:
         """A detached object comes in: its row may have moved since it was loaded."""
         home = home_of(self._outermost().view, state.mapper)
-        if not home.tokened or any(part.attribute in state.committed_state for part in home.key):
+        if not home.tokened:
+            return
+        state.identity_token = key[2]  # merge(load=False) leaves it out, and a flush would take the row for another
+        if any(part.attribute in state.committed_state for part in home.key):
             return
         shard = home.shard_of_key(home.key_of(state))
         if shard is not None and shard != key[2]:

@@ -4,6 +4,7 @@ of them."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import ip_address
 from typing import Any, TypeAlias
 
 from sqlalchemy import Connection
@@ -34,7 +35,7 @@ def refuse_shared_schema(tables: Iterable[str], renamed: Mapping[str, SchemaMap]
             continue
         masters = {shard: view.map.shards[shard].master for shard in renamed}
         named: Sequence[Any] = [
-            (masters[shard].host, masters[shard].port, each.get(schema) or schema or masters[shard].database)
+            (_host(masters[shard].host), masters[shard].port, each.get(schema) or schema or masters[shard].database)
             for shard, each in renamed.items()
         ]
         if len(set(named)) < len(named):
@@ -44,3 +45,13 @@ def refuse_shared_schema(tables: Iterable[str], renamed: Mapping[str, SchemaMap]
                 shards=len(renamed),
                 hint="ask one shard (shardkit_shard), or give each shard a server of its own",
             )
+
+
+def _host(name: str) -> str:
+    """One spelling of a host's name, as far as it shows: nobody is asked what other names a host has."""
+    plain = name.strip("[]").rstrip(".").casefold()
+    try:
+        address = ip_address(plain)
+    except ValueError:
+        return plain
+    return "localhost" if address.is_loopback else str(address)

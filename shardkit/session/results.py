@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import Result
 from sqlalchemy.engine.result import IteratorResult, SimpleResultMetaData
 from sqlalchemy.sql.base import Executable
+from sqlalchemy.sql.selectable import CompoundSelect
 
 from shardkit.routing.merge import MergePlan, merge_rows
 
@@ -55,7 +56,7 @@ def merged(
     told["is_single_entity"] = bare
     if bare:
         rows = map(itemgetter(0), rows)
-    answer = MergedResult(_metadata(first, plan.visible), rows, _source_supports_scalars=bare)
+    answer = MergedResult(_metadata(first, plan.visible, statement), rows, _source_supports_scalars=bare)
     answer.missing_shards = missing
     answer._attributes = first._attributes.union(told)  # noqa: SLF001 - what Query looks at
     answer._unique_filter_state = unique  # noqa: SLF001
@@ -73,11 +74,14 @@ def _closing(rows: Iterator[Any], results: Sequence[Result[Any]]) -> Iterator[An
         raise
 
 
-def _metadata(result: Result[Any], visible: int | None) -> SimpleResultMetaData:
+def _metadata(result: Result[Any], visible: int | None, statement: Executable) -> SimpleResultMetaData:
     """The metadata of the statement's own columns, without the hidden ones behind them; None: there are none."""
     frozen: Any = result._metadata._for_freeze()  # noqa: SLF001
-    keys = list(frozen.keys)[:visible]
-    if len(keys) == len(frozen.keys):
+    names = frozen._keys  # noqa: SLF001 - with None for an alias that has no name
+    keys = names[:visible]
+    if isinstance(statement, CompoundSelect):  # what the shards were asked is a SELECT around it
+        return _of_union(statement, keys)
+    if len(keys) == len(names):
         return frozen  # type: ignore[no-any-return]
     filters = frozen._create_unique_filters  # noqa: SLF001
     return SimpleResultMetaData(
@@ -89,13 +93,26 @@ def _metadata(result: Result[Any], visible: int | None) -> SimpleResultMetaData:
 
 def empty(statement: Executable, rows: Iterator[Any]) -> Result[Any]:
     """The result of a SELECT that no shard had to be asked for."""
-    entities: Any = getattr(statement, "column_descriptions", None)
-    if entities is None:
-        keys = list(statement.selected_columns.keys())  # type: ignore[attr-defined]
-        return IteratorResult(SimpleResultMetaData(keys), rows)
-    answer: Result[Any] = IteratorResult(SimpleResultMetaData([entity["name"] for entity in entities]), rows)
+    if isinstance(statement, CompoundSelect):
+        return IteratorResult(_of_union(statement, list(statement.selected_columns.keys())), rows)
+    entities: Any = statement.column_descriptions  # type: ignore[attr-defined]
+    objects = [_objects(entity["expr"]) for entity in entities]
+    metadata = SimpleResultMetaData([entity["name"] for entity in entities], extra=objects)
+    answer: Result[Any] = IteratorResult(metadata, rows)
     answer._attributes = answer._attributes.union(_attributes(statement))  # noqa: SLF001
     return answer
+
+
+def _of_union(statement: CompoundSelect[Any], keys: Sequence[str]) -> SimpleResultMetaData:
+    """The metadata of a UNION: a column is known by each of its parts'."""
+    columns: Any = zip(*(select.selected_columns for select in statement.selects), strict=False)
+    return SimpleResultMetaData(keys, extra=list(columns))
+
+
+def _objects(expression: Any) -> tuple[Any, ...]:
+    """What a selected column may be asked for by: an attribute of a class is a column, too."""
+    column = getattr(expression, "__clause_element__", None)
+    return (expression,) if column is None or isinstance(expression, type) else (expression, column())
 
 
 def _attributes(statement: Executable) -> dict[str, Any]:
@@ -108,13 +125,20 @@ def _attributes(statement: Executable) -> dict[str, Any]:
 class WriteResult(IteratorResult[Any]):
     """What a write over several shards (or none) answers: how many rows, and those it returned.
 
+    :param alike: of a reference table, the answer of one shard, which says more: ``inserted_primary_key``, ...
     :ivar rowcount: rows that matched, over all shards; a reference table's rows count once.
     """
 
-    def __init__(self, rowcount: int, returned: Result[Any] | None = None) -> None:
+    def __init__(self, rowcount: int, returned: Result[Any] | None = None, alike: Result[Any] | None = None) -> None:
         self.rowcount = rowcount
+        self._alike = alike
         self.returns_rows = returned is not None
         self.is_insert = False
         metadata = SimpleResultMetaData([]) if returned is None else returned._metadata  # noqa: SLF001
         rows: Iterator[Any] = iter(()) if returned is None else map(tuple, returned)
         super().__init__(metadata, rows)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or self._alike is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._alike, name)

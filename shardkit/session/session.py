@@ -139,6 +139,9 @@ class ClusterSession(RoutedSession):
         for item, shards in zip(items, placed, strict=True):
             for shard in shards:
                 groups.setdefault(shard, []).append(item)
+                if not home.replicated:
+                    state, update = options["isstates"], options["isupdate"]
+                    flush.check_item(home, mapped, item, shard, is_state=state, update=update)
         self.admit_writes(groups)
         if home.replicated and groups:
             flush.refuse_shared_schema(home, {shard: self.connection_to_write(shard) for shard in groups})

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Executable, Insert, Result, Select, Table
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
-from sqlalchemy.orm import Mapper, ORMExecuteState
+from sqlalchemy.orm import FromStatement, Mapper, ORMExecuteState
 from sqlalchemy.sql import coercions, roles
 from sqlalchemy.sql.base import CompileState
 from sqlalchemy.util import EMPTY_DICT, immutabledict
@@ -23,6 +23,7 @@ from sqlalchemy.util import EMPTY_DICT, immutabledict
 from shardkit.directory import KeyNotLookedUp
 from shardkit.errors import RoutingError, TransactionError
 from shardkit.routing.feeds import Feeding
+from shardkit.routing.inserts import mapper_of, named_as_the_first
 from shardkit.routing.merge import merge_rows
 from shardkit.routing.route import Route, RouteOptions, StatementKind
 from shardkit.routing.texts import commits_implicitly, writes_rows
@@ -33,6 +34,7 @@ from shardkit.session.inserts import filled
 from shardkit.session.renamed import refuse_shared_schema, schema_map_of
 from shardkit.session.results import WriteResult, empty, merged
 from shardkit.session.scatter import select_from_several
+from shardkit.session.settled import listed, settled
 from shardkit.session.tokens import LOAD_OPTIONS, PARENT_LOAD, as_immutable, existing, identity_of, tokened, with_token
 from shardkit.session.transacting import Target
 from shardkit.session.transaction import ClusterTransaction, ReplanNeeded
@@ -118,6 +120,7 @@ class RoutedSession(IdentitySession):
         parent: ORMExecuteState | None,
         scalar: bool,
     ) -> Any:
+        params = listed(params)
         try:
             return self._plan_and_run(statement, params, options, bind_arguments, parent, scalar)
         except ReplanNeeded:
@@ -178,10 +181,9 @@ class RoutedSession(IdentitySession):
                 named = combined["identity_token"]
                 if view.map.sole_host is None or named in view.map.shards:
                     route_options = replace(route_options, shard=named)
-        if isinstance(statement, Insert):
-            of_insert = {**statement._execution_options, **options}
-            nulls = bool(of_insert.get("render_nulls")) or of_insert.get("dml_strategy") == "raw"
-            statement, params = filled(statement, params, view, self.cluster.next_id, nulls=nulls)
+        if view.map.sole_host is None:  # one database looks at them once
+            statement, params = settled(statement, params)
+        statement, params = self._completed(statement, params, options, view)
         try:
             route = view.planner.plan(statement, params, route_options)
         except KeyNotLookedUp:
@@ -210,6 +212,24 @@ class RoutedSession(IdentitySession):
         self.admit_writes(route.shards)
         with self._carrying(target):
             return run(statement, params, options, bind_arguments, target, parent, scalar)
+
+    def _completed(self, statement: Any, params: Any, options: Mapping[str, Any], view: View) -> tuple[Any, Any]:
+        """An INSERT, also inside of ``from_statement()``, with what its rows need before they are placed."""
+        insert = statement.element if isinstance(statement, FromStatement) else statement
+        if not isinstance(insert, Insert):
+            return statement, params
+        of_insert = {**insert._execution_options, **statement._execution_options, **options}
+        strategy = of_insert.get("dml_strategy")
+        nulls = bool(of_insert.get("render_nulls")) or strategy == "raw"
+        if strategy in {"raw", "orm"} or mapper_of(insert) is None:  # without the ORM's care for each row
+            params = named_as_the_first(insert, params)
+        complete, params = filled(insert, params, view, self.cluster.next_id, nulls=nulls)
+        if insert is statement:
+            return complete, params
+        if complete is not insert:
+            statement = statement._generate()
+            statement.element = complete
+        return statement, params
 
     def _runner(self, deadline: Any) -> Callable[..., Any]:
         """`_run`, within the time that ``shardkit_deadline`` says, where it says one."""
@@ -506,9 +526,9 @@ def _combined_write(route: Route, results: Sequence[Result[Any]]) -> WriteResult
     count = -1 if -1 in counts else counts[0] if route.replicated else sum(counts)
     if route.merge is not None:
         return WriteResult(count, merged(route.merge, results, route.statement))
-    if route.replicated and _returns_rows(results[0]):
-        return WriteResult(count, results[0])
-    return WriteResult(count)
+    if not route.replicated:
+        return WriteResult(count)
+    return WriteResult(count, results[0] if _returns_rows(results[0]) else None, results[0])
 
 
 def _returns_rows(result: Result[Any]) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy.orm import Session, loading
+from sqlalchemy.orm import FromStatement, Session, loading
 from sqlalchemy.orm.context import QueryContext
 from sqlalchemy.util import immutabledict
 
@@ -25,12 +25,21 @@ PARENT_LOAD = "sa_top_level_orm_context"
 
 def tokened(view: View, route: Route) -> bool:
     """Whether objects of this statement carry their shard in their identity."""
+    tables = route.tables or _tables_of_entities(view, route.statement)
     try:
-        return view.tokens[route.tables]
+        return view.tokens[tables]
     except KeyError:
-        placed = any(view.map.table(name).kind != "reference" for name in route.tables)
-        answer = view.tokens[route.tables] = placed and view.map.sole_host is None
+        placed = any(view.map.table(name).kind != "reference" for name in tables)
+        answer = view.tokens[tables] = placed and view.map.sole_host is None
         return answer
+
+
+def _tables_of_entities(view: View, statement: Any) -> tuple[str, ...]:
+    """The tables of the classes whose objects are made of raw SQL's rows, where the router has not read it."""
+    columns = statement._raw_columns if isinstance(statement, FromStatement) else ()
+    mappers = [each._annotations["parententity"].mapper for each in columns if "parententity" in each._annotations]
+    names = (str(getattr(table, "fullname", "")) for mapper in mappers for table in mapper.tables)
+    return tuple(dict.fromkeys(name for name in names if name in view.map.tables))
 
 
 @lru_cache(maxsize=4096)

@@ -138,3 +138,12 @@ def test_savepoints_expiry_merge_and_delete(session: Session) -> None:
     session.delete(book)
     session.commit()
     assert session.scalars(select(Book)).all() == []
+
+
+def test_parameters_are_looked_at_when_they_are_sent(session: Session) -> None:
+    book = Book(title="a")
+    session.add(book)
+    session.commit()
+    session.expunge(book)
+    with pytest.raises(sa.exc.StatementError, match="detached"):
+        session.scalars(select(Page).where(Page.book == book))

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy import event, insert, inspect, select, text, update
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -555,3 +556,210 @@ def test_a_connection_that_renames_schemas_is_not_asked_for_each_shard_of_its_se
         session.add(Country(code="kr", name="Korea"))
         with pytest.raises(RoutingError, match="share"):
             session.flush()
+
+
+# --- rows and values ----------------------------------------------------------------------------------------------
+
+
+def test_the_first_row_says_which_columns_are_written(shop: Shop, users: dict[str, int]) -> None:
+    """Also on the shards that it does not go to."""
+    one, other = users["shop-0"], users["shop-1"]
+    first = {"id": 50, "user_id": one, "item": "new"}
+    second = {"id": 51, "user_id": other, "item": "new", "amount": 7}
+    changes = [{"k": one, "item": "changed"}, {"k": other, "item": "changed", "amount": 7}]
+    with shop.session() as session:
+        session.execute(insert(Order.__table__), [first, second])
+        session.execute(insert(Order.__table__).values([{**first, "id": 60}, {**second, "id": 61}]))
+        session.execute(update(Order.__table__).where(Order.user_id == sa.bindparam("k")), changes)
+        session.commit()
+    amounts = [row for rows in shop.where("orders", "id, amount, item").values() for row in rows if row[1] == 7]
+    assert amounts == []
+    with shop.session() as session:
+        for statement in (insert(Order.__table__), update(Order.__table__).where(Order.user_id == sa.bindparam("k"))):
+            with pytest.raises(RoutingError, match="no value for amount, which the first has"):
+                session.execute(statement, [{**second, "k": other}, {**first, "k": one}])
+        with pytest.raises(RoutingError, match="lacks columns that its first row names"):
+            session.execute(insert(Order.__table__).values([second, first]))
+
+
+class _Everything(sa.ColumnElement[int]):
+    type = sa.Integer()
+    inherit_cache = True
+
+
+@compiles(_Everything)
+def _compiled(_element: Any, _compiler: Any, **_options: Any) -> str:
+    return "(SELECT COUNT(*) FROM users)"
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_an_expression_of_an_object_reads_no_half_tables(shop: Shop, users: dict[str, int], new: bool) -> None:
+    user = users["shop-0"]
+    everywhere = select(sa.func.count(User.id)).scalar_subquery()
+    its_own = select(sa.func.count(User.id)).where(User.id == user).scalar_subquery()
+    with shop.session() as session:
+        order = Order(id=50, user_id=user) if new else session.scalars(select(Order).where(Order.user_id == user)).one()
+        session.add(order)
+        order.amount, order.item = its_own + 10, sa.text("'t'")
+        session.commit()
+        assert (order.amount, order.item) == (11, "t")
+    with shop.session() as session:
+        order = Order(id=51, user_id=user) if new else session.scalars(select(Order).where(Order.user_id == user)).one()
+        session.add(order)
+        order.amount, order.item = everywhere, "all"
+        with pytest.raises(RoutingError):
+            session.commit()
+    for unknown in (sa.text("(SELECT COUNT(*) FROM users)"), _Everything()):
+        with shop.session() as session:
+            found = select(Order).where(Order.user_id == user)
+            order = Order(id=51, user_id=user) if new else session.scalars(found).one()
+            session.add(order)
+            order.amount, order.item = unknown, "all"  # type: ignore[assignment]
+            with pytest.raises(RoutingError, match="cannot look into"):
+                session.commit()
+    assert all(item != "all" for items in shop.where("orders", "item").values() for item in items)
+
+
+def test_a_default_of_the_model_reads_no_half_tables(shop: Shop, users: dict[str, int]) -> None:
+    base: Any = sa.orm.declarative_base()
+
+    class Counting(base):
+        __tablename__ = "orders"
+        id = sa.Column(sa.Integer, primary_key=True, autoincrement=False)
+        user_id = sa.Column(sa.Integer)
+        item = sa.Column(sa.String(100))
+        amount = sa.Column(sa.Integer, default=select(sa.func.count(Order.id)).scalar_subquery())
+
+    row = {"id": 50, "user_id": users["shop-0"], "item": "i"}
+    ways: dict[str, Any] = {
+        "core": lambda session: session.execute(insert(Counting.__table__), row),
+        "orm": lambda session: session.execute(insert(Counting), [row]),
+        "flush": lambda session: (session.add(Counting(**row)), session.flush()),
+        "bulk": lambda session: session.bulk_save_objects([Counting(**row)]),
+        "mappings": lambda session: session.bulk_insert_mappings(Counting, [row]),
+    }
+    with shop.session() as session:
+        for way in ways.values():
+            with pytest.raises(RoutingError, match="selects rows of other shards"):
+                way(session)
+            session.rollback()
+        session.execute(insert(Counting.__table__), {**row, "amount": 3})
+        session.commit()
+    assert (50, 3) in shop.rows("shop-0", "orders", "id, amount")
+
+
+def test_a_callable_is_asked_once(shop: Shop) -> None:
+    """For the shard and for the row."""
+    numbers = iter(range(100, 200))
+    one, other = (sa.bindparam(name, callable_=lambda: next(numbers), type_=sa.BigInteger()) for name in "ab")
+    row = insert(User).values(id=one, name="n")
+    several = insert(User).values([{"id": one, "name": "n"}, {"id": other, "name": "n"}])
+    with shop.session() as session:
+        for statement in (row, row, row, several, several):
+            session.execute(statement)
+        session.commit()
+        number = sa.bindparam("n", callable_=iter(range(100, 200)).__next__)
+        assert session.scalars(select(User.id).where(User.id == number)).all() == [100]
+    placed = shop.where("users")
+    assert sorted(each for ids in placed.values() for each in ids) == list(range(100, 107))
+    assert all(shop.shard_of(each) == shard for shard, ids in placed.items() for each in ids)
+
+
+@pytest.mark.parametrize("column", ["id", "age"])
+def test_an_iterator_is_read_once(shop: Shop, users: dict[str, int], column: str) -> None:
+    wanted = getattr(User, column)
+    with shop.session() as session:
+        session.execute(update(User).values(age=User.id), execution_options={"shardkit_scatter": True})
+        statement = select(User.id).where(wanted.in_(sa.bindparam("ids", expanding=True))).order_by(User.id)
+        ids = sorted(users.values())
+        assert session.scalars(statement, {"ids": iter(ids)}).all() == ids
+        assert session.scalars(statement.params(ids=iter(ids))).all() == ids
+
+
+def test_an_expired_object_is_loaded_before_its_shards_are_asked(shop: Shop, users: dict[str, int]) -> None:
+    """Not by each of the threads that ask them."""
+    sender, recipient = users["shop-0"], users["shop-1"]
+    with shop.session() as session:
+        session.add(Message(id=1, sender_id=sender, recipient_id=recipient, text="t"))
+        session.commit()
+        user = session.get_one(User, recipient)
+        for _ in range(5):
+            session.expire(user)
+            assert session.scalars(select(Message.id).where(Message.recipient == user)).all() == [1]
+
+
+def test_an_object_that_is_merged_without_loading_stays_the_one_of_its_row(shop: Shop, users: dict[str, int]) -> None:
+    user = users["shop-1"]
+    with shop.session() as session:
+        known = session.get_one(User, user)
+    with shop.session() as session:
+        merged = session.merge(known, load=False)
+        merged.name = "merged"
+        session.flush()
+        assert session.get_one(User, user) is merged
+        assert session.scalars(select(User).order_by(User.id)).all().count(merged) == 1
+        session.commit()
+    assert shop.rows("shop-1", "users", "id, name") == [(user, "merged")]
+
+
+# --- from_statement() ---------------------------------------------------------------------------------------------
+
+
+def test_raw_sql_gives_the_objects_that_are_there(shop: Shop, users: dict[str, int]) -> None:
+    user = users["shop-1"]
+    plain = select(User).from_statement(sa.text(f"SELECT * FROM users WHERE id = {user}"))
+    other = select(User).from_statement(sa.text(f"SELECT * FROM users WHERE id IN (SELECT {user})"))
+    with shop.session() as session:
+        known = session.get_one(User, user)
+        for statement in (plain, other):
+            for said in ({"shardkit_shard": "shop-1"}, {"shardkit_key": {"id": user}}):
+                assert session.scalars(statement, execution_options=said).one() is known
+    with shop.session() as session:
+        countries = select(Country).from_statement(sa.text("SELECT * FROM countries"))
+        country = session.get_one(Country, "kr")
+        assert session.scalars(countries, execution_options={"shardkit_shard": "shop-2"}).one() is country
+
+
+def test_a_statement_inside_from_statement_is_read(shop: Shop, users: dict[str, int]) -> None:
+    user = users["shop-1"]
+    with shop.session() as session:
+        known = session.get_one(User, user)
+        assert session.scalars(select(User).from_statement(select(User).where(User.id == user))).one() is known
+        with pytest.raises(RoutingError, match="not for one shard alone"):
+            session.scalars(select(User).from_statement(select(User)))
+        (elsewhere,) = shop.users_on("shop-0", 2)[1:]
+        hinted = {"shardkit_shard": "shop-2"}
+        for entity, row in ((Country, {"code": "de", "name": "n"}), (User, {"id": elsewhere, "name": "n"})):
+            inserted: Any = select(entity).from_statement(insert(entity).values(row).returning(entity))
+            with pytest.raises(RoutingError):
+                session.scalars(inserted, execution_options=hinted)
+
+
+# --- what a result tells ------------------------------------------------------------------------------------------
+
+
+def test_an_alias_without_a_name_does_not_move_the_columns_behind_it(shop: Shop, users: dict[str, int]) -> None:
+    user = sa.orm.aliased(User)
+    with shop.session() as session:
+        result = session.execute(select(user, user.id).order_by(user.age, user.name))
+        assert list(result.keys()) == ["id"]
+        assert {row.id for row in result} == set(users.values())
+
+
+def test_columns_of_no_rows_are_known(shop: Shop) -> None:
+    with shop.session() as session:
+        for columns in ((User.id, User.name), (User.__table__.c.id, User.__table__.c.name)):
+            empty = session.execute(select(*columns).where(User.id.in_([])))
+            assert empty.columns(columns[1], "id").all() == []
+            assert session.execute(select(*columns).where(User.id.in_([]))).scalars(columns[1]).all() == []
+        both = sa.union_all(select(User.__table__.c.id), select(Order.__table__.c.user_id))
+        assert session.execute(both).columns(Order.__table__.c.user_id).all() == []
+
+
+def test_a_new_row_of_a_reference_table_tells_its_primary_key(shop: Shop) -> None:
+    with shop.session() as session:
+        assert session.execute(insert(Country).values(code="kr", name="Korea")).inserted_primary_key == ("kr",)
+        many = session.execute(update(Country).values(name="k"))
+        assert (many.rowcount, many.last_updated_params()["name"]) == (1, "k")
+        with pytest.raises(AttributeError):
+            _ = many.other

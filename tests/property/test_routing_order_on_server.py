@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
+from sqlalchemy.exc import DBAPIError
 
 from shardkit.errors import RoutingError
 from shardkit.routing.merge import merge_rows
@@ -273,6 +274,33 @@ def test_deviations_agree_to_twelve_digits(databases: Databases, name: str) -> N
         over, once = databases.over_shards(statement), databases.at_once(statement)
         assert [row[0] for row in over] == [row[0] for row in once]
         assert [row[1] for row in over] == pytest.approx([row[1] for row in once], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        sa.func.count() * 2**57,
+        sa.func.count() * 3e306,
+        sa.literal(2**62) + sa.func.count() * 2**56,
+        sa.func.count() / sa.literal(3e-307),
+        -sa.func.count() * 2**58,
+    ],
+)
+def test_what_is_too_large_for_the_server_is_no_number(databases: Databases, expression: Any) -> None:
+    """Each shard's own share still is one."""
+    statement = sa.select(expression, sa.func.count()).select_from(databases.table)
+    with pytest.raises(DBAPIError, match="1690"):
+        databases.at_once(statement)
+    with pytest.raises(RoutingError, match="out of range"):
+        databases.over_shards(statement)
+
+
+def test_an_unsigned_number_does_not_become_negative(databases: Databases) -> None:
+    """Servers refuse that, each shard by its own values."""
+    id_ = sa.type_coerce(databases.table.c.id, mysql.INTEGER(unsigned=True))
+    with pytest.raises(RoutingError, match="out of range"):
+        databases.over_shards(sa.select(sa.func.min(id_) - sa.func.max(id_)))
+    assert databases.over_shards(sa.select(sa.func.max(id_) - sa.func.min(id_))) == [(len(WORDS) * 2 - 1,)]
 
 
 def test_texts_are_put_together_as_the_server_does(databases: Databases, flavour: str) -> None:

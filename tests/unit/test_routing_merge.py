@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from shardkit.errors import RoutingError
 from shardkit.routing.anatomy import dialect_of
-from shardkit.routing.combining import Aggregate, Average, Combine, Extreme, Groups, Total
+from shardkit.routing.combining import Aggregate, Average, Combine, Deviation, Extreme, Groups, Total
 from shardkit.routing.formulas import Call, Constant, Place, greater, unequal
 from shardkit.routing.merge import MergePlan, merge_rows
 from shardkit.routing.sorting import Comparison, SortKey, comparable, sort_column
@@ -171,3 +171,10 @@ def test_the_steps_are_said_in_order() -> None:
 def test_rows_that_are_sorted_otherwise_are_not_merged() -> None:
     with pytest.raises(RoutingError, match="sorted its rows otherwise"):
         merged(MergePlan(SELECT, 1, (UP,)), [("a", 1), ("b", 3), ("c", 2)], [("d", 2), ("e", 2)])
+
+
+def test_means_that_are_large_and_differ_little() -> None:
+    whole = [None] * 5
+    parts = [(0, 2, Decimal(2 * 10**20), 0.0, 0), (0, 2, Decimal(2 * 10**20 + 2), 0.0, 0)]
+    Deviation("VAR_POP", None, 0, 1, 2, 3, 4, 4, sample=False, root=False).put(parts, whole)
+    assert whole[0] == 0.25

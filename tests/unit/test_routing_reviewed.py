@@ -171,6 +171,17 @@ ANSWERED |= {
         "cases": (sa.case((u.id > 3, 1), else_=0),),
     }.items()
 }
+of_user = sa.select(sa.func.count()).where(o.user_id == u.id).scalar_subquery()
+ANSWERED |= {
+    "ORDER BY a subquery": sa.select(u.id).order_by(of_user.desc(), u.id).limit(5).offset(2),
+    "ORDER BY an expression over a subquery": sa.select(u.id, of_user).order_by(sa.func.coalesce(of_user, 0) + 1, u.id),
+    "ORDER BY EXISTS": sa.select(u.id).order_by(sa.exists().where(o.user_id == u.id, o.amount > 4), u.id),
+}
+REFUSED["ORDER BY a subquery of groups"] = sa.select(u.age).group_by(u.age).order_by(sa.func.max(of_user))
+REFUSED["ORDER BY a subquery that no key ties"] = sa.select(u.id).order_by(
+    sa.select(sa.func.count()).where(o.giver == u.age).scalar_subquery(), u.id
+)
+ANSWERED["a number that is too large for an integer"] = sa.select(sa.func.count(u.id) * 2**60, -sa.func.count(u.id))
 
 
 @pytest.mark.parametrize("name", ANSWERED)
@@ -529,7 +540,8 @@ def test_an_infinite_sum_that_is_no_number_is_null(shop: Shop) -> None:
         assert shop.over_shards(sa.select(how(endless))) == shop.at_once(sa.select(how(endless))) == [(None,)]
 
 
-def test_a_shard_that_is_led_to_the_database_of_another() -> None:
+@pytest.mark.parametrize("hosts", [("10.0.0.1", "10.0.0.1"), ("db.example", "DB.example."), ("127.0.0.1", "localhost")])
+def test_a_shard_that_is_led_to_the_database_of_another(hosts: tuple[str, str]) -> None:
     """Only one of the connections renames: to the database in which the other shard stands."""
     document: Any = {
         "format": 1,
@@ -541,7 +553,7 @@ def test_a_shard_that_is_led_to_the_database_of_another() -> None:
                 "placement": {"s0": "0", "s1": "1"},
             }
         },
-        "shards": {name: {"master": f"mysql://10.0.0.1:3306/{name}"} for name in ("s0", "s1")},
+        "shards": {f"s{n}": {"master": f"mysql://{host}:3306/s{n}"} for n, host in enumerate(hosts)},
     }
     shard_map = ShardMap.parse(document)
     view: Any = SimpleNamespace(map=shard_map, planner=Planner(shard_map))
