@@ -24,6 +24,7 @@ from shardkit.errors import Interrupted, PreconditionFailed
 from shardkit.gtid import Flavour, Position, parse_position
 from shardkit.rowtext import Key, quoted, show_key
 from shardkit_cdc import own_schema
+from shardkit_cdc.checksums import CHUNK_ROWS, both_digests, boundary, digest, row_checksums
 from shardkit_cdc.connection import code_of
 from shardkit_cdc.database import Database
 from shardkit_cdc.position import read_row
@@ -31,8 +32,6 @@ from shardkit_cdc.preflight import end_of_log
 from shardkit_cdc.relay import HopSpec
 from shardkit_cdc.tables import Table, read_tables
 
-#: Rows of one range.
-CHUNK_ROWS = 2000
 #: Seconds that the target may take to pass a position of the source. A hop tells of other databases' transactions every
 #: ten seconds only.
 PATIENCE = 30.0
@@ -252,26 +251,17 @@ class _Comparison:
         done = 0
         with ThreadPoolExecutor(2, thread_name_prefix="shardkit-verify") as both:
             while True:
-                high = self._boundary(table, low)
-                inside = f"{table.after(low)} AND {table.upto(high)}"
-                pending = [both.submit(_digest, side, table, inside) for side in (self._source, self._target)]
-                ours, theirs = (each.result() for each in pending)
+                high = boundary(self._source, table, low, self._chunk)
+                inside = table.between(low, high)
+                ours, theirs = both_digests(both, self._source, self._target, table, inside)
                 if ours != theirs:
                     self._range(table, inside)
-                done += ours[0]
-                self._verdict.rows += ours[0]
+                done += ours.rows
+                self._verdict.rows += ours.rows
                 self._report(table.name, done)
                 if high is None:
                     return
                 low = high
-
-    def _boundary(self, table: Table, low: Key | None) -> Key | None:
-        """The primary key that ends the next range; None where the last one begins."""
-        found = self._source.rows(
-            f"SELECT {table.key_literals} FROM {quoted(table.name)} FORCE INDEX (PRIMARY) WHERE {table.after(low)} "
-            f"ORDER BY {table.order} LIMIT {self._chunk - 1}, 1"
-        )
-        return tuple(map(str, found[0])) if found else None
 
     def _range(self, table: Table, where: str) -> None:
         """Find out which rows of a range differ, if any."""
@@ -320,15 +310,15 @@ class _Comparison:
     def _as_a_whole(self, table: Table) -> None:
         """Rows that are equal in everything cannot be told apart: they are counted."""
         for _ in range(_LOCKED_ROUNDS):
-            before = _digest(self._source, table, "TRUE")
+            before = digest(self._source, table, "TRUE")
             self._pair.catch_up()
-            theirs = _digest(self._target, table, "TRUE")
+            theirs = digest(self._target, table, "TRUE")
             if before != theirs:
-                if _digest(self._source, table, "TRUE") != before:
+                if digest(self._source, table, "TRUE") != before:
                     continue
                 ours_counted, theirs_counted = _counted(self._source, table), _counted(self._target, table)
                 self._pair.catch_up()
-                if _digest(self._source, table, "TRUE") != before or _digest(self._target, table, "TRUE") != theirs:
+                if digest(self._source, table, "TRUE") != before or digest(self._target, table, "TRUE") != theirs:
                     continue
                 for kind, rows in (
                     (Kind.MISSING, ours_counted - theirs_counted),
@@ -336,8 +326,8 @@ class _Comparison:
                 ):
                     for text, times in rows.items():
                         self._verdict.differences += [Difference(table.name, kind, text)] * times
-            self._verdict.rows += before[0]
-            self._report(table.name, before[0])
+            self._verdict.rows += before.rows
+            self._report(table.name, before.rows)
             return
         raise TooFast
 
@@ -360,25 +350,6 @@ def _shape_faults(ours: Mapping[str, Table], theirs: Mapping[str, Table]) -> lis
         elif _shapes({name: ours[name]}) != _shapes({name: theirs[name]}):
             faults.append(Difference(name, Kind.TABLE, "the table has other columns or another primary key"))
     return faults
-
-
-def _digest(database: Database, table: Table, where: str) -> tuple[int, int]:
-    """Number of rows, and the sum of 60 bits of each one's SHA-256: equal rows do not cancel each other out."""
-    index = " FORCE INDEX (PRIMARY)" if table.primary else ""
-    count, total = database.rows(
-        f"SELECT COUNT(*), SUM(CAST(CONV(LEFT(SHA2({table.row_expression}, 256), 15), 16, 10) AS UNSIGNED)) "
-        f"FROM {quoted(table.name)}{index} WHERE {where}"
-    )[0]
-    return int(count), int(total or 0)
-
-
-def row_checksums(database: Database, table: Table, where: str, *, lock: bool = False) -> dict[Key, str]:
-    """Each row's primary key and SHA-256."""
-    found = database.rows(
-        f"SELECT SHA2({table.row_expression}, 256), {table.key_literals} FROM {quoted(table.name)} "
-        f"FORCE INDEX (PRIMARY) WHERE {where}{' LOCK IN SHARE MODE' if lock else ''}"
-    )
-    return {tuple(map(str, key)): str(checksum) for checksum, *key in found}
 
 
 def _counted(database: Database, table: Table) -> Counter[str]:

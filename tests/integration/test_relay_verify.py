@@ -215,6 +215,24 @@ def test_a_target_whose_hop_stands_still_cannot_be_compared(pair: Chain) -> None
     assert "relay run" in str(caught.value.hint)
 
 
+def test_a_row_that_is_too_long_to_be_compared_is_no_equal_one(pair: Chain) -> None:
+    pair.run(pair.hop(0))
+    pair.sql("CREATE TABLE t (id INT PRIMARY KEY, body LONGBLOB)", "INSERT INTO t VALUES (1, REPEAT(x'00', 700000))")
+    pair.settle()
+    pair.stop()
+    assert found(compare(pair)) == []
+    before = [server.execute("SELECT @@global.max_allowed_packet")[0][0] for server in pair.servers]
+    try:
+        for server in pair.servers:
+            server.execute("SET GLOBAL max_allowed_packet = 1048576")
+        with pytest.raises(PreconditionFailed, match="a row of t does not fit") as caught:
+            compare(pair)
+    finally:
+        for server, size in zip(pair.servers, before, strict=True):
+            server.execute(f"SET GLOBAL max_allowed_packet = {size}")
+    assert "raise max_allowed_packet" in str(caught.value.hint)
+
+
 def test_a_table_with_triggers_is_not_repaired(pair: Chain) -> None:
     pair.run(pair.hop(0))
     pair.sql(
