@@ -6,7 +6,8 @@ has to: rows of equal checksums are equal to the last bit.
 
 from __future__ import annotations
 
-from concurrent.futures import Executor
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import NamedTuple
 
 from shardkit.errors import PreconditionFailed
@@ -44,6 +45,21 @@ def both_digests(pool: Executor, source: Database, target: Database, table: Tabl
     pending = [pool.submit(digest, side, table, where) for side in (source, target)]
     ours, theirs = (each.result() for each in pending)
     return ours, theirs
+
+
+def compared_ranges(
+    source: Database, target: Database, table: Table, chunk: int
+) -> Iterator[tuple[str, Digest, Digest]]:
+    """Every range of the source's primary key as a condition, with the source's and the target's digest of it."""
+    low: Key | None = None
+    with ThreadPoolExecutor(2, thread_name_prefix="shardkit-compare") as both:
+        while True:
+            high = boundary(source, table, low, chunk)
+            inside = table.between(low, high)
+            yield inside, *both_digests(both, source, target, table, inside)
+            if high is None:
+                return
+            low = high
 
 
 def row_checksums(database: Database, table: Table, where: str, *, lock: bool = False) -> dict[Key, str]:

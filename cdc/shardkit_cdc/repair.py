@@ -13,11 +13,11 @@ from shardkit.credentials import CredentialSource
 from shardkit.errors import Interrupted, PreconditionFailed
 from shardkit.rowtext import Key, quoted, statements
 from shardkit_cdc.checksums import row_checksums
+from shardkit_cdc.comparison import LOCKED_SECONDS, Difference, Pair, TooFast, open_pair
 from shardkit_cdc.database import Database
 from shardkit_cdc.relay import HopSpec
 from shardkit_cdc.row_copy import STATEMENT_BYTES
 from shardkit_cdc.tables import Table, read_tables
-from shardkit_cdc.verify import LOCKED_SECONDS, Difference, Pair, TooFast, open_pair
 
 #: Differing rows beyond which a target is better filled anew.
 MOST_ROWS = 1000

@@ -12,9 +12,9 @@ from shardkit.cli.progress import Progress, Task
 
 if TYPE_CHECKING:
     from shardkit.shardmap import ShardMap
+    from shardkit_cdc.comparison import Verdict
     from shardkit_cdc.relay import HopSpec
     from shardkit_cdc.seed import Found
-    from shardkit_cdc.verify import Verdict
 
 _BYTES = 1 << 20
 
@@ -175,8 +175,8 @@ class _Bars:
 def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, yes: bool) -> int:
     """Compare every staging database and replica with the server that its relay reads, while both work.
 
-    Names the rows that are missing, extra or different. Exit code 3 when there are any, and they were not repaired; 1
-    when rows changed too fast to be compared.
+    Names the rows that are missing, extra or different. A hop that stands still is compared as of where it stands. Exit
+    code 3 when there are any differences, and they were not repaired; 1 when rows could not be compared.
     """
     from shardkit.credentials import from_environment
     from shardkit_cdc.daemon import hops_of
@@ -200,7 +200,7 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
             verdict = compare(spec, from_environment(), report=report)
             task.finish()
         verdicts.append(verdict)
-        if repair and verdict.differences:
+        if repair and verdict.differences and verdict.stopped is None:
             out.confirm(
                 f"Make {len(verdict.differences)} rows of {spec.target} like those of {spec.source}?",
                 yes=yes,
@@ -218,10 +218,17 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
         ],
     )
     for each in verdicts:
+        if each.stopped is not None:
+            why = f" ({each.stopped.error})" if each.stopped.error else ""
+            out.warning(f"{each.hop} stands still at {each.stopped.position}, and was compared as of there{why}")
+            if each.differences:
+                out.note("shardkit relay seed puts such a target right, and keeps what is equal in it")
         for difference in each.differences:
             out.line(f"{each.hop}: {difference}", style="red")
-        for name in each.undecided:
-            out.warning(f"{each.hop}: {name} changed too fast to be compared")
+        for what in each.undecided:
+            out.warning(
+                f"{each.hop}: {what}" if each.stopped else f"{each.hop}: {what} changed too fast to be compared"
+            )
     if not specs:
         out.note("no shard has a staging database or replicas that the relay fills")
     if repaired:
