@@ -6,9 +6,9 @@ has to: rows of equal checksums are equal to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from shardkit.errors import PreconditionFailed
 from shardkit.rowtext import Key, quoted
@@ -19,6 +19,10 @@ from shardkit_cdc.tables import Table
 CHUNK_ROWS = 2000
 #: Added to each row's checksum so that the sum tells how many there are: more than all the checksums together.
 _ONE = 10**30
+#: Parts into which a range that differs is divided.
+GROUPS = 64
+
+T = TypeVar("T")
 
 
 class Digest(NamedTuple):
@@ -31,8 +35,8 @@ class Digest(NamedTuple):
 def digest(database: Database, table: Table, where: str) -> Digest:
     """:raises PreconditionFailed: for a row whose text the server cannot make."""
     count, total = database.rows(
-        f"SELECT COUNT(*), SUM({_ONE} + CAST(CONV(LEFT(SHA2({table.row_expression}, 256), 15), 16, 10) AS DECIMAL(20)))"
-        f" FROM {quoted(table.name)}{' FORCE INDEX (PRIMARY)' if table.primary else ''} WHERE {where}"
+        f"SELECT COUNT(*), SUM({_ONE} + {_checksum(table)}) FROM {quoted(table.name)}"
+        f"{' FORCE INDEX (PRIMARY)' if table.primary else ''} WHERE {where}"
     )[0]
     with_text, checksum = divmod(int(total or 0), _ONE)
     if with_text != count:
@@ -40,11 +44,45 @@ def digest(database: Database, table: Table, where: str) -> Digest:
     return Digest(int(count), checksum)
 
 
-def both_digests(pool: Executor, source: Database, target: Database, table: Table, where: str) -> tuple[Digest, Digest]:
-    """Both servers at work at the same time."""
-    pending = [pool.submit(digest, side, table, where) for side in (source, target)]
+def on_both(
+    pool: Executor,
+    ask: Callable[[Database, Table, str], T],
+    source: Database,
+    target: Database,
+    table: Table,
+    where: str,
+) -> tuple[T, T]:
+    """The answers of both servers, which are at work at the same time."""
+    pending = [pool.submit(ask, side, table, where) for side in (source, target)]
     ours, theirs = (each.result() for each in pending)
     return ours, theirs
+
+
+def group_digests(database: Database, table: Table, where: str) -> dict[int, int]:
+    """The sum of the checksums of each of `GROUPS` groups, over which rows are spread by their primary key.
+
+    For a range that is known to differ: which part of it does. Rows whose text the server cannot make are left out.
+    """
+    return {
+        int(group): int(total or 0)
+        for group, total in database.rows(
+            f"SELECT {_group(table)} AS part, SUM({_checksum(table)}) FROM {quoted(table.name)} FORCE INDEX (PRIMARY) "
+            f"WHERE {where} GROUP BY part"
+        )
+    }
+
+
+def in_groups(table: Table, groups: Iterable[int]) -> str:
+    """SQL: the row is in one of these groups."""
+    return f"{_group(table)} IN ({','.join(map(str, groups))})"
+
+
+def _group(table: Table) -> str:
+    return f"CRC32(CONCAT({table.key_literals})) % {GROUPS}"
+
+
+def _checksum(table: Table) -> str:
+    return f"CAST(CONV(LEFT(SHA2({table.row_expression}, 256), 15), 16, 10) AS DECIMAL(20))"
 
 
 def compared_ranges(
@@ -56,7 +94,7 @@ def compared_ranges(
         while True:
             high = boundary(source, table, low, chunk)
             inside = table.between(low, high)
-            yield inside, *both_digests(both, source, target, table, inside)
+            yield inside, *on_both(both, digest, source, target, table, inside)
             if high is None:
                 return
             low = high

@@ -12,13 +12,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from shardkit.errors import Interrupted, PreconditionFailed
 from shardkit.rowtext import Key, quoted
-from shardkit_cdc.checksums import both_digests, boundary, row_checksums, too_long
+from shardkit_cdc.checksums import GROUPS, boundary, digest, group_digests, in_groups, on_both, row_checksums, too_long
 from shardkit_cdc.database import Database
 from shardkit_cdc.tables import Table
 
@@ -53,13 +53,13 @@ class Copied:
 
 @dataclass(frozen=True, slots=True)
 class _Gap:
-    """A range of the primary key, behind ``low`` and not behind ``high``, in which the target lacks rows.
+    """Rows of which the target lacks some.
 
-    :param empty: it has none of them.
+    :param where: which they are on the source, in SQL.
+    :param empty: the target has none of them.
     """
 
-    low: Key | None
-    high: Key | None
+    where: str
     empty: bool
 
 
@@ -98,7 +98,7 @@ class RowCopy:
 
     def copy(self, table: Table) -> Copied:
         """:param table: one without a primary key has to be empty on the target."""
-        kept, gaps = self._delete_wrong(table) if table.primary else (0, [_Gap(None, None, True)])
+        kept, gaps = self._delete_wrong(table) if table.primary else (0, [_Gap("TRUE", True)])
         rows = size = 0
         parts = self._parts(table, self._missing(table, gaps))
         with closing(_ahead(parts, self._stop)) as statements:
@@ -120,35 +120,41 @@ class RowCopy:
                 self._go_on()
                 high = boundary(self._source, table, low, self._chunk)
                 inside = table.between(low, high)
-                ours, theirs = both_digests(both, self._source, self._target, table, inside)
-                right = ours.rows if ours == theirs else self._delete_wrong_of(table, inside, theirs.rows)
-                if right < ours.rows:
-                    gaps.append(_Gap(low, high, empty=not right))
+                ours, theirs = on_both(both, digest, self._source, self._target, table, inside)
+                right = ours.rows
+                if ours != theirs:
+                    right, gap = self._delete_wrong_of(both, table, inside, theirs.rows)
+                    if right < ours.rows:
+                        gaps.append(gap)
                 kept += right
                 self._advance(table, right)
                 if high is None:
                     return kept, gaps
                 low = high
-        return kept, [*gaps, _Gap(low, None, empty=True)]
+        return kept, [*gaps, _Gap(table.after(low), empty=True)]
 
     def _holds(self, table: Table, low: Key | None) -> bool:
         """Whether the target has rows behind this key."""
         return bool(self._target.rows(f"SELECT 1 FROM {quoted(table.name)} WHERE {table.after(low)} LIMIT 1"))
 
-    def _delete_wrong_of(self, table: Table, inside: str, held: int) -> int:
-        """The same for one range; the number of rows left.
+    def _delete_wrong_of(self, both: Executor, table: Table, inside: str, held: int) -> tuple[int, _Gap]:
+        """The same for a range that differs: how many rows are left, and where some may be missing.
 
         :param held: how many rows the target has there.
         """
-        if held <= _MOST_TIMES * self._chunk:
-            ours, theirs = (row_checksums(side, table, inside) for side in (self._source, self._target))
+        ends = self._source, self._target
+        if 0 < held <= _MOST_TIMES * self._chunk:
+            sums = on_both(both, group_digests, *ends, table, inside)
+            groups = [group for group in range(GROUPS) if sums[0].get(group) != sums[1].get(group)]
+            part = f"{inside} AND {in_groups(table, groups)}"
+            ours, theirs = on_both(both, row_checksums, *ends, table, part)
             wrong = [key for key, checksum in theirs.items() if ours.get(key) != checksum]
-            parts = (wrong[start : start + _KEYS] for start in range(0, len(wrong), _KEYS))
-            if sum([self._delete(table, table.one_of(part)) for part in parts]) == len(wrong):
-                return len(theirs) - len(wrong)
-        while self._delete(table, f"{inside} LIMIT {_DELETED_ROWS}"):
+            keys = (wrong[start : start + _KEYS] for start in range(0, len(wrong), _KEYS))
+            if sum([self._delete(table, table.one_of(some)) for some in keys]) == len(wrong):
+                return held - len(wrong), _Gap(part, empty=len(wrong) == len(theirs))
+        while held and self._delete(table, f"{inside} LIMIT {_DELETED_ROWS}"):
             self._go_on()
-        return 0
+        return 0, _Gap(inside, empty=True)
 
     def _delete(self, table: Table, where: str) -> int:
         with self._transaction():
@@ -161,16 +167,14 @@ class RowCopy:
         for gap in gaps:
             held = set() if gap.empty else self._keys(table, gap)
             keys = f", {table.key_literals}" if held else ""
-            for line, *key in self._source.stream(
-                f"SELECT {table.row_expression}{keys} FROM {table.walk(gap.low, gap.high)}"
-            ):
+            for line, *key in self._source.stream(f"SELECT {table.row_expression}{keys} FROM {table.walk(gap.where)}"):
                 if line is None:
                     raise too_long(self._source, table)
                 if not held or tuple(map(str, key)) not in held:
                     yield line if isinstance(line, bytes) else line.encode()
 
     def _keys(self, table: Table, gap: _Gap) -> set[Key]:
-        found = self._target.rows(f"SELECT {table.key_literals} FROM {table.walk(gap.low, gap.high)}")
+        found = self._target.rows(f"SELECT {table.key_literals} FROM {table.walk(gap.where)}")
         return {tuple(map(str, key)) for key in found}
 
     def _parts(self, table: Table, rows: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from shardkit import own_tables
-from shardkit.rowtext import Column, Key, RowTexts, quoted
+from shardkit.rowtext import Column, RowTexts, quoted
 from shardkit_cdc.database import Database
 
 _PERIOD = frozenset({"ROW START", "ROW END"})
@@ -36,17 +36,16 @@ class Table(RowTexts):
         """Whether it is one of shardkit's."""
         return self.name.startswith(own_tables.PREFIX)
 
-    def walk(self, low: Key | None = None, high: Key | None = None) -> str:
-        """What stands behind SELECT ... FROM to have every row, in the order of the primary key.
+    def walk(self, where: str = "TRUE") -> str:
+        """What stands behind SELECT ... FROM to have the rows in the order of the primary key.
 
-        :param low: only those behind this key.
-        :param high: only those not behind this one.
+        :param where: which of them, of a table with a primary key; else all.
         """
         if self.kind == "SYSTEM VERSIONED":
             return f"{quoted(self.name)} FOR SYSTEM_TIME ALL"
         if not self.primary:
             return quoted(self.name)
-        return f"{quoted(self.name)} FORCE INDEX (PRIMARY) WHERE {self.between(low, high)} ORDER BY {self.order}"
+        return f"{quoted(self.name)} FORCE INDEX (PRIMARY) WHERE {where} ORDER BY {self.order}"
 
     @cached_property
     def with_history(self) -> Table:
