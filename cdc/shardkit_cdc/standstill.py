@@ -12,7 +12,8 @@ The source is read in one snapshot, and the log to its end behind that: so nothi
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import closing
 
 import pymysql
@@ -64,7 +65,7 @@ def compare_at(
     :raises PositionLost: the source no longer has the log from there on.
     """
     try:
-        return _Standstill(row, pair, credentials, chunk, report).run()
+        return _Comparison(Standstill(row, pair, credentials), chunk, report).run()
     except pymysql.MySQLError as error:
         if code_of(error) not in _CHANGED:
             raise
@@ -74,88 +75,46 @@ def compare_at(
         ) from error
 
 
-class _Standstill:
-    def __init__(
-        self,
-        row: HopRow,
-        pair: Pair,
-        credentials: CredentialSource,
-        chunk: int,
-        report: Callable[[str, int], None],
-    ) -> None:
-        self._row = row
+class Standstill:
+    """A hop that stands still: its ends, the source in one snapshot, and the source's log between them.
+
+    :param row: the hop's.
+    """
+
+    def __init__(self, row: HopRow, pair: Pair, credentials: CredentialSource) -> None:
+        self.row = row
+        self.spec = pair.spec
+        self.source = pair.source
+        self.target = pair.target
         self._pair = pair
         self._credentials = credentials
-        self._chunk = chunk
-        self._report = report
-        self._source = pair.source
-        self._target = pair.target
         self._position: Position = parse_position(pair.target.flavour, row.gtid)
-        self._verdict = Verdict(pair.spec.name, Stopped(row.gtid, row.error))
+        self._folds_names = False
 
-    def run(self) -> Verdict:
-        folds_names = self._check_log()
-        self._source.run("START TRANSACTION WITH CONSISTENT SNAPSHOT")
-        tables = compared_tables(self._source)
-        faults = shape_faults(tables, compared_tables(self._target))
-        tables = {name: table for name, table in tables.items() if name not in {fault.table for fault in faults}}
-        found = {
-            table.name: self._by_key(table) if table.primary else self._as_a_whole(table) for table in tables.values()
-        }
-        touched = self._touched(tables, folds_names)
-        touched.whole |= self._reached_by_cascades(touched.changed)
-        self._verdict.differences += faults
-        for table in tables.values():
-            self._decide(table, found[table.name], touched)
-        if self._pair.row().gtid != self._row.gtid:
-            raise PreconditionFailed(
-                f"hop {self._pair.spec.name} has gone on while its ends were compared", hint="compare again"
-            )
-        self._verdict.tables = len(tables)
-        return self._verdict
+    def begin(self) -> dict[str, Table]:
+        """Open the snapshot; the source's tables.
 
-    def _check_log(self) -> bool:
-        """See that the log goes on from the position; whether the source folds database names."""
-        spec = self._pair.spec
-        facts, target = (preflight.ask(side.connection, side.endpoint) for side in (self._source, self._target))
-        preflight.refuse_other_log(self._row.source, facts, target, hop=spec.name)
-        if kept_log(self._source.connection, self._source.flavour).has_lost(self._position):
-            raise position_lost(spec.source.address, hop=spec.name)
-        return facts.folds_names
+        :raises PositionLost: when the source has not the log from the position on.
+        """
+        facts, target = (preflight.ask(side.connection, side.endpoint) for side in (self.source, self.target))
+        preflight.refuse_other_log(self.row.source, facts, target, hop=self.spec.name)
+        if kept_log(self.source.connection, self.source.flavour).has_lost(self._position):
+            raise position_lost(self.spec.source.address, hop=self.spec.name)
+        self._folds_names = facts.folds_names
+        self.source.run("START TRANSACTION WITH CONSISTENT SNAPSHOT")
+        return compared_tables(self.source)
 
-    # --- how the target differs from the source of now
+    def read_log(self, tables: Mapping[str, Table], wanted: Mapping[str, Container[bytes]] | None = None) -> Touched:
+        """What has changed since, as far as the snapshot shows it at least.
 
-    def _by_key(self, table: Table) -> dict[Key, Difference]:
-        found: dict[Key, Difference] = {}
-        done = 0
-        for inside, ours, theirs in compared_ranges(self._source, self._target, table, self._chunk):
-            if ours != theirs:
-                sides = [row_checksums(side, table, inside) for side in (self._source, self._target)]
-                for key in sides[0] | sides[1]:
-                    if sides[0].get(key) != sides[1].get(key):
-                        found[key] = Difference(table.name, kind_of(key, *sides), show_key(table, key), key)
-            done += ours.rows
-            self._report(table.name, done)
-        self._verdict.rows += done
-        return found
-
-    def _as_a_whole(self, table: Table) -> dict[Key, Difference]:
-        ours, theirs = (digest(side, table, "TRUE") for side in (self._source, self._target))
-        self._verdict.rows += ours.rows
-        self._report(table.name, ours.rows)
-        if ours == theirs:
-            return {}
-        rows = differing_rows(table, *(count_rows(side, table) for side in (self._source, self._target)))
-        return {(str(number),): each for number, each in enumerate(rows)}
-
-    # --- what has happened since
-
-    def _touched(self, tables: Mapping[str, Table], folds_names: bool) -> Touched:
-        spec, flavour = self._pair.spec, self._source.flavour
-        touched = Touched(SchemaCheck(self._target.connection), flavour, tables)
+        :param wanted: as `Touched`.
+        :raises PreconditionFailed, BadEvent, Interrupted, PositionLost: as `read_touched`.
+        """
+        spec, flavour = self.spec, self.source.flavour
+        touched = Touched(SchemaCheck(self.target.connection), flavour, tables, wanted or {})
         # Of a branch that was prepared before the position the log behind it has only the end; its rows were locked.
-        for (events,) in self._target.rows(
-            f"SELECT events FROM {own_tables.prepared.name} WHERE hop = %s", self._row.hop
+        for (events,) in self.target.rows(
+            f"SELECT events FROM {own_tables.prepared.name} WHERE hop = %s ORDER BY xid, part", self.row.hop
         ):
             touched.add(unpacked(events, {}))
         stream = BinlogStream(
@@ -167,14 +126,15 @@ class _Standstill:
             server_id=0x40000000 | secrets.randbits(30),  # not the runner's own: the source would end that
         )
         with closing(stream):
-            selector = Selector(spec.source.database, spec.target.database, fold_case=folds_names)
+            selector = Selector(spec.source.database, spec.target.database, fold_case=self._folds_names)
             end = self._pair.end_behind_what_is_seen()
             read_touched(touched, stream, flavour, selector, after=self._position, end=end)
+        touched.whole |= self._reached_by_cascades(touched.changed)
         return touched
 
     def _reached_by_cascades(self, changed: set[str]) -> set[str]:
         """Tables whose rows may have changed along with those of others, without an event in the log."""
-        links = self._source.rows(
+        links = self.source.rows(
             "SELECT referenced_table_name, table_name FROM information_schema.referential_constraints "
             "WHERE constraint_schema = DATABASE() "
             "AND NOT (delete_rule IN ('RESTRICT', 'NO ACTION') AND update_rule IN ('RESTRICT', 'NO ACTION'))"
@@ -184,48 +144,110 @@ class _Standstill:
             reached |= more
         return reached
 
-    # --- what is a difference
+    @property
+    def gone_on(self) -> bool:
+        """Whether the hop stands elsewhere now."""
+        return self._pair.row().gtid != self.row.gtid
+
+    def told(self, table: Table, touched: Touched) -> tuple[dict[bytes, Difference], set[Key]]:
+        """What the first changes tell of a table: rows that should not be on the target, or should be, by the condition
+        that finds them; and the keys of all rows that were touched.
+        """
+        changes = touched.keys.get(table.name, {})
+        there, now = (_found(side, table, list(changes)) for side in (self.target, self.source))
+        seen: set[Key] = set()
+        told: dict[bytes, Difference] = {}
+        for condition, before in changes.items():
+            key = there.get(condition)
+            if key is None and before is Before.THERE:
+                known = now.get(condition, ())
+                shown = show_key(table, known) if known else condition.decode().replace("`", "")
+                told[condition] = Difference(table.name, Kind.MISSING, shown, known)
+            # Of several ways to write a key the first is the one that the row had at the position.
+            if key is not None and key not in seen:
+                seen.add(key)
+                if before is Before.ABSENT:
+                    told[condition] = Difference(table.name, Kind.EXTRA, show_key(table, key), key)
+        return told, seen.union(now.values())
+
+
+class _Comparison:
+    def __init__(self, still: Standstill, chunk: int, report: Callable[[str, int], None]) -> None:
+        self._still = still
+        self._ends = still.source, still.target
+        self._chunk = chunk
+        self._report = report
+        self._verdict = Verdict(still.spec.name, Stopped(still.row.gtid, still.row.error))
+
+    def run(self) -> Verdict:
+        began = time.monotonic()
+        tables = self._still.begin()
+        faults = shape_faults(tables, compared_tables(self._still.target))
+        tables = {name: table for name, table in tables.items() if name not in {fault.table for fault in faults}}
+        found = {
+            table.name: self._by_key(table) if table.primary else self._as_a_whole(table) for table in tables.values()
+        }
+        touched = self._still.read_log(tables)
+        self._verdict.differences += faults
+        for table in tables.values():
+            self._decide(table, found[table.name], touched)
+        if self._still.gone_on:
+            raise PreconditionFailed(
+                f"hop {self._still.spec.name} has gone on while its ends were compared", hint="compare again"
+            )
+        self._verdict.tables = len(tables)
+        self._verdict.seconds = time.monotonic() - began
+        return self._verdict
+
+    # --- how the target differs from the source of now
+
+    def _by_key(self, table: Table) -> dict[Key, Difference]:
+        found: dict[Key, Difference] = {}
+        done = 0
+        for inside, ours, theirs in compared_ranges(*self._ends, table, self._chunk):
+            if ours != theirs:
+                sides = [row_checksums(side, table, inside) for side in self._ends]
+                for key in sides[0] | sides[1]:
+                    if sides[0].get(key) != sides[1].get(key):
+                        found[key] = Difference(table.name, kind_of(key, *sides), show_key(table, key), key)
+            done += ours.rows
+            self._report(table.name, done)
+        self._verdict.rows += done
+        return found
+
+    def _as_a_whole(self, table: Table) -> dict[Key, Difference]:
+        ours, theirs = (digest(side, table, "TRUE") for side in self._ends)
+        self._verdict.rows += ours.rows
+        self._report(table.name, ours.rows)
+        if ours == theirs:
+            return {}
+        rows = differing_rows(table, *(count_rows(side, table) for side in self._ends))
+        return {(str(number),): each for number, each in enumerate(rows)}
+
+    # --- what of it is a difference
 
     def _decide(self, table: Table, found: Mapping[Key, Difference], touched: Touched) -> None:
         if table.name in touched.whole:
             if found:
                 self._verdict.undecided.append(f"{table.name} has changed on the source since the hop stopped")
             return
-        decided, passed = self._by_first_images(table, touched.keys.get(table.name, {}))
+        told, passed = self._still.told(table, touched)
         self._verdict.differences += [each for key, each in found.items() if key not in passed]
-        self._verdict.differences += decided
-        left = len(found.keys() & passed - {each.literals for each in decided})
+        self._verdict.differences += told.values()
+        left = len(found.keys() & passed - {each.literals for each in told.values()})
         if left:
             self._verdict.undecided.append(
                 f"{left} row{'s' if left > 1 else ''} of {table.name} changed on the source since the hop stopped"
             )
 
-    def _by_first_images(self, table: Table, touched: Mapping[bytes, Before]) -> tuple[list[Difference], set[Key]]:
-        """Rows that should not be on the target, or should be; and the keys of all that were touched."""
-        there = self._found(self._target, table, list(touched))
-        now = self._found(self._source, table, list(touched))
-        seen: set[Key] = set()
-        decided: list[Difference] = []
-        for condition, before in touched.items():
-            key = there.get(condition)
-            if key is None and before is Before.THERE:
-                known = now.get(condition, ())
-                shown = show_key(table, known) if known else condition.decode().replace("`", "")
-                decided.append(Difference(table.name, Kind.MISSING, shown, known))
-            # Of several ways to write a key the first is the one that the row had at the position.
-            if key is not None and key not in seen:
-                seen.add(key)
-                if before is Before.ABSENT:
-                    decided.append(Difference(table.name, Kind.EXTRA, show_key(table, key), key))
-        return decided, seen.union(now.values())
 
-    def _found(self, side: Database, table: Table, conditions: Sequence[bytes]) -> dict[bytes, Key]:
-        """The primary keys of the rows that are there."""
-        return {
-            conditions[number]: tuple(map(str, key))
-            for question in _questions(table, conditions)
-            for number, *key in side.rows(question)
-        }
+def _found(side: Database, table: Table, conditions: Sequence[bytes]) -> dict[bytes, Key]:
+    """The primary keys of the rows that are there."""
+    return {
+        conditions[number]: tuple(map(str, key))
+        for question in _questions(table, conditions)
+        for number, *key in side.rows(question)
+    }
 
 
 def _questions(table: Table, conditions: Sequence[bytes]) -> Iterator[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from enum import Enum, auto
 
 from shardkit.errors import BadEvent, Drift, Interrupted, PreconditionFailed
 from shardkit.gtid import Flavour, Gtid, Position
+from shardkit.rowtext import quoted
 from shardkit_cdc.events import UPDATE_ROWS, WRITE_ROWS, Event
 from shardkit_cdc.retention import SEED_HINT
-from shardkit_cdc.row_image import RowDecoder
+from shardkit_cdc.row_image import Image, RowDecoder
 from shardkit_cdc.schema import SchemaCheck, without_hashes
 from shardkit_cdc.selection import Selector
 from shardkit_cdc.sql_table import NotCarried, SqlTable, sql_column
@@ -40,12 +41,20 @@ class Touched:
 
     :param check: of the target's tables.
     :param tables: of which keys are wanted; of others it is only noted that they changed.
+    :param wanted: table -> keys of which the rows are wanted, too.
     """
 
-    def __init__(self, check: SchemaCheck, flavour: Flavour, tables: Mapping[str, Table]) -> None:
+    def __init__(
+        self,
+        check: SchemaCheck,
+        flavour: Flavour,
+        tables: Mapping[str, Table],
+        wanted: Mapping[str, Container[bytes]],
+    ) -> None:
         self._check = check
         self._flavour = flavour
         self._tables = tables
+        self._wanted = wanted
         self._known: dict[TableMap, tuple[RowDecoder, SqlTable] | None] = {}
         self._number = 0
         #: Table -> its keys, in the order in which they were first changed.
@@ -54,6 +63,8 @@ class Touched:
         self.whole: set[str] = set()
         #: Tables of which rows were updated or deleted.
         self.changed: set[str] = set()
+        #: INSERT statements of wanted rows, as they were before their first change.
+        self.rows: dict[tuple[str, bytes], bytes] = {}
 
     def add(self, rows: Iterable[Rows]) -> None:
         """Note the rows of events that come behind all that were given before.
@@ -71,10 +82,13 @@ class Touched:
                 self.whole.add(table.table)
                 continue
             keys = self.keys.setdefault(table.table, {})
-            for key, before in _changes(*known, event):
+            wanted = self._wanted.get(table.table, ())
+            for key, before, image in _changes(*known, event):
                 if key not in keys:
                     keys[key] = before
                     self._number += 1
+                    if key in wanted and before is Before.THERE:
+                        self.rows[table.table, key] = _insert(known[1], image)
             if self._number > MOST_KEYS:
                 raise PreconditionFailed(
                     f"more than {MOST_KEYS:,} rows have changed on the source since the hop stopped: too many to tell "
@@ -104,21 +118,30 @@ class Touched:
                 zip(without_hashes(decoder.columns), self._check.target_columns(table), strict=True)
             )
         ]
-        return decoder, SqlTable(table.table, columns, described.primary)
+        return decoder, SqlTable(quoted(table.table), columns, described.primary)
 
 
-def _changes(decoder: RowDecoder, table: SqlTable, event: Event) -> Iterator[tuple[bytes, Before]]:
+def _insert(table: SqlTable, image: Image) -> bytes:
+    try:
+        return table.insert_head + table.row(image)
+    except NotCarried as error:
+        raise PreconditionFailed(
+            f"a row of {table.name.decode()} cannot be written as the log has it: {error}", hint=SEED_HINT
+        ) from None
+
+
+def _changes(decoder: RowDecoder, table: SqlTable, event: Event) -> Iterator[tuple[bytes, Before, Image]]:
     images = decoder.images(event)
     try:
         if event.kind in UPDATE_ROWS:
             for before, after in zip(images[::2], images[1::2], strict=True):
-                yield table.where(before), Before.THERE
+                yield table.where(before), Before.THERE, before
                 # To the server it may be the same key, written in another way.
-                yield table.where(after), Before.UNKNOWN
+                yield table.where(after), Before.UNKNOWN, after
         else:
             told = Before.ABSENT if event.kind in WRITE_ROWS else Before.THERE
             for image in images:
-                yield table.where(image), told
+                yield table.where(image), told, image
     except NotCarried as error:
         raise BadEvent(f"a row of {table.name.decode()} cannot be told by its key: {error}") from None
 

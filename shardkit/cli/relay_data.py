@@ -181,6 +181,7 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
     from shardkit.credentials import from_environment
     from shardkit_cdc.daemon import hops_of
     from shardkit_cdc.repair import repair as mend
+    from shardkit_cdc.repair import repair_at as mend_at
     from shardkit_cdc.verify import verify as compare
 
     with map_store(map_source) as store:
@@ -200,14 +201,18 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
             verdict = compare(spec, from_environment(), report=report)
             task.finish()
         verdicts.append(verdict)
-        if repair and verdict.differences and verdict.stopped is None:
+        if repair and verdict.differences:
             out.confirm(
                 f"Make {len(verdict.differences)} rows of {spec.target} like those of {spec.source}?",
                 yes=yes,
                 plan=[str(each) for each in verdict.differences],
             )
             # At once: what follows this target gets the rows through its log, and is compared after that.
-            repaired += mend(spec, from_environment(), verdict.differences)
+            repaired += (
+                mend_at(spec, from_environment(), verdict)
+                if verdict.stopped
+                else mend(spec, from_environment(), verdict.differences)
+            )
     differing = sum(len(verdict.differences) for verdict in verdicts)
     out.result({"hops": verdicts, "differences": differing, "repaired": repaired})
     out.table(
@@ -221,8 +226,6 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
         if each.stopped is not None:
             why = f" ({each.stopped.error})" if each.stopped.error else ""
             out.warning(f"{each.hop} stands still at {each.stopped.position}, and was compared as of there{why}")
-            if each.differences:
-                out.note("shardkit relay seed puts such a target right, and keeps what is equal in it")
         for difference in each.differences:
             out.line(f"{each.hop}: {difference}", style="red")
         for what in each.undecided:
