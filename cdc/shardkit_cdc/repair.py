@@ -109,15 +109,15 @@ def _wanted(
         refuse([each for each in rows if str(each) not in by_text], triggers)
         refuse_triggers(rows, triggers)
         for each in rows:
-            if str(each) in by_text:
-                condition, kind = by_text[str(each)]
-                found.setdefault(name, []).append(_Wanted(condition, logged=kind is Kind.MISSING))
-            elif table is None or each.literals in passed or name in touched.whole:
+            logged = by_text.get(str(each))
+            if table is None or name in touched.whole or (logged is None and each.literals in passed):
                 raise PreconditionFailed(f"{each}: it has changed on the source meanwhile", hint="compare again")
+            if logged is not None:
+                condition, kind = logged
+                found.setdefault(name, []).append(_Wanted(condition, logged=kind is Kind.MISSING))
             else:
-                condition = table.one_of([each.literals]).encode()
                 key = () if each.kind is Kind.EXTRA else each.literals
-                found.setdefault(name, []).append(_Wanted(condition, key=key))
+                found.setdefault(name, []).append(_Wanted(table.one_of([each.literals]).encode(), key=key))
     if len(differences) > MOST_ROWS:
         raise _too_many(differences)
     return found

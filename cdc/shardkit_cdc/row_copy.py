@@ -177,7 +177,7 @@ class RowCopy:
         found = self._target.rows(f"SELECT {table.key_literals} FROM {table.walk(gap.where)}")
         return {tuple(map(str, key)) for key in found}
 
-    def _parts(self, table: Table, rows: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    def _parts(self, table: Table, rows: Iterable[bytes]) -> Generator[tuple[int, bytes]]:
         """INSERT statements, and the number of rows in each."""
         most = min(STATEMENT_BYTES, self._packet // 2)
         head = table.insert_head.encode()
@@ -226,7 +226,7 @@ def _stopped() -> Interrupted:
     return Interrupted("another table could not be copied")
 
 
-def _ahead(parts: Iterator[tuple[int, bytes]], stop: threading.Event) -> Generator[tuple[int, bytes]]:
+def _ahead(parts: Generator[tuple[int, bytes]], stop: threading.Event) -> Generator[tuple[int, bytes]]:
     """The same, read by a thread of its own while the consumer writes."""
     ready: queue.Queue[tuple[int, bytes] | BaseException | None] = queue.Queue(_AHEAD)
     ended = threading.Event()
@@ -242,9 +242,10 @@ def _ahead(parts: Iterator[tuple[int, bytes]], stop: threading.Event) -> Generat
 
     def read() -> None:
         try:
-            for part in parts:
-                if not put(part):
-                    return
+            with closing(parts):
+                for part in parts:
+                    if not put(part):
+                        return
             put(None)
         except BaseException as error:  # noqa: BLE001 - raised again by the consumer
             put(error)

@@ -225,7 +225,8 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
     for each in verdicts:
         if each.stopped is not None:
             why = f" ({each.stopped.error})" if each.stopped.error else ""
-            out.warning(f"{each.hop} stands still at {each.stopped.position}, and was compared as of there{why}")
+            where = each.stopped.position or "the beginning"
+            out.warning(f"{each.hop} stands still at {where}, and was compared as of there{why}")
         for difference in each.differences:
             out.line(f"{each.hop}: {difference}", style="red")
         for what in each.undecided:

@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from shardkit.errors import Fenced, ShardkitError
+from shardkit.errors import Fenced, PartlyApplied, ShardkitError
 from shardkit.gtid import Flavour
 from shardkit.testing.database import LocalDatabaseServer
+from shardkit_cdc import row_copy
 from shardkit_cdc.position import lock_name
 from shardkit_cdc.seed import Found
 from tests.integration.test_relay_seed import bank, fill, load, map_file, shardkit
 from tests.integration.test_relay_verify import compare, found, unlogged
-from tests.killed_seed import ENOUGH
+from tests.killed_seed import ENOUGH, STATEMENT_BYTES
 from tests.relay_chain import Chain, wait_for
 
 pytest_plugins = ["tests.relay_fixtures"]
@@ -163,6 +164,38 @@ def test_a_seed_that_is_killed_again_and_again_gets_to_its_end_under_load(pair: 
         assert done.kept > ENOUGH - 3000
         pair.run(pair.hop(0))
         wait_for(lambda: pair.hops[0].report.transactions > 100, lambda: f"it follows: {pair.hops[0].report}")
+    pair.settle()
+    pair.assert_equal()
+
+
+@pytest.mark.parametrize("lost", ["source", "target"])
+def test_a_seed_whose_server_was_lost_is_gone_on_with(
+    own_pair: Chain, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = own_pair
+    company(pair)
+    server = pair.master if lost == "source" else pair.last
+    monkeypatch.setattr(row_copy, "STATEMENT_BYTES", STATEMENT_BYTES)
+
+    class Kill:
+        done = 0
+
+        def begin(self, table: str, estimate: int) -> None: ...
+        def end(self, table: str) -> None: ...
+        def advance(self, _: str, rows: int) -> None:
+            self.done += rows
+            if self.done > ENOUGH and server.running:
+                server.kill()
+
+    with pytest.raises(PartlyApplied, match="cut short") as caught:
+        fill(pair, progress=Kill())
+    assert "run the same command again" in str(caught.value.hint)
+    server.start()
+    pair.sql(*CHANGES)
+    common = in_common(pair, *KEYED)
+    done = fill(pair)
+    assert done.kept == common > ENOUGH - 3000
+    pair.run(pair.hop(0))
     pair.settle()
     pair.assert_equal()
 
