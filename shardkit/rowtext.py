@@ -191,6 +191,10 @@ class RowTexts:
         """SQL: the primary key is not greater than this one."""
         return "TRUE" if key is None else self._compared("<", "<=", key)
 
+    def between(self, low: Sequence[str] | None, high: Sequence[str] | None) -> str:
+        """SQL: the primary key is behind ``low`` and not behind ``high``; None for no end."""
+        return f"{self.after(low)} AND {self.upto(high)}"
+
     def _compared(self, strict: str, last: str, key: Sequence[str]) -> str:
         """Column by column: servers use an index for this, and not for ``(a, b) > (1, 2)``."""
         names = [quoted(name) for name in self.primary]

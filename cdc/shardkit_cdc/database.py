@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -21,6 +21,14 @@ Row: TypeAlias = tuple[Any, ...]
 LOCK_SECONDS = 5
 #: Seconds that the server keeps an idle connection: the target's rests while tables are copied.
 _IDLE_SECONDS = 7 * 86_400
+
+
+class _Stream(SSCursor):
+    """Rows as they come."""
+
+    def leave(self) -> None:
+        """Read no more of them; the connection is of no use any more."""
+        self._result.unbuffered_active = False  # type: ignore[attr-defined]  # the stubs leave it out
 
 
 class Database:
@@ -101,11 +109,19 @@ class Database:
             with self.connection.cursor() as cursor:
                 return int(cursor.execute(sql, values or None))
 
-    def stream(self, sql: str) -> Iterator[Row]:
-        """The rows of a query as they come: none is kept. Nothing else may be asked before the end."""
-        with self._errors(), self.connection.cursor(SSCursor) as cursor:
+    def stream(self, sql: str) -> Generator[Row]:
+        """The rows of a query as they come: none is kept. Nothing else may be asked before the end.
+
+        Where it is closed before, the connection is closed too: the driver would first read all that is left.
+        """
+        with self._errors(), self.connection.cursor(_Stream) as cursor:
             cursor.execute(sql)
-            yield from cursor.fetchall_unbuffered()
+            try:
+                yield from cursor.fetchall_unbuffered()
+            except GeneratorExit:
+                cursor.leave()
+                self.close()
+                raise
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pymysql
@@ -19,6 +19,8 @@ from shardkit_cdc.database import Database
 BEFORE_ROWS = ("SEQUENCE", "TABLE")
 AFTER_ROWS = ("FUNCTION", "PROCEDURE", "PACKAGE", "PACKAGE BODY", "VIEW", "TRIGGER")
 _COUNTER = re.compile(r" AUTO_INCREMENT=\d+")
+#: Among a table's options, in front of all texts.
+_NEXT_NUMBER = re.compile(r"^\)[^'\n]* AUTO_INCREMENT=(\d+)", re.MULTILINE)
 #: A view's table or function is not there yet: it may be made after the next ones.
 _NOT_YET = frozenset({1146, 1305, 1356})
 
@@ -169,15 +171,50 @@ def _wanted_off(target: Database) -> list[str]:
     return [name for name, _ in found]
 
 
-def drop_all(target: Database) -> None:
-    """Empty the database; shardkit's own tables stay."""
-    for definition in target.rows(
-        "SELECT table_type, table_name FROM information_schema.tables WHERE table_schema = DATABASE() "
-        "UNION ALL SELECT routine_type, routine_name FROM information_schema.routines "
+def unchanged_tables(target: Database, definitions: Iterable[Definition]) -> frozenset[str]:
+    """The tables that the target has by the very same definition."""
+    there = {
+        name
+        for (name,) in target.rows(
+            "SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE() "
+            "AND table_type = 'BASE TABLE'"
+        )
+    }
+    return frozenset(
+        each.name
+        for each in definitions
+        if each.kind == "TABLE" and each.name in there and same([each], [_read(target, "TABLE", each.name)])
+    )
+
+
+def drop_all(target: Database, *, but: Container[str] = frozenset()) -> None:
+    """Empty the database; shardkit's own tables stay.
+
+    :param but: tables that stay with their rows, but without triggers.
+    """
+    for kind, name, table in target.rows(
+        "SELECT 'TRIGGER', trigger_name, event_object_table FROM information_schema.triggers "
+        "WHERE trigger_schema = DATABASE() "
+        "UNION ALL SELECT table_type, table_name, table_name FROM information_schema.tables "
+        "WHERE table_schema = DATABASE() "
+        "UNION ALL SELECT routine_type, routine_name, routine_name FROM information_schema.routines "
         "WHERE routine_schema = DATABASE()"
     ):
-        kind, name = definition
-        if name.startswith(own_tables.PREFIX):
+        if table.startswith(own_tables.PREFIX) or (kind != "TRIGGER" and name in but):
             continue
         kind = {"BASE TABLE": "TABLE", "SYSTEM VERSIONED": "TABLE"}.get(kind, kind)
         target.run(f"DROP {kind} IF EXISTS {quoted(name)}")
+
+
+def raise_counters(target: Database, definitions: Iterable[Definition], names: Container[str]) -> None:
+    """Have AUTO_INCREMENT of these tables go on no earlier than it does by their definitions."""
+    for each in definitions:
+        if each.kind == "TABLE" and each.name in names:
+            wanted, there = (_counter(one) for one in (each, _read(target, "TABLE", each.name)))
+            if wanted > there:
+                target.run(f"ALTER TABLE {quoted(each.name)} AUTO_INCREMENT = {wanted}")
+
+
+def _counter(table: Definition) -> int:
+    found = _NEXT_NUMBER.search(table.statement)
+    return int(found[1]) if found else 1

@@ -1,12 +1,17 @@
 """Filling a hop's target from a consistent snapshot of its source, so that the hop goes on right after it.
 
 The rows travel as the source's own literals (`shardkit.rowtext`), in the order of the primary key, while the source
-goes on working. What the seed writes is in the target's log like all else: a staging database's log stays complete, so
-replicas of it may be seeded or begin there as before.
+goes on working. What the target holds already is compared first: tables by their definitions, rows by their checksums.
+What is equal stays (`row_copy`), so an attempt that was cut short, or a copy that has drifted, costs little more than
+the comparison; and the end is the snapshot whatever there was before.
+
+What the seed writes is in the target's log like all else: a staging database's log stays complete, so replicas of it
+may be seeded or begin there as before.
 
 A target that is being filled has a row ``seed:<shard>`` in its position table and no row of its hop; the transaction
-that ends the seed exchanges them. So no hop runs on half of the data, and an attempt that was cut short is known as
-such: the next one begins anew.
+that ends the seed exchanges them. So no hop runs on half of the data. Each transaction that writes rows first locks
+that row (shared) and looks whether it is still its own seed's: a take-over by the next attempt waits for those that are
+open, and lets no later one through.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -30,29 +35,25 @@ from shardkit.gtid import Position
 from shardkit.rowtext import quoted
 from shardkit.topology import Endpoint
 from shardkit_cdc import own_schema, preflight, schema_copy
+from shardkit_cdc.checksums import CHUNK_ROWS
 from shardkit_cdc.connection import code_of, connect, server_errors, text_of
 from shardkit_cdc.database import Database
 from shardkit_cdc.position import LOCK_TIMEOUT, end_old_runner, insert_row, lock_name, read_row
 from shardkit_cdc.preflight import ServerFacts
 from shardkit_cdc.relay import HopSpec
+from shardkit_cdc.row_copy import Copied, RowCopy
 from shardkit_cdc.schema_copy import Definition
 from shardkit_cdc.snapshot import PATIENCE, Snapshot, take_snapshot
 from shardkit_cdc.start import new_origin, user_objects
 from shardkit_cdc.tables import Table, read_tables
 
-#: Bytes of one INSERT statement, unless the target's max_allowed_packet is smaller.
-STATEMENT_BYTES = 1 << 20
-#: Statements of one transaction.
-_STATEMENTS = 8
-#: Statements that are read ahead.
-_AHEAD = 4
 #: How often a snapshot is taken again because somebody changed the schema around it.
 _ATTEMPTS = 5
 _CHANGED = frozenset({1054, 1146, 1412})  # unknown column, no such table, table definition has changed
 
 
 class Progress(Protocol):
-    """Told how far the copy is; from several threads."""
+    """Told how far the copy is; from several threads. Rows that are kept count as those that are copied."""
 
     def begin(self, table: str, estimate: int) -> None: ...
     def advance(self, table: str, rows: int) -> None: ...
@@ -85,6 +86,10 @@ class Found:
 class Seeded:
     """What a seed has done.
 
+    :param rows: copied.
+    :param bytes: of the statements that did it.
+    :param kept: rows that the target had already.
+    :param remade: tables that the target had, by another definition than the source's: made anew.
     :param position: of the source's log; the hop goes on from there.
     :param seconds: in all.
     :param held: seconds for which the source's commits waited.
@@ -96,6 +101,8 @@ class Seeded:
     tables: int
     rows: int
     bytes: int
+    kept: int
+    remade: tuple[str, ...]
     position: str
     seconds: float
     held: float
@@ -106,20 +113,24 @@ def seed(
     credentials: CredentialSource,
     *,
     jobs: int = 1,
+    anew: bool = False,
     confirm: Callable[[Found], None] | None = None,
     progress: Progress | None = None,
     patience: float = PATIENCE,
+    chunk: int = CHUNK_ROWS,
 ) -> Seeded:
     """Fill the hop's target.
 
     :param jobs: tables copied at the same time.
+    :param anew: empty the target first, instead of keeping what is equal.
     :param confirm: called before anything is changed where the target is not empty; raises to stop. Without it such a
         target is refused.
     :param patience: seconds to wait for a moment without prepared XA branches.
+    :param chunk: rows of a range whose checksums are compared.
     :raises PreconditionFailed: when something stands in the way; the target is as it was, or marked as half filled.
-    :raises PartlyApplied: when it was cut short; the same call begins anew.
+    :raises PartlyApplied: when it was cut short; the same call keeps what has been copied.
     """
-    seeding = _Seed(spec, credentials, jobs, progress or _Silent(), patience)
+    seeding = _Seed(spec, credentials, jobs, anew, progress or _Silent(), patience, chunk)
     try:
         with ExitStack() as stack:
             return seeding.run(stack, confirm)
@@ -131,18 +142,27 @@ def seed(
         ) from error
 
 
-_AGAIN = "run the same command again: it empties the target and begins anew"
+_AGAIN = "run the same command again: it copies what is missing, or has changed since"
 
 
 class _Seed:
     def __init__(
-        self, spec: HopSpec, credentials: CredentialSource, jobs: int, progress: Progress, patience: float
+        self,
+        spec: HopSpec,
+        credentials: CredentialSource,
+        jobs: int,
+        anew: bool,
+        progress: Progress,
+        patience: float,
+        chunk: int,
     ) -> None:
         self._spec = spec
         self._credentials = credentials
         self._jobs = jobs
+        self._anew = anew
         self._progress = progress
         self._patience = patience
+        self._chunk = chunk
         self._mark = own_tables.SEED_PREFIX + spec.shard
         self._token = secrets.token_hex(16)
         self._stop = threading.Event()
@@ -160,21 +180,27 @@ class _Seed:
             confirm(found)
         own_schema.upgrade(spec.target, self._credentials)
         self._take_over(target)
-        schema_copy.drop_all(target)
         definitions, tables, snapshot = self._snapshot()
         stack.callback(snapshot.close)
         history = self._history(snapshot.sessions[0], snapshot.position, facts)
-        schema_copy.create(target, definitions, schema_copy.BEFORE_ROWS)
+        comparable = {table.name for table in tables if table.primary and table.kind == "BASE TABLE" and not table.own}
+        kept = frozenset() if self._anew else comparable & schema_copy.unchanged_tables(target, definitions)
+        schema_copy.drop_all(target, but=kept)
+        missing = [each for each in definitions if each.name not in kept or each.kind != "TABLE"]
+        schema_copy.create(target, missing, schema_copy.BEFORE_ROWS)
         copied = self._copy_rows(snapshot, target, tables)
-        schema_copy.create(target, definitions, schema_copy.AFTER_ROWS)
+        schema_copy.raise_counters(target, definitions, kept)
+        schema_copy.create(target, missing, schema_copy.AFTER_ROWS)
         self._finish(target, facts, snapshot.position, history)
         return Seeded(
             hop=spec.name,
             source=spec.source.address,
             target=spec.target.address,
             tables=len([table for table in tables if not table.own]),
-            rows=sum(rows for rows, _ in copied),
-            bytes=sum(size for _, size in copied),
+            rows=sum(each.rows for each in copied),
+            bytes=sum(each.bytes for each in copied),
+            kept=sum(each.kept for each in copied),
+            remade=() if self._anew else tuple(sorted(comparable.intersection(found.objects) - kept)),
             position=str(snapshot.position),
             seconds=time.monotonic() - began,
             held=snapshot.held,
@@ -292,8 +318,8 @@ class _Seed:
 
     # --- rows
 
-    def _copy_rows(self, snapshot: Snapshot, target: Database, tables: Sequence[Table]) -> list[tuple[int, int]]:
-        """Copy every table, the largest first, by as many threads as there are sessions; rows and bytes of each."""
+    def _copy_rows(self, snapshot: Snapshot, target: Database, tables: Sequence[Table]) -> list[Copied]:
+        """Copy every table, the largest first, by as many threads as there are sessions."""
         local = own_tables.LOCAL_TABLES | {own_tables.position.name}
         wanted = [table for table in tables if table.name not in local]
         self._refuse_missing(target, wanted)
@@ -301,20 +327,30 @@ class _Seed:
         for table in sorted(wanted, key=lambda table: -table.estimate):
             waiting.put(table)
 
-        def work(source: Database) -> list[tuple[int, int]]:
+        def work(source: Database) -> list[Copied]:
             copied = []
             with (
+                closing(self._database(self._spec.target)) as reader,
                 closing(self._database(self._spec.target, binary=True)) as writer,
                 closing(self._database(self._spec.source)) as beside,
             ):
                 if any(table.kind == "SYSTEM VERSIONED" for table in wanted):
                     writer.run("SET SESSION system_versioning_insert_history = ON")
+                rows = RowCopy(
+                    source,
+                    reader,
+                    writer,
+                    fence=self._fence,
+                    chunk=self._chunk,
+                    stop=self._stop,
+                    advance=self._advance,
+                )
                 while not self._stop.is_set():
                     try:
                         table = waiting.get_nowait()
                     except queue.Empty:
                         break
-                    copied.append(self._copy(table, source, writer, beside))
+                    copied.append(self._copy(table, rows, beside))
             return copied
 
         with ThreadPoolExecutor(len(snapshot.sessions), thread_name_prefix="shardkit-seed") as pool:
@@ -337,21 +373,12 @@ class _Seed:
                 f"{self._spec.source} has {missing[0]}, which this shardkit does not know", hint="upgrade shardkit here"
             )
 
-    def _copy(self, table: Table, source: Database, writer: Database, beside: Database) -> tuple[int, int]:
+    def _copy(self, table: Table, rows: RowCopy, beside: Database) -> Copied:
         """One table. The source's definition of it has to be the snapshot's all the time."""
         if not table.own:
             self._progress.begin(table.name, table.estimate)
-        packet = int(writer.value("SELECT @@max_allowed_packet"))
-        rows = size = 0
         try:
-            with closing(_ahead(_parts(source, table, min(STATEMENT_BYTES, packet // 2)), self._stop)) as parts:
-                while True:
-                    done = self._write(table, writer, parts, packet)
-                    rows, size = rows + done[0], size + done[1]
-                    if not table.own:
-                        self._progress.advance(table.name, done[0])
-                    if done[2]:
-                        break
+            copied = rows.copy(table)
         except pymysql.MySQLError as error:
             if code_of(error) not in _CHANGED:
                 raise
@@ -359,31 +386,23 @@ class _Seed:
         now = read_tables(beside).get(table.name)
         if now is None or (now.born, now.shape) != (table.born, table.shape):
             raise self._changed(table)
-        if not table.own:
-            self._progress.end(table.name)
-        return (0, 0) if table.own else (rows, size)
+        if table.own:
+            return Copied(0, 0, 0)
+        self._progress.end(table.name)
+        return copied
 
-    def _write(
-        self, table: Table, writer: Database, parts: Iterator[tuple[int, bytes]], packet: int
-    ) -> tuple[int, int, bool]:
-        """One transaction; its rows, their bytes, and whether they were the last ones."""
-        rows = size = count = 0
-        with writer.transaction():
-            for count, (number, statement) in enumerate(parts, 1):
-                if len(statement) >= packet:
-                    raise PreconditionFailed(
-                        f"a row of {table.name} takes {len(statement):,} bytes as a statement, more than "
-                        f"max_allowed_packet of {writer} ({packet:,})",
-                        hint="raise max_allowed_packet on both servers to three times the largest row, then run this "
-                        "again",
-                    )
-                writer.run(statement)
-                rows, size = rows + number, size + len(statement)
-                if count == _STATEMENTS:
-                    break
-                if self._stop.is_set():
-                    raise Interrupted("another table could not be copied")
-        return rows, size, count < _STATEMENTS
+    def _advance(self, table: Table, rows: int) -> None:
+        if not table.own:
+            self._progress.advance(table.name, rows)
+
+    def _fence(self, writer: Database) -> None:
+        """:raises Fenced: when another seed has taken the target over."""
+        ours = "SELECT COUNT(*) FROM shardkit_position WHERE hop = %s AND source = %s LOCK IN SHARE MODE"
+        if writer.value(ours, self._mark, self._token) != 1:
+            raise self._lost()
+
+    def _lost(self) -> Fenced:
+        return Fenced(f"another seed has taken {self._spec.target} over", hop=self._spec.name)
 
     def _changed(self, table: Table) -> PartlyApplied:
         return PartlyApplied(
@@ -398,7 +417,7 @@ class _Seed:
         gtid, source = history
         with target.transaction():
             if target.run("DELETE FROM shardkit_position WHERE hop = %s AND source = %s", self._mark, self._token) != 1:
-                raise Fenced(f"another seed has taken {spec.target} over", hop=spec.name)
+                raise self._lost()
             insert_row(
                 target.connection,
                 spec.key,
@@ -410,67 +429,3 @@ class _Seed:
             insert_row(
                 target.connection, own_tables.HISTORY_PREFIX + spec.shard, gtid=gtid, source=source, ddl_origin=""
             )
-
-
-def _parts(source: Database, table: Table, most: int) -> Iterator[tuple[int, bytes]]:
-    """INSERT statements with every row of the table, and the number of rows in each."""
-    head = table.insert_head.encode()
-    part: list[bytes] = []
-    size = len(head)
-    for number, (line,) in enumerate(source.stream(f"SELECT {table.row_expression} FROM {table.walk}"), 1):
-        if line is None:
-            raise PreconditionFailed(
-                f"row {number} of {table.name} does not fit into the max_allowed_packet of {source} as an SQL literal",
-                hint="raise max_allowed_packet on both servers to three times the largest row, then run this again",
-            )
-        row = line if isinstance(line, bytes) else line.encode()
-        if part and size + len(row) + 1 > most:
-            yield len(part), head + b",".join(part)
-            part, size = [], len(head)
-        part.append(row)
-        size += len(row) + 1
-    if part:
-        yield len(part), head + b",".join(part)
-
-
-def _ahead(parts: Iterator[tuple[int, bytes]], stop: threading.Event) -> Generator[tuple[int, bytes]]:
-    """The same, read by a thread of its own while the consumer writes."""
-    ready: queue.Queue[tuple[int, bytes] | BaseException | None] = queue.Queue(_AHEAD)
-    ended = threading.Event()
-
-    def put(item: tuple[int, bytes] | BaseException | None) -> bool:
-        while not (ended.is_set() or stop.is_set()):
-            try:
-                ready.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def read() -> None:
-        try:
-            for part in parts:
-                if not put(part):
-                    return
-            put(None)
-        except BaseException as error:  # noqa: BLE001 - raised again by the consumer
-            put(error)
-
-    thread = threading.Thread(target=read, name="shardkit-seed-read", daemon=True)
-    thread.start()
-    try:
-        while True:
-            try:
-                item = ready.get(timeout=0.2)
-            except queue.Empty:
-                if stop.is_set():
-                    raise Interrupted("another table could not be copied") from None
-                continue
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        ended.set()
-        thread.join()

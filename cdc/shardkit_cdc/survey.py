@@ -95,7 +95,7 @@ def first_own(
     """
     assembler = Assembler(flavour)
     current: Found | None = None
-    quiet = _Quiet(_STILL_SECONDS)
+    quiet = Quiet(_STILL_SECONDS)
     while not after.covers(end) and not quiet:
         arrived = stream.read()
         if arrived:
@@ -128,7 +128,7 @@ def first_own(
     return None, after
 
 
-class _Quiet:
+class Quiet:
     """True once nothing has come for a while."""
 
     def __init__(self, seconds: float) -> None:
@@ -154,7 +154,7 @@ def _gtid(event: Event, flavour: Flavour) -> Gtid:
 
 def _completed(found: Found, arrived: Sequence[Event], stream: BinlogStream) -> Found:
     """Look at the rest of the transaction."""
-    quiet = _Quiet(_QUIET_SECONDS)
+    quiet = Quiet(_QUIET_SECONDS)
     while True:
         for event in arrived:
             if event.kind in _GTIDS:

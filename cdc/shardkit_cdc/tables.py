@@ -36,12 +36,16 @@ class Table(RowTexts):
         """Whether it is one of shardkit's."""
         return self.name.startswith(own_tables.PREFIX)
 
-    @property
-    def walk(self) -> str:
-        """What stands behind SELECT ... FROM to have every row, in the order of the primary key."""
+    def walk(self, where: str = "TRUE") -> str:
+        """What stands behind SELECT ... FROM to have the rows in the order of the primary key.
+
+        :param where: which of them, of a table with a primary key; else all.
+        """
         if self.kind == "SYSTEM VERSIONED":
             return f"{quoted(self.name)} FOR SYSTEM_TIME ALL"
-        return f"{quoted(self.name)} FORCE INDEX (PRIMARY) ORDER BY {self.order}" if self.primary else quoted(self.name)
+        if not self.primary:
+            return quoted(self.name)
+        return f"{quoted(self.name)} FORCE INDEX (PRIMARY) WHERE {where} ORDER BY {self.order}"
 
     @cached_property
     def with_history(self) -> Table:

@@ -12,9 +12,9 @@ from shardkit.cli.progress import Progress, Task
 
 if TYPE_CHECKING:
     from shardkit.shardmap import ShardMap
+    from shardkit_cdc.comparison import Verdict
     from shardkit_cdc.relay import HopSpec
     from shardkit_cdc.seed import Found
-    from shardkit_cdc.verify import Verdict
 
 _BYTES = 1 << 20
 
@@ -32,6 +32,7 @@ _BYTES = 1 << 20
     help="Where the data comes from; by default where the relay of this target reads.",
 )
 @click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Tables copied at once.")
+@click.option("--anew", is_flag=True, help="Empty the target first, instead of keeping what is equal.")
 @yes_option
 @output_option
 def seed(
@@ -43,13 +44,14 @@ def seed(
     replica: int | None,
     origin: str | None,
     jobs: int,
+    anew: bool,
     yes: bool,
 ) -> None:
     """Fill a staging database or a replica from a snapshot of its source; the relay goes on right after it.
 
     ENDPOINT (mysql://host/database) may be one that the map does not name yet. The source is not locked, save for
-    milliseconds while the snapshot is taken. A target that the relay has filled before is emptied, after asking; one
-    with other tables is refused. A seed that was cut short is begun anew by the same command.
+    milliseconds while the snapshot is taken. Of a target that the relay, or a seed that was cut short, has filled
+    before, the rows that equal the source's are kept, after asking; one with other tables is refused.
     """
     from shardkit.credentials import from_environment
     from shardkit_cdc.seed import seed as run
@@ -64,15 +66,19 @@ def seed(
             spec,
             from_environment(),
             jobs=jobs,
-            confirm=lambda found: _ask(out, spec, found, yes),
+            anew=anew,
+            confirm=lambda found: _ask(out, spec, found, anew, yes),
             progress=_Bars(progress),
         )
     out.result({"seeded": done})
-    pace = f"{done.rows / max(done.seconds, 0.001):,.0f} rows/s"
+    pace = f"{(done.kept + done.rows) / max(done.seconds, 0.001):,.0f} rows/s"
     out.note(f"the source's commits waited for {done.held * 1000:.0f} ms")
+    if done.remade:
+        out.note(f"made anew, their definition was not the source's: {', '.join(done.remade)}")
+    kept = f"{count(done.kept)} rows kept, " if done.kept else ""
     out.done(
-        f"filled {spec.target}: {count(done.tables)} tables, {count(done.rows)} rows, {done.bytes / _BYTES:,.1f} MiB "
-        f"in {done.seconds:.1f} s ({pace}); the relay goes on from {done.position}"
+        f"filled {spec.target}: {count(done.tables)} tables, {kept}{count(done.rows)} rows copied, "
+        f"{done.bytes / _BYTES:,.1f} MiB in {done.seconds:.1f} s ({pace}); the relay goes on from {done.position}"
     )
 
 
@@ -116,19 +122,26 @@ def _target(
     return HopSpec(name, source, target, role, source == shard.master)
 
 
-def _ask(out: Output, spec: HopSpec, found: Found, yes: bool) -> None:
+def _ask(out: Output, spec: HopSpec, found: Found, anew: bool, yes: bool) -> None:
     from shardkit.topology import Role
 
+    holds = f"{len(found.objects)} tables, views and routines"
     plan = []
     if found.runner:
         plan.append(f"the hop {spec.name}, run by {found.runner}, is stopped")
     if found.unfinished:
-        plan.append("an earlier seed of it was not finished")
-    plan.append(f"{spec.target} is emptied: {len(found.objects)} tables, views and routines")
+        plan.append("an earlier seed of it was cut short")
+    if anew:
+        plan.append(f"{spec.target} is emptied: {holds}")
+        plan.append(f"it is filled from {spec.source}")
+    else:
+        plan.append(f"{spec.target} is made what {spec.source} is: {holds}")
+        plan.append("rows that are equal are kept; all others, and tables of another definition, are deleted")
+        plan.append("what is missing then is copied")
     if spec.role is Role.STAGING:
-        plan.append("replicas that follow it are emptied and filled with it")
-    plan.append(f"it is filled from {spec.source}")
-    out.confirm("Empty it and fill it anew?", yes=yes, plan=plan)
+        filled = "are emptied and filled with it" if anew else "get what changes through its log"
+        plan.append(f"replicas that follow it {filled}")
+    out.confirm("Empty it and fill it anew?" if anew else "Overwrite it?", yes=yes, plan=plan)
 
 
 class _Bars:
@@ -162,12 +175,13 @@ class _Bars:
 def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, yes: bool) -> int:
     """Compare every staging database and replica with the server that its relay reads, while both work.
 
-    Names the rows that are missing, extra or different. Exit code 3 when there are any, and they were not repaired; 1
-    when rows changed too fast to be compared.
+    Names the rows that are missing, extra or different. A hop that stands still is compared as of where it stands. Exit
+    code 3 when there are any differences, and they were not repaired; 1 when rows could not be compared.
     """
     from shardkit.credentials import from_environment
     from shardkit_cdc.daemon import hops_of
     from shardkit_cdc.repair import repair as mend
+    from shardkit_cdc.repair import repair_at as mend_at
     from shardkit_cdc.verify import verify as compare
 
     with map_store(map_source) as store:
@@ -194,7 +208,11 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
                 plan=[str(each) for each in verdict.differences],
             )
             # At once: what follows this target gets the rows through its log, and is compared after that.
-            repaired += mend(spec, from_environment(), verdict.differences)
+            repaired += (
+                mend_at(spec, from_environment(), verdict)
+                if verdict.stopped
+                else mend(spec, from_environment(), verdict.differences)
+            )
     differing = sum(len(verdict.differences) for verdict in verdicts)
     out.result({"hops": verdicts, "differences": differing, "repaired": repaired})
     out.table(
@@ -205,10 +223,16 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
         ],
     )
     for each in verdicts:
+        if each.stopped is not None:
+            why = f" ({each.stopped.error})" if each.stopped.error else ""
+            where = each.stopped.position or "the beginning"
+            out.warning(f"{each.hop} stands still at {where}, and was compared as of there{why}")
         for difference in each.differences:
             out.line(f"{each.hop}: {difference}", style="red")
-        for name in each.undecided:
-            out.warning(f"{each.hop}: {name} changed too fast to be compared")
+        for what in each.undecided:
+            out.warning(
+                f"{each.hop}: {what}" if each.stopped else f"{each.hop}: {what} changed too fast to be compared"
+            )
     if not specs:
         out.note("no shard has a staging database or replicas that the relay fills")
     if repaired:

@@ -414,7 +414,7 @@ def test_on_the_command_line(chain: Chain, tmp_path: Path) -> None:
     assert "filled" in done.stdout
     done = shardkit(*words, chain.last.endpoint(chain.database).url)
     assert done.returncode == 4  # nobody to ask
-    assert "is emptied" in done.stderr
+    assert "rows that are equal are kept" in done.stderr
     assert "--yes" in done.stderr
     done = shardkit(*words, chain.last.endpoint(chain.database).url, "--yes", "--from", "staging")
     assert done.returncode == 0, done.stderr

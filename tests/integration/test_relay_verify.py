@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from shardkit.errors import PreconditionFailed
+from shardkit_cdc.comparison import Difference, Kind, Verdict
 from shardkit_cdc.repair import repair
-from shardkit_cdc.verify import Difference, Kind, Verdict, verify
+from shardkit_cdc.verify import verify
 from tests.integration.test_relay_replay import COLUMNS, GENERATED
 from tests.integration.test_relay_seed import bank, fill, load, map_file, shardkit
 from tests.relay_chain import Chain, wait_for
@@ -201,18 +202,27 @@ def test_tables_without_a_primary_key_and_tables_that_differ_themselves(pair: Ch
         repair(pair.specs[0], pair.master.credentials, verdict.differences)
 
 
-def test_a_target_whose_hop_stands_still_cannot_be_compared(pair: Chain) -> None:
+def test_a_target_that_was_never_filled_cannot_be_compared(pair: Chain) -> None:
     with pytest.raises(PreconditionFailed, match="no position"):
         compare(pair)
+
+
+def test_a_row_that_is_too_long_to_be_compared_is_no_equal_one(pair: Chain) -> None:
     pair.run(pair.hop(0))
-    pair.sql("CREATE TABLE t (id INT PRIMARY KEY)")
+    pair.sql("CREATE TABLE t (id INT PRIMARY KEY, body LONGBLOB)", "INSERT INTO t VALUES (1, REPEAT(x'00', 700000))")
     pair.settle()
     pair.stop()
-    assert found(compare(pair, patience=0.2)) == []  # nothing has happened since
-    pair.sql("INSERT INTO t VALUES (1)")
-    with pytest.raises(PreconditionFailed, match="only a target that follows") as caught:
-        compare(pair, patience=0.2)
-    assert "relay run" in str(caught.value.hint)
+    assert found(compare(pair)) == []
+    before = [server.execute("SELECT @@global.max_allowed_packet")[0][0] for server in pair.servers]
+    try:
+        for server in pair.servers:
+            server.execute("SET GLOBAL max_allowed_packet = 1048576")
+        with pytest.raises(PreconditionFailed, match="a row of t does not fit") as caught:
+            compare(pair)
+    finally:
+        for server, size in zip(pair.servers, before, strict=True):
+            server.execute(f"SET GLOBAL max_allowed_packet = {size}")
+    assert "raise max_allowed_packet" in str(caught.value.hint)
 
 
 def test_a_table_with_triggers_is_not_repaired(pair: Chain) -> None:

@@ -1,0 +1,131 @@
+"""Checksums by which rows of two servers of one family are compared: of ranges of the primary key, and row by row.
+
+What is summed up is the text by which a row is copied (`shardkit.rowtext`), which tells everything apart that a copy
+has to: rows of equal checksums are equal to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+from shardkit.errors import PreconditionFailed
+from shardkit.rowtext import Key, quoted
+from shardkit_cdc.database import Database
+from shardkit_cdc.tables import Table
+
+#: Rows of one range.
+CHUNK_ROWS = 2000
+#: Added to each row's checksum so that the sum tells how many there are: more than all the checksums together.
+_ONE = 10**30
+#: Parts into which a range that differs is divided.
+GROUPS = 64
+
+T = TypeVar("T")
+
+
+class Digest(NamedTuple):
+    """Number of rows, and the sum of 60 bits of each one's SHA-256: equal rows do not cancel each other out."""
+
+    rows: int
+    total: int
+
+
+def digest(database: Database, table: Table, where: str) -> Digest:
+    """:raises PreconditionFailed: for a row whose text the server cannot make."""
+    count, total = database.rows(
+        f"SELECT COUNT(*), SUM({_ONE} + {_checksum(table)}) FROM {quoted(table.name)}"
+        f"{' FORCE INDEX (PRIMARY)' if table.primary else ''} WHERE {where}"
+    )[0]
+    with_text, checksum = divmod(int(total or 0), _ONE)
+    if with_text != count:
+        raise too_long(database, table)
+    return Digest(int(count), checksum)
+
+
+def on_both(
+    pool: Executor,
+    ask: Callable[[Database, Table, str], T],
+    source: Database,
+    target: Database,
+    table: Table,
+    where: str,
+) -> tuple[T, T]:
+    """The answers of both servers, which are at work at the same time."""
+    pending = [pool.submit(ask, side, table, where) for side in (source, target)]
+    ours, theirs = (each.result() for each in pending)
+    return ours, theirs
+
+
+def group_digests(database: Database, table: Table, where: str) -> dict[int, int]:
+    """The sum of the checksums of each of `GROUPS` groups, over which rows are spread by their primary key.
+
+    For a range that is known to differ: which part of it does. Rows whose text the server cannot make are left out.
+    """
+    return {
+        int(group): int(total or 0)
+        for group, total in database.rows(
+            f"SELECT {_group(table)} AS part, SUM({_checksum(table)}) FROM {quoted(table.name)} FORCE INDEX (PRIMARY) "
+            f"WHERE {where} GROUP BY part"
+        )
+    }
+
+
+def in_groups(table: Table, groups: Iterable[int]) -> str:
+    """SQL: the row is in one of these groups."""
+    return f"{_group(table)} IN ({','.join(map(str, groups))})"
+
+
+def _group(table: Table) -> str:
+    return f"CRC32(CONCAT({table.key_literals})) % {GROUPS}"
+
+
+def _checksum(table: Table) -> str:
+    return f"CAST(CONV(LEFT(SHA2({table.row_expression}, 256), 15), 16, 10) AS DECIMAL(20))"
+
+
+def compared_ranges(
+    source: Database, target: Database, table: Table, chunk: int
+) -> Iterator[tuple[str, Digest, Digest]]:
+    """Every range of the source's primary key as a condition, with the source's and the target's digest of it."""
+    low: Key | None = None
+    with ThreadPoolExecutor(2, thread_name_prefix="shardkit-compare") as both:
+        while True:
+            high = boundary(source, table, low, chunk)
+            inside = table.between(low, high)
+            yield inside, *on_both(both, digest, source, target, table, inside)
+            if high is None:
+                return
+            low = high
+
+
+def row_checksums(database: Database, table: Table, where: str, *, lock: bool = False) -> dict[Key, str]:
+    """Each row's primary key and SHA-256.
+
+    :raises PreconditionFailed: for a row whose text the server cannot make.
+    """
+    found = database.rows(
+        f"SELECT SHA2({table.row_expression}, 256), {table.key_literals} FROM {quoted(table.name)} "
+        f"FORCE INDEX (PRIMARY) WHERE {where}{' LOCK IN SHARE MODE' if lock else ''}"
+    )
+    if any(checksum is None for checksum, *_ in found):
+        raise too_long(database, table)
+    return {tuple(map(str, key)): str(checksum) for checksum, *key in found}
+
+
+def boundary(database: Database, table: Table, low: Key | None, rows: int) -> Key | None:
+    """The primary key that ends the range of so many rows behind ``low``; None where the last one begins."""
+    found = database.rows(
+        f"SELECT {table.key_literals} FROM {quoted(table.name)} FORCE INDEX (PRIMARY) WHERE {table.after(low)} "
+        f"ORDER BY {table.order} LIMIT {rows - 1}, 1"
+    )
+    return tuple(map(str, found[0])) if found else None
+
+
+def too_long(database: Database, table: Table) -> PreconditionFailed:
+    """A row's text is longer than the server lets a string be."""
+    return PreconditionFailed(
+        f"a row of {table.name} does not fit into the max_allowed_packet of {database} as an SQL literal",
+        hint="raise max_allowed_packet on both servers to three times the largest row, then run this again",
+    )
