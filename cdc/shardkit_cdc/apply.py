@@ -22,7 +22,7 @@ from shardkit.gtid import Flavour, Gtid, Position
 from shardkit.topology import Endpoint
 from shardkit_cdc.apply_path import ApplyPath, Chosen
 from shardkit_cdc.apply_sql import SqlWriter, prepare_statements
-from shardkit_cdc.connection import DENIED, PASSING, READ_ONLY, code_of, server_errors, text_of
+from shardkit_cdc.connection import DENIED, PASSING, READ_ONLY, answer, ask, code_of, server_errors, text_of
 from shardkit_cdc.events import Format
 from shardkit_cdc.payload import binlog_statement, largest_payload, payloads, unpacked
 from shardkit_cdc.position import Claim
@@ -237,8 +237,20 @@ class Applier:
         self.counts.row_events += len(rows)
 
     def _write_raw(self, rows: Iterable[Rows], where: str) -> None:
-        for payload in payloads(rows, largest=self._largest):
-            self._send(payload, where)
+        """Send row events; the next statement is made while the server is at work on this one."""
+        working = False
+        try:
+            for payload in payloads(rows, largest=self._largest):
+                statement = binlog_statement(payload)
+                if working:
+                    working = False
+                    self._answer(where)
+                ask(self._connection, statement)
+                working = True
+                self.counts.bytes += len(payload)
+        finally:
+            if working:
+                self._answer(where)
 
     def _is_large(self, row: Rows) -> bool:
         return len(row.event.data) + len(row.table.data) > self._largest
@@ -254,12 +266,11 @@ class Applier:
                 else "its columns stand in another order on the target",
             )
 
-    def _send(self, payload: bytes, where: str) -> None:
+    def _answer(self, where: str) -> None:
         try:
-            self._connection.query(binlog_statement(payload))
+            answer(self._connection)
         except pymysql.MySQLError as error:
             raise self._refused(error, where) from error
-        self.counts.bytes += len(payload)
 
     def _refused(self, error: pymysql.MySQLError, where: str) -> Exception:
         code, text = code_of(error), text_of(error)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import pymysql
-from pymysql.constants import CR, ER
+from pymysql.constants import COMMAND, CR, ER
 
 from shardkit import own_tables
 from shardkit.credentials import CredentialSource
@@ -90,6 +90,19 @@ def connect(
         ) from None
     connection._read_timeout = read_timeout  # type: ignore[union-attr]  # noqa: SLF001 - the driver has no setter
     return connection
+
+
+def ask(connection: pymysql.Connection[Any], statement: bytes) -> None:
+    """Send a statement. Nothing else may be sent before `answer`."""
+    connection._execute_command(COMMAND.COM_QUERY, statement)  # type: ignore[attr-defined]  # noqa: SLF001 - the driver only does both at once
+
+
+def answer(connection: pymysql.Connection[Any]) -> None:
+    """Wait for the answer to what `ask` sent.
+
+    :raises pymysql.MySQLError: as the server says, or when the connection is lost.
+    """
+    connection._read_query_result()  # type: ignore[attr-defined]  # noqa: SLF001 - as in `ask`
 
 
 def connect_failure(error: pymysql.MySQLError, endpoint: Endpoint) -> ShardkitError:

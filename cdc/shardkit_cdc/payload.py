@@ -17,8 +17,8 @@ from shardkit_cdc.events import HEADER_BYTES, RELAXED_UNIQUE_CHECKS, ROWS, ROWS_
 from shardkit_cdc.table_map import TableMap
 from shardkit_cdc.transactions import Rows
 
-#: Bytes of events in one BINLOG statement: past this, larger statements gain nothing.
-STATEMENT_BYTES = 1 << 20
+#: Bytes of events in one BINLOG statement: more gain nothing, and the next one is made while this one is applied.
+STATEMENT_BYTES = 1 << 18
 #: Bytes of a statement beside its payload, with a margin.
 _FRAME_BYTES = 1 << 16
 _MOST_MAPS = 10_000
@@ -73,7 +73,7 @@ def payloads(rows: Iterable[Rows], *, largest: int, usual: int = STATEMENT_BYTES
             or (again and keyless[table])
         ):
             body[last] |= STMT_END
-            yield bytes(front + body)
+            yield b"".join((front, body))
             front.clear()
             body.clear()
             maps.clear()
@@ -96,7 +96,7 @@ def payloads(rows: Iterable[Rows], *, largest: int, usual: int = STATEMENT_BYTES
         _LENGTH.pack_into(body, start + 9, len(data))
     if body:
         body[last] |= STMT_END
-        yield bytes(front + body)
+        yield b"".join((front, body))
 
 
 def unpacked(payload: bytes, maps: dict[bytes, TableMap]) -> list[Rows]:
@@ -132,4 +132,4 @@ def unpacked(payload: bytes, maps: dict[bytes, TableMap]) -> list[Rows]:
 
 def binlog_statement(payload: bytes) -> bytes:
     """The SQL statement that applies a payload."""
-    return b"BINLOG '" + binascii.b2a_base64(payload, newline=False) + b"'"
+    return b"".join((b"BINLOG '", binascii.b2a_base64(payload, newline=False), b"'"))

@@ -20,8 +20,8 @@ from shardkit_cdc.query import Query
 from shardkit_cdc.statement import Effect
 from shardkit_cdc.table_map import TableMap
 
-#: Row event bytes after which a transaction is handed over in parts.
-PART_BYTES = 1 << 20
+#: Row event bytes after which a transaction is handed over in parts; smaller ones share a commit on the target.
+PART_BYTES = 1 << 22
 _MOST_MAPS = 10_000
 
 

@@ -79,7 +79,12 @@ class Load:
 
     def _run(self) -> None:
         kinds: Sequence[Callable[[pymysql.cursors.Cursor], None]] = (
-            [self._transfer] * 60 + [self._loose] * 25 + [self._big] * 2 + [self._xa] * 4 + [self._schema] * 4
+            [self._transfer] * 60
+            + [self._loose] * 25
+            + [self._big] * 2
+            + [self._in_parts]
+            + [self._xa] * 4
+            + [self._schema] * 4
         )
         connection = self._chain.master.connect(self._chain.database)
         try:
@@ -109,6 +114,14 @@ class Load:
             "INSERT INTO ledger (account, amount, note) SELECT id, 0, REPEAT('b', 200) FROM accounts "
             "CROSS JOIN (SELECT 1 UNION ALL SELECT 2 UNION ALL SELECT 3) AS three"
         )
+
+    def _in_parts(self, cursor: pymysql.cursors.Cursor) -> None:
+        """More than the relay takes in one piece: it streams the transaction."""
+        if not cursor.execute("DELETE FROM ledger WHERE note = REPEAT('p', 200)"):
+            cursor.execute(
+                "INSERT INTO ledger (account, amount, note) SELECT one.id, 0, REPEAT('p', 200) FROM accounts AS one "
+                "CROSS JOIN accounts AS two CROSS JOIN (SELECT 1 UNION ALL SELECT 2) AS three"
+            )
 
     def _xa(self, cursor: pymysql.cursors.Cursor) -> None:
         xid = f"x{self._random.getrandbits(40):x}"

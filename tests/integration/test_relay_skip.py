@@ -134,8 +134,8 @@ def test_a_big_transaction_is_skipped_as_a_whole(pair: Chain) -> None:
     pair.sql("INSERT INTO big VALUES (7, '')", server=pair.last)
     connection = pair.master.connect(pair.database)
     with connection, connection.cursor() as cursor:
-        for number in range(10):
-            cursor.execute("INSERT INTO big VALUES (%s, REPEAT('x', 500000))", (number,))
+        for number in range(10):  # 10 MB: it comes in parts
+            cursor.execute("INSERT INTO big VALUES (%s, REPEAT('x', 1000000))", (number,))
         connection.commit()
     pair.sql("INSERT INTO big VALUES (100, '')")
     gtid = stopped_at(pair)
