@@ -45,6 +45,14 @@ PASSING = frozenset(
 READ_ONLY = frozenset({1290, 1836})
 DENIED = frozenset({1044, 1142, 1143, 1227, 1370, 1419})
 
+#: What a server's global settings, which are meant for applications, must not do to the relay's statements: cut off
+#: their rows (sql_select_limit), refuse them for their size, begin another transaction or hang up behind a COMMIT
+#: (completion_type), refuse writes.
+_UNBOUND = (
+    "SET SESSION sql_select_limit = 18446744073709551615, sql_big_selects = 1, completion_type = 0",
+    "SET SESSION TRANSACTION READ WRITE",
+)
+
 C = TypeVar("C", bound="pymysql.Connection[Any]")
 
 
@@ -81,6 +89,8 @@ def connect(
             read_timeout=read_timeout or CONNECT_TIMEOUT,
             init_command=own_tables.MARK_AS_SYSTEM,
         )
+        for statement in _UNBOUND:
+            connection.query(statement)
     except pymysql.MySQLError as error:
         raise connect_failure(error, endpoint) from None
     except RuntimeError as error:  # the driver lacks the package for the account's authentication method

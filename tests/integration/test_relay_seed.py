@@ -19,6 +19,7 @@ from shardkit.shardmap import ShardMap
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit_cdc.relay import State
 from shardkit_cdc.seed import Found, Seeded, seed
+from shardkit_cdc.verify import verify
 from tests.integration.test_relay_replay import COLUMNS, GENERATED, PECULIAR
 from tests.relay_chain import Chain, relay_command, wait_for
 
@@ -372,6 +373,28 @@ def test_a_table_without_transactions_is_refused(pair: Chain) -> None:
         fill(pair)
     assert "ENGINE=InnoDB" in str(caught.value.hint)
     assert pair.last.execute("SHOW TABLES", database=pair.database) == []
+
+
+def test_global_settings_that_are_meant_for_applications_do_not_reach_the_relay(own_pair: Chain) -> None:
+    pair = own_pair
+    pair.sql("CREATE TABLE t (id INT PRIMARY KEY, n INT)", *(f"INSERT INTO t VALUES ({n}, 0)" for n in range(50)))
+    read_only = "tx_read_only" if pair.flavour is Flavour.MARIADB else "transaction_read_only"
+    hostile = {"sql_select_limit": 3, "max_join_size": 2, "completion_type": 1}
+    places = [(server, name) for server in pair.servers for name in hostile] + [(pair.last, read_only)]
+    before = [server.execute(f"SELECT @@global.{name}")[0][0] for server, name in places]
+    for server, name in places:
+        server.execute(f"SET GLOBAL {name} = {hostile.get(name, 1)}")
+    try:
+        assert fill(pair).rows == 50
+        pair.start()
+        pair.sql("UPDATE t SET n = n + 1", "ALTER TABLE t ADD COLUMN m INT DEFAULT 5", "DELETE FROM t WHERE id > 40")
+        pair.settle()
+        found = verify(pair.specs[0], pair.master.credentials)
+        assert (found.rows, found.differences) == (41 + 1, [])  # settle() has written a row
+    finally:
+        for (server, name), value in zip(places, before, strict=True):
+            server.execute(f"SET GLOBAL {name} = %s", value)
+    pair.assert_equal()
 
 
 def test_a_replica_of_a_staging_database_that_nobody_filled(chain: Chain) -> None:
