@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 from uuid import UUID
 
@@ -255,6 +256,7 @@ _COMPLETED_XA = 0x80
 _EXTRA_START_ALTER = 0x02
 _EXTRA_COMMIT_ALTER = 0x04
 _EXTRA_ROLLBACK_ALTER = 0x08
+_MYSQL_GTID = struct.Struct("<19xx16sQ")  # header, flags; server, number
 _MARIADB_GTID = struct.Struct("<5xI10xQIB")  # header with the server id; sequence, domain, flags
 
 
@@ -290,9 +292,16 @@ def mysql_group(event: Event) -> GroupStart:
     """Read MySQL's Gtid event, the plain one or the one with a tag."""
     if event.kind == GTID_TAGGED:
         return GroupStart(_tagged_gtid(Cursor(event.data, "Gtid_tagged")))
-    cursor = Cursor(event.data, "Gtid")
-    cursor.take(1)
-    return GroupStart(MySQLGtid(str(UUID(bytes=cursor.take(16))), cursor.integer(8)))
+    data = event.data
+    if len(data) < _MYSQL_GTID.size:
+        raise BadEvent("a Gtid event ends too early")
+    server, number = _MYSQL_GTID.unpack_from(data)
+    return GroupStart(MySQLGtid(_uuid(server), number))
+
+
+@lru_cache(maxsize=256)  # a log names few servers, one of them in every transaction
+def _uuid(octets: bytes) -> str:
+    return str(UUID(bytes=octets))
 
 
 def _tagged_gtid(cursor: Cursor) -> MySQLGtid:
@@ -314,7 +323,7 @@ def _tagged_gtid(cursor: Cursor) -> MySQLGtid:
             number = cursor.varint() >> 1  # zigzag: transaction numbers are positive
         else:
             tag = cursor.take(cursor.varint())
-    source = str(UUID(bytes=uuid))
+    source = _uuid(uuid)
     try:
         return MySQLGtid(f"{source}:{tag.decode('ascii')}" if tag else source, number)
     except UnicodeDecodeError:

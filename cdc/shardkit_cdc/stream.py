@@ -9,28 +9,21 @@ from __future__ import annotations
 import socket
 import struct
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, cast
-
-import pymysql
+from typing import cast
 
 from shardkit.credentials import CredentialSource
 from shardkit.errors import Interrupted
 from shardkit.gtid import Flavour, MySQLPosition, Position
 from shardkit.topology import Endpoint
-from shardkit_cdc.connection import connect, server_errors
+from shardkit_cdc.connection import RelayConnection, connect, server_errors
 from shardkit_cdc.events import Event, Format
 from shardkit_cdc.wire import PIECE_BYTES, EventReader
 
 _COM_BINLOG_DUMP = 0x12
 _COM_BINLOG_DUMP_GTID = 0x1E
 
-if TYPE_CHECKING:
-    _Connection = pymysql.Connection[Any]  # generic in the stubs only
-else:
-    _Connection = pymysql.Connection
 
-
-class _DumpConnection(_Connection):
+class _DumpConnection(RelayConnection):
     """A driver connection that is turned into a one-way stream of events."""
 
     def begin_dump(self, command: int, payload: bytes, timeout: float) -> socket.socket:
