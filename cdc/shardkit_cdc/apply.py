@@ -187,7 +187,7 @@ class Applier:
             transaction.first
             and transaction.last
             and selected.change is None
-            and transaction.outcome in {Outcome.COMMIT, Outcome.ROLLBACK}
+            and (transaction.outcome is Outcome.COMMIT or transaction.outcome is Outcome.ROLLBACK)
         )
 
     # --- small transactions, many at once
@@ -224,7 +224,7 @@ class Applier:
         try:
             if self._all_sql:
                 self.counts.bytes += self._sql.write(rows, at=where)
-            elif not self._may_detour or (all(fits.values()) and not any(map(self._is_large, rows))):
+            elif not self._may_detour or (all(fits.values()) and self._all_fit(rows, tables)):
                 self._write_raw(rows, where)
             else:
                 for raw, run in itertools.groupby(rows, lambda row: fits[row.table] and not self._is_large(row)):
@@ -251,6 +251,11 @@ class Applier:
         finally:
             if working:
                 self._answer(where)
+
+    def _all_fit(self, rows: Sequence[Rows], tables: Iterable[TableMap]) -> bool:
+        """Whether no row is near the limit; without a look at each one's table, since this is asked of every row."""
+        longest_map = max((len(table.data) for table in tables), default=0)
+        return longest_map + max((len(row.event.data) for row in rows), default=0) <= self._largest
 
     def _is_large(self, row: Rows) -> bool:
         return len(row.event.data) + len(row.table.data) > self._largest
