@@ -176,3 +176,5 @@ def test_a_row_that_does_not_fit_into_a_packet_is_named(
         table: Table = read_table(here, "big")
         with pytest.raises(RebalanceError, match="big with the primary key id=7 does not fit"):
             read_chunk(here, table, "TRUE", None, 10)
+        with pytest.raises(RebalanceError, match="a row of big does not fit"):
+            digest(here, table, "TRUE")
