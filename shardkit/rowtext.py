@@ -133,6 +133,8 @@ class Column:
             return f"CONCAT('{introducer}X''',HEX(CAST({name} AS BINARY)),'''')"
         if self.data_type in _NUMBERS:  # a DECIMAL is compared with a string as floating point
             return f"CAST({name} AS CHAR)"
+        if self.data_type == "set":  # it compares as a signed number, of which its 64th member is the sign
+            return f"CAST(CAST({name} AS SIGNED) AS CHAR)"
         return self.literal
 
     @property

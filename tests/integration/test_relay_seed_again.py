@@ -381,6 +381,10 @@ KEYS: tuple[tuple[str, Sequence[str]], ...] = (
     ("YEAR", ["0", *map(str, range(1990, 2030))]),
     ("ENUM('z', 'y', 'x', 'w', 'v', 'u', 'a')", ["0", *map(str, range(1, 8))]),
     ("SET('z', 'y', 'x', 'w', 'v', 'u')", list(map(str, range(64)))),
+    (
+        "SET('" + "', '".join(map(str, range(64))) + "')",
+        [f"'{number}{last}'" for last in ("", ",63") for number in range(0, 60, 6)],
+    ),
     ("BIT(6)", list(map(str, range(64)))),
     ("VARCHAR(20)", [f"'{'äÄbBcC'[number % 6]}{number // 2}'" for number in range(100)]),
     ("VARCHAR(20) CHARACTER SET latin1 COLLATE latin1_german1_ci", [f"'ü{number}'" for number in range(50)]),
