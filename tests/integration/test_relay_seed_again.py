@@ -273,6 +273,21 @@ def test_tables_that_were_changed_are_made_anew_and_the_others_kept(pair: Chain)
     pair.assert_equal()
 
 
+def test_what_hides_from_a_second_seed(pair: Chain) -> None:
+    pair.sql(
+        "CREATE TABLE t (id INT AUTO_INCREMENT PRIMARY KEY) COMMENT 'an AUTO_INCREMENT=1'",
+        "INSERT INTO t VALUES (1), (2)",
+        "CREATE FUNCTION t () RETURNS INT DETERMINISTIC RETURN 1",
+        "CREATE PROCEDURE t () SELECT 1",
+    )
+    fill(pair)
+    pair.sql("INSERT INTO t VALUES (3)")
+    assert fill(pair).kept == 2  # a function of a kept table's name is made anew
+    pair.sql("ALTER TABLE t COMMENT 'an AUTO_INCREMENT=2'")
+    assert fill(pair).remade == ("t",)
+    pair.assert_equal()
+
+
 def test_numbers_that_were_given_are_not_given_again(pair: Chain) -> None:
     bank(pair, 5000)
     pair.sql(*("INSERT INTO moves (account, amount) VALUES (1, 1)",) * 3)
