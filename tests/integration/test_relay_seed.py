@@ -200,6 +200,18 @@ def test_what_only_one_family_has(pair: Chain) -> None:
     pair.assert_equal()
 
 
+def test_rows_that_are_older_than_a_check(pair: Chain) -> None:
+    if pair.flavour is not Flavour.MARIADB:
+        pytest.skip("MySQL has no switch for it")
+    pair.sql(
+        "CREATE TABLE t (id INT PRIMARY KEY, n INT CHECK (n > 0))",
+        "SET check_constraint_checks = 0",
+        "INSERT INTO t VALUES (1, 0)",
+    )
+    fill(pair)
+    pair.assert_equal()
+
+
 def test_views_triggers_routines_and_foreign_keys(pair: Chain) -> None:
     pair.sql(
         "CREATE TABLE zparent (id INT PRIMARY KEY, n INT)",
