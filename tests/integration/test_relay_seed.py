@@ -390,6 +390,7 @@ def test_a_replica_of_a_staging_database_that_nobody_filled(chain: Chain) -> Non
     chain.sql("CREATE TABLE t (id INT PRIMARY KEY)")
     with pytest.raises(PreconditionFailed, match="no relay has filled it yet"):
         fill(chain, 1)
+    assert chain.last.execute("SHOW TABLES", database=chain.database) == []
 
 
 # --- the command line and the documented accounts

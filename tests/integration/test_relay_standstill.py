@@ -398,6 +398,7 @@ def test_on_the_command_line(chain: Chain, tmp_path: Path) -> None:
     assert "accounts: id=4712 is missing" in told
     assert "1 row of accounts changed on the source since" in told
     assert "repaired 2 rows" in told
+    assert "start the relay's daemon again" in told
     chain.stop()
     chain.start()
     chain.settle()

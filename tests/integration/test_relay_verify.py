@@ -288,3 +288,11 @@ def test_on_the_command_line(chain: Chain, tmp_path: Path) -> None:
     wait_for(lambda: shardkit(*words).returncode == 0, "equal again")
     chain.settle()
     chain.assert_equal()
+    chain.stop()
+    chain.sql("DELETE FROM shardkit_position WHERE hop LIKE 'hop:%'", server=chain.last)
+    done = shardkit(*words, "--json")
+    assert done.returncode == 4, done.stderr
+    assert "was not compared" in done.stderr
+    found = json.loads(done.stdout)
+    assert [each["hop"] for each in found["hops"]] == [chain.specs[0].name]
+    assert list(found["refused"]) == [chain.specs[1].name]
