@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import Enum, auto
 from functools import cached_property
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 #: A primary key as SQL literals.
 Key: TypeAlias = tuple[str, ...]
+
+#: Added to each row's checksum so that the sum tells how many there are: more than all the checksums together.
+_ONE = 10**30
 
 #: Bytes that a value of the type takes in a row; types of variable length are measured.
 _FIXED_WIDTH = {
@@ -129,6 +133,8 @@ class Column:
             return f"CONCAT('{introducer}X''',HEX(CAST({name} AS BINARY)),'''')"
         if self.data_type in _NUMBERS:  # a DECIMAL is compared with a string as floating point
             return f"CAST({name} AS CHAR)"
+        if self.data_type == "set":  # it compares as a signed number, of which its 64th member is the sign
+            return f"CAST(CAST({name} AS SIGNED) AS CHAR)"
         return self.literal
 
     @property
@@ -137,6 +143,22 @@ class Column:
         fixed = _FIXED_WIDTH.get(self.data_type)
         name = quoted(self.name)
         return f"IF({name} IS NULL,0,{fixed})" if fixed else f"IFNULL(OCTET_LENGTH({name}),0)"
+
+
+class Digest(NamedTuple):
+    """What rows come to in whatever order: how many, and the sum of 60 bits of each one's SHA-256."""
+
+    rows: int
+    total: int
+
+
+def digest_of(count: int, total: Decimal | None) -> Digest | None:
+    """From what `RowTexts.digest` gives; None where the server could not make the text of a row.
+
+    It is longer than max_allowed_packet then, and aggregates leave NULL out: two such rows would count as equal.
+    """
+    with_text, checksum = divmod(int(total or 0), _ONE)
+    return Digest(with_text, checksum) if with_text == count else None
 
 
 class RowTexts:
@@ -160,6 +182,16 @@ class RowTexts:
         """SQL for the text of a whole row: ``('1','a',NULL)``."""
         parts = ",',',".join(column.literal for column in self.stored)
         return f"CONCAT('(',{parts},')')"
+
+    @cached_property
+    def checksum(self) -> str:
+        """SQL for 60 bits of the SHA-256 of a row's text; NULL where the server cannot make it."""
+        return f"CAST(CONV(LEFT(SHA2({self.row_expression}, 256), 15), 16, 10) AS DECIMAL(20))"
+
+    @cached_property
+    def digest(self) -> str:
+        """SQL for two columns, of which `digest_of` makes a `Digest`."""
+        return f"COUNT(*), SUM({_ONE} + {self.checksum})"
 
     @cached_property
     def insert_head(self) -> str:

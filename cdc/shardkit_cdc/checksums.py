@@ -8,40 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from shardkit.errors import PreconditionFailed
-from shardkit.rowtext import Key, quoted
+from shardkit.rowtext import Digest, Key, digest_of, quoted
 from shardkit_cdc.database import Database
 from shardkit_cdc.tables import Table
 
 #: Rows of one range.
 CHUNK_ROWS = 2000
-#: Added to each row's checksum so that the sum tells how many there are: more than all the checksums together.
-_ONE = 10**30
 #: Parts into which a range that differs is divided.
 GROUPS = 64
 
 T = TypeVar("T")
 
 
-class Digest(NamedTuple):
-    """Number of rows, and the sum of 60 bits of each one's SHA-256: equal rows do not cancel each other out."""
-
-    rows: int
-    total: int
-
-
 def digest(database: Database, table: Table, where: str) -> Digest:
     """:raises PreconditionFailed: for a row whose text the server cannot make."""
-    count, total = database.rows(
-        f"SELECT COUNT(*), SUM({_ONE} + {_checksum(table)}) FROM {quoted(table.name)}"
-        f"{' FORCE INDEX (PRIMARY)' if table.primary else ''} WHERE {where}"
-    )[0]
-    with_text, checksum = divmod(int(total or 0), _ONE)
-    if with_text != count:
+    index = " FORCE INDEX (PRIMARY)" if table.primary else ""
+    found = digest_of(*database.rows(f"SELECT {table.digest} FROM {quoted(table.name)}{index} WHERE {where}")[0])
+    if found is None:
         raise too_long(database, table)
-    return Digest(int(count), checksum)
+    return found
 
 
 def on_both(
@@ -66,7 +54,7 @@ def group_digests(database: Database, table: Table, where: str) -> dict[int, int
     return {
         int(group): int(total or 0)
         for group, total in database.rows(
-            f"SELECT {_group(table)} AS part, SUM({_checksum(table)}) FROM {quoted(table.name)} FORCE INDEX (PRIMARY) "
+            f"SELECT {_group(table)} AS part, SUM({table.checksum}) FROM {quoted(table.name)} FORCE INDEX (PRIMARY) "
             f"WHERE {where} GROUP BY part"
         )
     }
@@ -79,10 +67,6 @@ def in_groups(table: Table, groups: Iterable[int]) -> str:
 
 def _group(table: Table) -> str:
     return f"CRC32(CONCAT({table.key_literals})) % {GROUPS}"
-
-
-def _checksum(table: Table) -> str:
-    return f"CAST(CONV(LEFT(SHA2({table.row_expression}, 256), 15), 16, 10) AS DECIMAL(20))"
 
 
 def compared_ranges(

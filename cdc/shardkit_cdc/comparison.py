@@ -100,12 +100,16 @@ class TooFast(Exception):
 
 
 class Pair:
-    """Connections to both ends of a hop."""
+    """Connections to both ends of a hop.
 
-    def __init__(self, spec: HopSpec, source: Database, target: Database, patience: float) -> None:
+    :param row: the hop's, as it is now.
+    """
+
+    def __init__(self, spec: HopSpec, source: Database, target: Database, row: HopRow, patience: float) -> None:
         self.spec = spec
         self.source = source
         self.target = target
+        self._filled_by = row.ddl_origin
         self._patience = patience
 
     def end(self) -> Position:
@@ -121,11 +125,13 @@ class Pair:
     def row(self) -> HopRow:
         """The hop's row on the target.
 
-        :raises PreconditionFailed: when it is gone.
+        :raises PreconditionFailed: when it is gone, or another one: a seed takes rows away before it brings them.
         """
         found = read_row(self.target.connection, self.spec.key)
         if found is None:
             raise PreconditionFailed(f"the position in {self.spec.target} is gone", hint="is it being seeded?")
+        if found.ddl_origin != self._filled_by:
+            raise PreconditionFailed(f"{self.spec.target} has been seeded meanwhile", hint="compare again")
         return found
 
     def reached(self) -> Position:
@@ -173,12 +179,13 @@ def open_pair(spec: HopSpec, credentials: CredentialSource, patience: float = PA
         for each in (source, target):
             each.run("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")  # locks the gaps of missing rows too
         source.run(f"SET SESSION innodb_lock_wait_timeout = {LOCKED_SECONDS:.0f}")
-        if not own_schema.exists(target.connection) or read_row(target.connection, spec.key) is None:
+        row = read_row(target.connection, spec.key) if own_schema.exists(target.connection) else None
+        if row is None:
             raise PreconditionFailed(
                 f"{spec.target} has no position: the relay has not filled it yet",
                 hint="shardkit relay run, or shardkit relay seed",
             )
-        yield Pair(spec, source, target, patience)
+        yield Pair(spec, source, target, row, patience)
 
 
 def compared_tables(database: Database) -> dict[str, Table]:

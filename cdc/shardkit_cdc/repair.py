@@ -10,8 +10,8 @@ source has them, others as the log has them before their first change (`standsti
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import pymysql
@@ -72,13 +72,7 @@ def repair_at(spec: HopSpec, credentials: CredentialSource, verdict: Verdict) ->
         wanted = _wanted(still, tables, touched, verdict.differences)
         conditions = {name: {each.condition for each in rows} for name, rows in wanted.items()}
         first = still.read_log(tables, conditions).rows
-        try:
-            _write_at(still, tables, wanted, first, credentials)
-        except pymysql.IntegrityError as error:
-            raise PreconditionFailed(
-                f"{spec.target} refused a row, nothing was changed: {text_of(error)} ({code_of(error)})",
-                hint="a row that could not be compared is in its way: seed the target anew (shardkit relay seed)",
-            ) from error
+        _write_at(still, tables, wanted, first, credentials)
         return sum(map(len, wanted.values()))
 
 
@@ -135,7 +129,7 @@ def _write_at(
     :param logged: INSERT statements of the rows that are written as the log has them.
     """
     spec, row = still.spec, still.row
-    with closing(Database(spec.target, credentials, hop=spec.name, binary=True)) as writer, writer.transaction():
+    with closing(Database(spec.target, credentials, hop=spec.name, binary=True)) as writer, _transaction(writer):
         ours = "SELECT COUNT(*) FROM shardkit_position WHERE hop = %s AND gtid = %s FOR UPDATE"
         if writer.value(ours, row.hop, row.gtid) != 1:
             raise _gone_on(spec)
@@ -217,7 +211,7 @@ def _write(pair: Pair, writer: Database, tables: dict[str, Table], keys: dict[st
     with pair.source.transaction():
         rows = {table.name: _locked(pair.source, table, where) for table, where in wanted}
         pair.catch_up(seconds=LOCKED_SECONDS)
-        with writer.transaction():
+        with _transaction(writer):
             # The first statement: the hop's own first one waits here, or we wait for its transaction to end.
             found = writer.value("SELECT gtid FROM shardkit_position WHERE hop = %s FOR UPDATE", pair.spec.key)
             if found is None:
@@ -235,6 +229,20 @@ def _write(pair: Pair, writer: Database, tables: dict[str, Table], keys: dict[st
                         hint="seed the target anew (shardkit relay seed)",
                     )
     return sum(map(len, keys.values()))
+
+
+@contextmanager
+def _transaction(writer: Database) -> Iterator[None]:
+    """:raises PreconditionFailed: for a row that meets another one in a unique index."""
+    try:
+        with writer.transaction():
+            yield
+    except pymysql.IntegrityError as error:
+        raise PreconditionFailed(
+            f"{writer.endpoint} refused a row, nothing was changed: {text_of(error)} ({code_of(error)})",
+            hint="another row is in its way: compare again, and where that does not find it seed the target anew "
+            "(shardkit relay seed)",
+        ) from error
 
 
 def _locked(source: Database, table: Table, where: str) -> list[bytes]:

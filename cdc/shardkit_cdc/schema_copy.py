@@ -18,9 +18,8 @@ from shardkit_cdc.database import Database
 #: Made in this order; the triggers after the rows, so that they do not fire for them.
 BEFORE_ROWS = ("SEQUENCE", "TABLE")
 AFTER_ROWS = ("FUNCTION", "PROCEDURE", "PACKAGE", "PACKAGE BODY", "VIEW", "TRIGGER")
-_COUNTER = re.compile(r" AUTO_INCREMENT=\d+")
 #: Among a table's options, in front of all texts.
-_NEXT_NUMBER = re.compile(r"^\)[^'\n]* AUTO_INCREMENT=(\d+)", re.MULTILINE)
+_COUNTER = re.compile(r"^(\)[^'\n]*) AUTO_INCREMENT=(\d+)", re.MULTILINE)
 #: A view's table or function is not there yet: it may be made after the next ones.
 _NOT_YET = frozenset({1146, 1305, 1356})
 
@@ -41,7 +40,7 @@ class Definition:
     @property
     def identity(self) -> tuple[object, ...]:
         """What two readings of the same definition have in common, whatever rows came between."""
-        return self.kind, self.name, _COUNTER.sub("", self.statement), self.settings
+        return self.kind, self.name, _COUNTER.sub(r"\1", self.statement), self.settings
 
 
 def read_definitions(database: Database) -> tuple[Definition, ...]:
@@ -200,7 +199,7 @@ def drop_all(target: Database, *, but: Container[str] = frozenset()) -> None:
         "UNION ALL SELECT routine_type, routine_name, routine_name FROM information_schema.routines "
         "WHERE routine_schema = DATABASE()"
     ):
-        if table.startswith(own_tables.PREFIX) or (kind != "TRIGGER" and name in but):
+        if table.startswith(own_tables.PREFIX) or (kind == "BASE TABLE" and name in but):
             continue
         kind = {"BASE TABLE": "TABLE", "SYSTEM VERSIONED": "TABLE"}.get(kind, kind)
         target.run(f"DROP {kind} IF EXISTS {quoted(name)}")
@@ -216,5 +215,5 @@ def raise_counters(target: Database, definitions: Iterable[Definition], names: C
 
 
 def _counter(table: Definition) -> int:
-    found = _NEXT_NUMBER.search(table.statement)
-    return int(found[1]) if found else 1
+    found = _COUNTER.search(table.statement)
+    return int(found[2]) if found else 1

@@ -218,8 +218,10 @@ class _Seed:
             with closing(connection), server_errors(endpoint, spec.name, doing="asking it for its settings"):
                 facts.append(preflight.ask(connection, endpoint))
         preflight.refuse_faults(facts[0], facts[1])
-        with closing(self._database(self._spec.source)) as source:
+        with closing(self._database(spec.source)) as source:
             self._refuse_engines(source)
+            if not spec.reads_master:
+                self._masters(source)
         return facts[0]
 
     def _refuse_engines(self, source: Database) -> None:
@@ -307,6 +309,10 @@ class _Seed:
         """The master's position that the snapshot has, and whose log it is a position of."""
         if self._spec.reads_master:
             return str(position), facts.identity
+        return self._masters(source)
+
+    def _masters(self, source: Database) -> tuple[str, str]:
+        """The same of a staging database."""
         key = own_tables.HISTORY_PREFIX + self._spec.shard
         row = read_row(source.connection, key) if own_schema.exists(source.connection) else None
         if row is None:

@@ -11,6 +11,7 @@ The source is read in one snapshot, and the log to its end behind that: so nothi
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from shardkit import own_tables
 from shardkit.credentials import CredentialSource
 from shardkit.errors import PreconditionFailed
 from shardkit.gtid import Position, parse_position
-from shardkit.rowtext import Key, quoted, show_key
+from shardkit.rowtext import Key, plain_literal, quoted, show_key
 from shardkit_cdc import preflight
 from shardkit_cdc.checksums import compared_ranges, digest, row_checksums
 from shardkit_cdc.comparison import (
@@ -161,7 +162,7 @@ class Standstill:
             key = there.get(condition)
             if key is None and before is Before.THERE:
                 known = now.get(condition, ())
-                shown = show_key(table, known) if known else condition.decode().replace("`", "")
+                shown = show_key(table, known) if known else _shown(condition)
                 told[condition] = Difference(table.name, Kind.MISSING, shown, known)
             # Of several ways to write a key the first is the one that the row had at the position.
             if key is not None and key not in seen:
@@ -248,6 +249,12 @@ def _found(side: Database, table: Table, conditions: Sequence[bytes]) -> dict[by
         for question in _questions(table, conditions)
         for number, *key in side.rows(question)
     }
+
+
+def _shown(condition: bytes) -> str:
+    """A condition as `show_key` shows the key of the row that it finds."""
+    text = condition.decode().replace("`", "").replace(" AND ", ", ")
+    return re.sub(r"(_\w+ )?X'[0-9a-f]*'", lambda literal: plain_literal(literal[0]), text)
 
 
 def _questions(table: Table, conditions: Sequence[bytes]) -> Iterator[str]:

@@ -105,6 +105,7 @@ class _Comparison:
         for table in self._tables():
             self._table(table)
             self._verdict.tables += 1
+        self._pair.row()  # whether the target was what it was to the end
         self._verdict.seconds = time.monotonic() - began
         return self._verdict
 

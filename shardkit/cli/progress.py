@@ -166,7 +166,7 @@ class Task:
 
 
 class Progress:
-    """Tasks in progress, as a context manager.
+    """Tasks in progress, as a context manager. Nothing is drawn before the first one: until then a command may ask.
 
     :param console: where to draw; bars where it is a terminal, else plain lines.
     :param clock: seconds, for tests.
@@ -188,7 +188,6 @@ class Progress:
                 _Figures(self),
                 console=self._console,
             )
-            self._drawing.start()
         return self
 
     def __exit__(
@@ -204,6 +203,7 @@ class Progress:
         """
         task = Task(self, label, total, unit)
         if self._drawing is not None:
+            self._drawing.start()
             bar = self._drawing.add_task(label, total=total, figures=task)
             with self._lock:
                 self._bars[task] = bar

@@ -11,6 +11,7 @@ from shardkit.cli.output import Column, Output, count
 from shardkit.cli.progress import Progress, Task
 
 if TYPE_CHECKING:
+    from shardkit.errors import ShardkitError
     from shardkit.shardmap import ShardMap
     from shardkit_cdc.comparison import Verdict
     from shardkit_cdc.relay import HopSpec
@@ -176,30 +177,27 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
     """Compare every staging database and replica with the server that its relay reads, while both work.
 
     Names the rows that are missing, extra or different. A hop that stands still is compared as of where it stands. Exit
-    code 3 when there are any differences, and they were not repaired; 1 when rows could not be compared.
+    code 3 when there are any differences, and they were not repaired; 1 when rows could not be compared, 4 when a hop
+    could not be.
     """
     from shardkit.credentials import from_environment
+    from shardkit.errors import ShardkitError
     from shardkit_cdc.daemon import hops_of
     from shardkit_cdc.repair import repair as mend
     from shardkit_cdc.repair import repair_at as mend_at
-    from shardkit_cdc.verify import verify as compare
 
     with map_store(map_source) as store:
         current = store.load()
     specs = [spec for shard in chosen_shards(current, shards) for spec in hops_of(shard)]
     verdicts: list[Verdict] = []
+    refused: dict[str, ShardkitError] = {}
     repaired = 0
     for spec in specs:
-        with out.progress() as progress:
-            task = progress.task(f"compare {spec.name}")
-            done: dict[str, int] = {}
-
-            def report(table: str, rows: int, task: Task = task, done: dict[str, int] = done) -> None:
-                done[table] = rows
-                task.at(sum(done.values()))
-
-            verdict = compare(spec, from_environment(), report=report)
-            task.finish()
+        try:
+            verdict = _compare(out, spec)
+        except ShardkitError as error:
+            refused[spec.name] = error  # the others are compared all the same
+            continue
         verdicts.append(verdict)
         if repair and verdict.differences:
             out.confirm(
@@ -213,8 +211,11 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
                 if verdict.stopped
                 else mend(spec, from_environment(), verdict.differences)
             )
+    if len(refused) == len(specs) == 1:
+        raise refused.popitem()[1]
     differing = sum(len(verdict.differences) for verdict in verdicts)
-    out.result({"hops": verdicts, "differences": differing, "repaired": repaired})
+    faults = {name: error.message for name, error in refused.items()}
+    out.result({"hops": verdicts, "refused": faults, "differences": differing, "repaired": repaired})
     out.table(
         ["hop", *(Column(name, right=True) for name in ("tables", "rows", "seconds", "differences"))],
         [
@@ -224,19 +225,42 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
     )
     for each in verdicts:
         if each.stopped is not None:
-            why = f" ({each.stopped.error})" if each.stopped.error else ""
+            because = f" ({each.stopped.error})" if each.stopped.error else ""
             where = each.stopped.position or "the beginning"
-            out.warning(f"{each.hop} stands still at {where}, and was compared as of there{why}")
+            out.warning(f"{each.hop} stands still at {where}, and was compared as of there{because}")
         for difference in each.differences:
             out.line(f"{each.hop}: {difference}", style="red")
         for what in each.undecided:
             out.warning(
                 f"{each.hop}: {what}" if each.stopped else f"{each.hop}: {what} changed too fast to be compared"
             )
+    for name, reason in refused.items():
+        out.warning(f"{name} was not compared: {reason}")
     if not specs:
         out.note("no shard has a staging database or replicas that the relay fills")
     if repaired:
         out.done(f"repaired {count(repaired)} rows")
+        if any(each.stopped and each.stopped.error and each.differences for each in verdicts):
+            out.note("start the relay's daemon again: a hop that has failed stays so until then")
     if differing > repaired:
         return 3
+    if refused:
+        return max(error.exit_code for error in refused.values())
     return 1 if any(each.undecided for each in verdicts) else 0
+
+
+def _compare(out: Output, spec: HopSpec) -> Verdict:
+    from shardkit.credentials import from_environment
+    from shardkit_cdc.verify import verify as compare
+
+    with out.progress() as progress:
+        task = progress.task(f"compare {spec.name}")
+        done: dict[str, int] = {}
+
+        def report(table: str, rows: int) -> None:
+            done[table] = rows
+            task.at(sum(done.values()))
+
+        verdict = compare(spec, from_environment(), report=report)
+        task.finish()
+    return verdict

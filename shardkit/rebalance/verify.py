@@ -15,33 +15,26 @@ from shardkit.rebalance.copy import Key, show_key
 from shardkit.rebalance.servers import Server
 from shardkit.rebalance.tables import Table, quoted
 from shardkit.rebalance.throttle import ChunkSize
+from shardkit.rowtext import Digest, digest_of
 
 #: Differing rows that an error names.
 NAMED = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Digest:
-    """What a range of rows comes to, whatever their order.
-
-    :param checksum: exclusive or of 64 bits of each row's SHA-256.
-    """
-
-    rows: int
-    checksum: int
-
-
 def digest(server: Server, table: Table, where: str, *, by_key: bool = True) -> Digest:
-    """Count and checksum of the rows that fulfil ``where``.
+    """What the rows that fulfil ``where`` come to.
 
     :param by_key: walk along the primary key.
+    :raises RebalanceError: for a row whose literal is longer than the server's max_allowed_packet.
     """
     index = " FORCE INDEX (PRIMARY)" if by_key else ""
-    rows, checksum = server.row(
-        f"SELECT COUNT(*), BIT_XOR(CAST(CONV(LEFT(SHA2({table.row_expression}, 256), 16), 16, 10) AS UNSIGNED))"
-        f" FROM {quoted(table.name)}{index} WHERE {where}"
-    )
-    return Digest(int(rows), int(checksum))
+    found = digest_of(*server.row(f"SELECT {table.digest} FROM {quoted(table.name)}{index} WHERE {where}"))
+    if found is None:
+        raise RebalanceError(
+            f"{server}: a row of {table.name} does not fit into max_allowed_packet as an SQL literal",
+            hint="raise max_allowed_packet on both servers to three times the largest row, then run this again",
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,18 @@ def test_chunks_follow_every_kind_of_primary_key(
     assert stored(database_server, target, "k") == stored(database_server, source, "k")
 
 
+def test_a_row_that_is_older_than_a_check_is_copied(
+    database_server: LocalDatabaseServer, two_databases: tuple[str, str]
+) -> None:
+    if database_server.flavour == "mysql":
+        pytest.skip("MySQL has no switch for it")
+    both(database_server, two_databases, "CREATE TABLE t (id INT PRIMARY KEY, n INT CHECK (n > 0))")
+    source, target = two_databases
+    both(database_server, (source,), "SET check_constraint_checks = 0", "INSERT INTO t VALUES (1, 0)")
+    copy_table(database_server, source, target, "t")
+    assert stored(database_server, target, "t") == stored(database_server, source, "t")
+
+
 def test_a_row_that_does_not_fit_into_a_packet_is_named(
     database_server: LocalDatabaseServer, two_databases: tuple[str, str]
 ) -> None:
@@ -176,3 +188,5 @@ def test_a_row_that_does_not_fit_into_a_packet_is_named(
         table: Table = read_table(here, "big")
         with pytest.raises(RebalanceError, match="big with the primary key id=7 does not fit"):
             read_chunk(here, table, "TRUE", None, 10)
+        with pytest.raises(RebalanceError, match="a row of big does not fit"):
+            digest(here, table, "TRUE")

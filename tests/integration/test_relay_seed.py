@@ -201,6 +201,18 @@ def test_what_only_one_family_has(pair: Chain) -> None:
     pair.assert_equal()
 
 
+def test_rows_that_are_older_than_a_check(pair: Chain) -> None:
+    if pair.flavour is not Flavour.MARIADB:
+        pytest.skip("MySQL has no switch for it")
+    pair.sql(
+        "CREATE TABLE t (id INT PRIMARY KEY, n INT CHECK (n > 0))",
+        "SET check_constraint_checks = 0",
+        "INSERT INTO t VALUES (1, 0)",
+    )
+    fill(pair)
+    pair.assert_equal()
+
+
 def test_views_triggers_routines_and_foreign_keys(pair: Chain) -> None:
     pair.sql(
         "CREATE TABLE zparent (id INT PRIMARY KEY, n INT)",
@@ -401,6 +413,7 @@ def test_a_replica_of_a_staging_database_that_nobody_filled(chain: Chain) -> Non
     chain.sql("CREATE TABLE t (id INT PRIMARY KEY)")
     with pytest.raises(PreconditionFailed, match="no relay has filled it yet"):
         fill(chain, 1)
+    assert chain.last.execute("SHOW TABLES", database=chain.database) == []
 
 
 # --- the command line and the documented accounts

@@ -273,6 +273,21 @@ def test_tables_that_were_changed_are_made_anew_and_the_others_kept(pair: Chain)
     pair.assert_equal()
 
 
+def test_what_hides_from_a_second_seed(pair: Chain) -> None:
+    pair.sql(
+        "CREATE TABLE t (id INT AUTO_INCREMENT PRIMARY KEY) COMMENT 'an AUTO_INCREMENT=1'",
+        "INSERT INTO t VALUES (1), (2)",
+        "CREATE FUNCTION t () RETURNS INT DETERMINISTIC RETURN 1",
+        "CREATE PROCEDURE t () SELECT 1",
+    )
+    fill(pair)
+    pair.sql("INSERT INTO t VALUES (3)")
+    assert fill(pair).kept == 2  # a function of a kept table's name is made anew
+    pair.sql("ALTER TABLE t COMMENT 'an AUTO_INCREMENT=2'")
+    assert fill(pair).remade == ("t",)
+    pair.assert_equal()
+
+
 def test_numbers_that_were_given_are_not_given_again(pair: Chain) -> None:
     bank(pair, 5000)
     pair.sql(*("INSERT INTO moves (account, amount) VALUES (1, 1)",) * 3)
@@ -381,6 +396,10 @@ KEYS: tuple[tuple[str, Sequence[str]], ...] = (
     ("YEAR", ["0", *map(str, range(1990, 2030))]),
     ("ENUM('z', 'y', 'x', 'w', 'v', 'u', 'a')", ["0", *map(str, range(1, 8))]),
     ("SET('z', 'y', 'x', 'w', 'v', 'u')", list(map(str, range(64)))),
+    (
+        "SET('" + "', '".join(map(str, range(64))) + "')",
+        [f"'{number}{last}'" for last in ("", ",63") for number in range(0, 60, 6)],
+    ),
     ("BIT(6)", list(map(str, range(64)))),
     ("VARCHAR(20)", [f"'{'äÄbBcC'[number % 6]}{number // 2}'" for number in range(100)]),
     ("VARCHAR(20) CHARACTER SET latin1 COLLATE latin1_german1_ci", [f"'ü{number}'" for number in range(50)]),

@@ -134,10 +134,7 @@ def test_what_has_changed_since_it_was_compared_is_not_repaired(pair: Chain) -> 
     verdict = compare(pair)
     assert found(verdict) == [("accounts", "missing", "id=12"), ("names", "missing", "name='b'")]
     pair.sql("DELETE FROM names WHERE name = 'b'", "DELETE FROM accounts WHERE id = 12")
-    with pytest.raises(PreconditionFailed, match="gone from the source meanwhile"):
-        mend(pair, verdict)
-    assert pair.last.execute("SELECT id FROM accounts WHERE id = 12", database=pair.database) == []
-    verdict = compare(pair)
+    assert found(compare(pair)) == found(verdict)  # the log behind the position tells what they were
     assert mend(pair, verdict) == 2
     go_on(pair)
     pair.settle()
@@ -401,6 +398,7 @@ def test_on_the_command_line(chain: Chain, tmp_path: Path) -> None:
     assert "accounts: id=4712 is missing" in told
     assert "1 row of accounts changed on the source since" in told
     assert "repaired 2 rows" in told
+    assert "start the relay's daemon again" in told
     chain.stop()
     chain.start()
     chain.settle()

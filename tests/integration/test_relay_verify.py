@@ -225,6 +225,27 @@ def test_a_row_that_is_too_long_to_be_compared_is_no_equal_one(pair: Chain) -> N
     assert "raise max_allowed_packet" in str(caught.value.hint)
 
 
+def test_a_target_that_is_seeded_meanwhile(pair: Chain) -> None:
+    """While it is, it lacks rows: what is found is worth nothing."""
+    bank(pair, 5000)
+    fill(pair)
+    with pytest.raises(PreconditionFailed, match="seeded meanwhile"):
+        compare(pair, report=lambda *_: fill(pair, anew=True))
+
+
+def test_a_row_in_the_way_of_a_repair(pair: Chain) -> None:
+    pair.run(pair.hop(0))
+    pair.sql("CREATE TABLE t (id INT PRIMARY KEY, mail VARCHAR(9) UNIQUE)", "INSERT INTO t VALUES (1, 'a'), (2, 'b')")
+    pair.settle()
+    unlogged(pair, "UPDATE t SET mail = 'x' WHERE id = 1")
+    differences = compare(pair).differences
+    unlogged(pair, "UPDATE t SET mail = 'a' WHERE id = 2")
+    with pytest.raises(PreconditionFailed, match="Duplicate") as caught:
+        repair(pair.specs[0], pair.master.credentials, differences)
+    assert "compare again" in str(caught.value.hint)
+    assert pair.last.execute("SELECT * FROM t ORDER BY id", database=pair.database) == [(1, "x"), (2, "a")]
+
+
 def test_a_table_with_triggers_is_not_repaired(pair: Chain) -> None:
     pair.run(pair.hop(0))
     pair.sql(
@@ -267,3 +288,11 @@ def test_on_the_command_line(chain: Chain, tmp_path: Path) -> None:
     wait_for(lambda: shardkit(*words).returncode == 0, "equal again")
     chain.settle()
     chain.assert_equal()
+    chain.stop()
+    chain.sql("DELETE FROM shardkit_position WHERE hop LIKE 'hop:%'", server=chain.last)
+    done = shardkit(*words, "--json")
+    assert done.returncode == 4, done.stderr
+    assert "was not compared" in done.stderr
+    found = json.loads(done.stdout)
+    assert [each["hop"] for each in found["hops"]] == [chain.specs[0].name]
+    assert list(found["refused"]) == [chain.specs[1].name]

@@ -472,6 +472,7 @@ def test_what_is_done_stays_as_long_as_it_took() -> None:
 def test_bars_on_a_terminal() -> None:
     written = io.StringIO()
     with Progress(Console(file=written, force_terminal=True, width=120)) as progress:
+        assert written.getvalue() == ""  # a question that is asked before stays on its line
         rows = progress.task("copy flights", total=1000)
         steps = progress.task("wait", unit="steps")
         rows.at(1000)
