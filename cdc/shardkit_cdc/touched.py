@@ -10,7 +10,7 @@ from shardkit.gtid import Flavour, Gtid, Position
 from shardkit.rowtext import quoted
 from shardkit_cdc.events import UPDATE_ROWS, WRITE_ROWS, Event
 from shardkit_cdc.retention import SEED_HINT
-from shardkit_cdc.row_image import Image, RowDecoder
+from shardkit_cdc.row_image import ABSENT, Image, RowDecoder
 from shardkit_cdc.schema import SchemaCheck, without_hashes
 from shardkit_cdc.selection import Selector
 from shardkit_cdc.sql_table import NotCarried, SqlTable, sql_column
@@ -136,8 +136,9 @@ def _changes(decoder: RowDecoder, table: SqlTable, event: Event) -> Iterator[tup
         if event.kind in UPDATE_ROWS:
             for before, after in zip(images[::2], images[1::2], strict=True):
                 yield table.where(before), Before.THERE, before
-                # To the server it may be the same key, written in another way.
-                yield table.where(after), Before.UNKNOWN, after
+                # To the server it may be the same key, written in another way. What is not logged has not changed.
+                merged = tuple(old if new is ABSENT else new for old, new in zip(before, after, strict=True))
+                yield table.where(merged), Before.UNKNOWN, merged
         else:
             told = Before.ABSENT if event.kind in WRITE_ROWS else Before.THERE
             for image in images:

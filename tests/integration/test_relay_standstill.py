@@ -269,6 +269,26 @@ def test_keys_that_are_written_in_another_way(pair: Chain) -> None:
     ]
 
 
+def test_images_without_what_has_not_changed(pair: Chain) -> None:
+    followed(pair)
+    unlogged(pair, "DELETE FROM accounts WHERE id IN (12, 13)", "UPDATE accounts SET note = 'drift' WHERE id = 14")
+    pair.sql("UPDATE accounts SET balance = 77 WHERE id = 12")
+    stopped(pair)
+    pair.sql(
+        "SET binlog_row_image = MINIMAL",
+        "UPDATE accounts SET balance = 78 WHERE id IN (13, 15)",
+        "DELETE FROM accounts WHERE id = 18",
+    )
+    verdict = compare(pair)
+    assert found(verdict) == [
+        ("accounts", "different", "id=14"),
+        ("accounts", "missing", "id=12"),
+        ("accounts", "missing", "id=13"),
+    ]
+    with pytest.raises(PreconditionFailed, match="the log does not hold column"):
+        mend(pair, verdict)
+
+
 def test_tables_whose_changes_cannot_be_told_row_by_row(pair: Chain) -> None:
     pair.run(pair.hop(0))
     pair.sql(
