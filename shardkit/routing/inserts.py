@@ -110,9 +110,7 @@ class Inserts:
         tables: Sequence[TableClause],
     ) -> None:
         """What the INSERT selects has to stand on the shard that it writes."""
-        base = _single_row(statement)
-        rows = _multi_rows(statement, tables[0]) or [{**base, **row} for row in sets or ({},)]
-        made_up = [value for table in tables for value in _defaults_by_sql(table, rows, mapper_of(statement))]
+        made_up = _defaults_by_sql(statement, tables, sets)
         whole = [statement.select] if statement._select_names else []  # noqa: SLF001 - no public reader
         self.check_values([*_expressions_in(statement), *made_up], info, shard, whole, sets[0] if sets else None)
 
@@ -462,14 +460,26 @@ def _subqueries_of(values: Iterable[ClauseElement]) -> Iterator[Any]:
         yield select
 
 
-def _defaults_by_sql(table: Any, rows: Sequence[Mapping[Any, Any]], mapper: Any) -> Iterator[ClauseElement]:
+def _defaults_by_sql(
+    statement: sa.Insert, tables: Sequence[TableClause], sets: Sequence[Mapping[str, Any]]
+) -> list[ClauseElement]:
     """The defaults of the model that read rows, of columns that some row does not give."""
-    for column in table.c:
-        default = getattr(column, "default", None)
-        if default is not None and default.is_clause_element and may_select(default.arg):
-            names = {column.name, column.key, attribute_of(mapper, column)}
-            if any(names.isdisjoint({name_of(given) for given in row}) for row in rows):
-                yield default.arg
+    defaults = [(column, getattr(column, "default", None)) for table in tables for column in table.c]
+    reading = [
+        (column, default.arg)
+        for column, default in defaults
+        if default is not None and default.is_clause_element and may_select(default.arg)
+    ]
+    if not reading:  # the rows may be many
+        return []
+    mapper, base = mapper_of(statement), _single_row(statement)
+    rows = _multi_rows(statement, tables[0]) or [{**base, **row} for row in sets or ({},)]
+    given = [{name_of(each) for each in row} for row in rows]
+    return [
+        value
+        for column, value in reading
+        if not all(names & {column.name, column.key, attribute_of(mapper, column)} for names in given)
+    ]
 
 
 def _expressions_in(statement: sa.Insert) -> Iterator[ClauseElement]:

@@ -13,6 +13,8 @@ from sqlalchemy.orm.exc import UnmappedColumnError
 from shardkit.directory import KeyNotLookedUp
 from shardkit.errors import KeyChange, MissingKey, RoutingError, UnknownTable
 from shardkit.partition import WHOLE
+from shardkit.routing.expressions import contents_of, may_select
+from shardkit.routing.functions import OF_THE_STATEMENT_BEFORE
 from shardkit.shardmap import Keyspace, TableInfo
 from shardkit.snapshots import View
 
@@ -59,7 +61,7 @@ class Home:
         ``ids: generated``.
     :param plain_number: where in the primary key the shard key stands, if it is one plain integer column, whose value
         needs no interpreting.
-    :param by_sql: whether a column's default or ``onupdate`` is an SQL expression.
+    :param by_sql: whether a column's default or ``onupdate`` is an SQL expression to look at for each row.
     :param tokened: whether objects carry their shard in their identity: each row stands on one shard of several.
     """
 
@@ -271,7 +273,9 @@ def _find(view: View, mapper: Mapper[Any]) -> Home:
         generated=_generated(mapper, table, info),
         tokened=info.kind != "reference" and view.map.sole_host is None,
         plain_number=_plain_number(table, info, key),
-        by_sql=any(_is_sql(made) for each in tables for column in each.c for made in (column.default, column.onupdate)),
+        by_sql=any(
+            _matters(made) for each in tables for column in each.c for made in (column.default, column.onupdate)
+        ),
     )
 
 
@@ -296,8 +300,11 @@ def _check_same_key(mapper: Mapper[Any], key: Sequence[KeyAttribute], table: Tab
         )
 
 
-def _is_sql(default: Any) -> bool:
-    return default is not None and bool(default.is_clause_element)
+def _matters(default: Any) -> bool:
+    """Whether it may read rows of other shards, or tells of the statement before: ``func.now()`` does neither."""
+    if default is None or not default.is_clause_element:
+        return False
+    return may_select(default.arg) or not OF_THE_STATEMENT_BEFORE.isdisjoint(contents_of([default.arg]).functions)
 
 
 def _plain_number(table: Table, info: TableInfo, key: Sequence[KeyAttribute]) -> int | None:

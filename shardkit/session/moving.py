@@ -10,7 +10,10 @@ read under lock, deleted, and inserted with the new key where that lives, in the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from graphlib import CycleError, TopologicalSorter
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -31,12 +34,15 @@ class _Rows:
     """Rows of one table that move together.
 
     :param rows: the rows as they were, by column name.
+    :param new: the rows as they become.
+    :param owners: the table of the rows that they were found by, and the pairs of columns (its, theirs) that tie them.
     """
 
     mapper: Mapper[Any]
     home: Home
     rows: list[dict[str, Any]]
     new: list[dict[str, Any]] = field(default_factory=list)
+    owners: tuple[Any, list[tuple[str, str]]] | None = None
 
     @property
     def table(self) -> Any:
@@ -68,14 +74,15 @@ def move(session: ClusterSession, instance: object, key: Any) -> None:
     target = source if wanted is None else wanted.shard
     everything = list(_gather(session, state, home, source, new_key))
     _check_nobody_is_left(session, everything, source)
+    batches = _in_order(everything)
     session.admit_writes(dict.fromkeys((source, target)))
     try:
-        for each in reversed(everything):  # before the new rows, which on the same shard may have the same primary keys
+        for each in reversed(batches):  # before the new rows, which on the same shard may have the same primary keys
             session.execute(
                 sa.delete(each.table).where(_these(each.primary_key, map(each.identity, each.rows))),
                 execution_options={"shardkit_shard": source, "synchronize_session": False},
             )
-        for each in everything:
+        for each in batches:
             options = {"shardkit_shard": target}
             session.execute(_insert_of(each), each.new, execution_options=options)
     except BaseException:
@@ -180,7 +187,54 @@ def _children(
     pairs = [(local.name, remote) for local, remote in relationship.local_remote_pairs]
     ours = sa.or_(*(sa.and_(*(remote == row[local] for local, remote in pairs)) for row in parents.rows))
     same_key = sa.and_(*(own.table.c[part.column] == value for part, value in zip(own.key, old, strict=True)))
-    return _Rows(relationship.mapper, own, _read(session, own, sa.and_(ours, same_key), source, relationship.mapper))
+    rows = _read(session, own, sa.and_(ours, same_key), source, relationship.mapper)
+    owners = (parents.table, [(local, remote.name) for local, remote in pairs])
+    return _Rows(relationship.mapper, own, rows, owners=owners)
+
+
+def _in_order(everything: Sequence[_Rows]) -> Sequence[_Rows]:
+    """The rows in batches, those that others point at first: servers check foreign keys row by row."""
+    links = [_links(each) for each in everything]
+    pointed_at: dict[Any, dict[tuple[Any, ...], list[tuple[int, int]]]] = {
+        (table, there): {} for found in links for table, there, _ in found
+    }
+    for (table, names), found in pointed_at.items():
+        for place, each in enumerate(everything):
+            if each.table is table:
+                for number, row in enumerate(each.rows):
+                    found.setdefault(tuple(row[name] for name in names), []).append((place, number))
+    sorter: TopologicalSorter[tuple[int, int]] = TopologicalSorter()
+    for place, each in enumerate(everything):
+        for number, row in enumerate(each.rows):
+            first = [
+                node
+                for table, there, here in links[place]
+                for node in pointed_at[table, there].get(tuple(row[name] for name in here), ())
+            ]
+            sorter.add((place, number), *(node for node in first if node != (place, number)))
+    try:
+        sorter.prepare()
+    except CycleError:  # the server decides
+        return everything
+    batches = []
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready())
+        for place, nodes in groupby(ready, itemgetter(0)):
+            each, numbers = everything[place], [number for _, number in nodes]
+            rows, new = ([all_[number] for number in numbers] for all_ in (each.rows, each.new))
+            batches.append(replace(each, rows=rows, new=new))
+        sorter.done(*ready)
+    return batches
+
+
+def _links(each: _Rows) -> list[tuple[Any, tuple[str, ...], tuple[str, ...]]]:
+    """What rows point at: the table, its columns and theirs, of foreign keys and of what they were found by."""
+    found = [
+        (one.referred_table, [(element.column.name, element.parent.name) for element in one.elements])
+        for one in each.table.foreign_key_constraints
+    ]
+    found += [each.owners] if each.owners else []
+    return [(table, tuple(there for there, _ in pairs), tuple(here for _, here in pairs)) for table, pairs in found]
 
 
 def _tied_by_key(relationship: Any, parent: Home, child: Home) -> bool:

@@ -222,7 +222,11 @@ class RoutedSession(IdentitySession):
         strategy = of_insert.get("dml_strategy")
         nulls = bool(of_insert.get("render_nulls")) or strategy == "raw"
         if strategy in {"raw", "orm"} or mapper_of(insert) is None:  # without the ORM's care for each row
-            params = named_as_the_first(insert, params)
+            try:
+                params = named_as_the_first(insert, params)
+            except RoutingError:
+                if view.map.sole_host is None:
+                    raise  # one database says what it misses
         complete, params = filled(insert, params, view, self.cluster.next_id, nulls=nulls)
         if insert is statement:
             return complete, params

@@ -13,8 +13,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 
 import shardkit
 from shardkit.errors import KeyChange, RoutingError, SecondShardWritten
+from shardkit.shardmap import ShardMap
 from tests.integration.conftest import Shop
-from tests.integration.shop import SHARDS, Base, Country, Note, Order, User, Visit
+from tests.integration.shop import SHARDS, Base, Country, Note, Order, User, Visit, shop_document
 
 
 @pytest.fixture
@@ -226,3 +227,58 @@ def test_generated_ids_stay(shop: Shop) -> None:
         session.commit()
         assert note.id == number
     assert shop.where("notes")["shop-1"] == [number]
+
+
+class Forum(DeclarativeBase):
+    """A tree of rows that point at each other, which a board leads to by more than one way."""
+
+    type_annotation_map = Base.type_annotation_map
+
+
+class Board(Forum):
+    __tablename__ = "boards"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    answers: Mapped[list[Answer]] = relationship()
+    topics: Mapped[list[Topic]] = relationship()
+
+
+class Topic(Forum):
+    __tablename__ = "topics"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    board_id: Mapped[int] = mapped_column(sa.ForeignKey("boards.id"))
+
+
+class Answer(Forum):
+    __tablename__ = "answers"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    board_id: Mapped[int] = mapped_column(sa.ForeignKey("boards.id"))
+    topic_id: Mapped[int] = mapped_column(sa.ForeignKey("topics.id"))
+    to_id: Mapped[int | None] = mapped_column(sa.ForeignKey("answers.id"))
+
+
+def test_rows_that_others_point_at_leave_last_and_come_first(server_shop: Shop) -> None:
+    document = shop_document({shard: {"master": master.url} for shard, master in server_shop.masters.items()})
+    document["keyspaces"]["orders"]["tables"] |= {"boards": "id", "topics": "board_id", "answers": "board_id"}
+    with server_shop.open(ShardMap.parse(document)) as cluster:
+        cluster.create_all(Forum.metadata)
+        try:
+            (old,), (new,) = (server_shop.users_on(shard, 1) for shard in SHARDS[:2])
+            with shardkit.sessionmaker(cluster)() as session:
+                board = Board(id=old, topics=[Topic(id=7)])
+                session.add(board)
+                session.flush()
+                for number, to in ((1, None), (9, 1), (8, 9), (5, 8)):
+                    session.add(Answer(id=number, board_id=old, topic_id=7, to_id=to))
+                    session.flush()
+                session.commit()
+                session.move(board, new)
+                session.commit()
+            assert server_shop.rows(SHARDS[1], "answers", "id, board_id, topic_id, to_id") == [
+                (1, new, 7, None),
+                (5, new, 7, 8),
+                (8, new, 7, 9),
+                (9, new, 7, 1),
+            ]
+            assert server_shop.where("answers")[SHARDS[0]] == server_shop.where("topics")[SHARDS[0]] == []
+        finally:
+            cluster.drop_all(Forum.metadata)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import func, insert, select, text, update
+from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_column, relationship
 
 import shardkit
@@ -147,3 +148,8 @@ def test_parameters_are_looked_at_when_they_are_sent(session: Session) -> None:
     session.expunge(book)
     with pytest.raises(sa.exc.StatementError, match="detached"):
         session.scalars(select(Page).where(Page.book == book))
+
+
+def test_rows_that_lack_a_column_are_the_error_that_sqlalchemy_makes_of_them(session: Session) -> None:
+    with pytest.raises(StatementError, match="'title', in parameter group 1"):
+        session.execute(insert(Book.__table__), [{"id": 1, "title": "a"}, {"id": 2}])

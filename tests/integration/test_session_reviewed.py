@@ -24,6 +24,7 @@ from sqlalchemy.orm import (
 import shardkit
 from shardkit.cluster import Cluster
 from shardkit.errors import KeyChange, RoutingError, SecondShardWritten, TransactionError
+from shardkit.session.homes import home_of
 from shardkit.shardmap import ShardMap
 from tests.integration.conftest import Shop
 from tests.integration.shop import SHARDS, Country, Invoice, Message, Note, Order, User
@@ -646,6 +647,25 @@ def test_a_default_of_the_model_reads_no_half_tables(shop: Shop, users: dict[str
         session.execute(insert(Counting.__table__), {**row, "amount": 3})
         session.commit()
     assert (50, 3) in shop.rows("shop-0", "orders", "id, amount")
+
+
+def test_a_default_of_the_clock_is_not_looked_at_for_each_object(sqlite_shop: Shop) -> None:
+    class Own(DeclarativeBase):
+        pass
+
+    class Plain(Own):
+        __tablename__ = "users"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        name: Mapped[str] = mapped_column(default=sa.func.current_user(), onupdate=sa.func.now())
+
+    class Reading(Own):
+        __tablename__ = "orders"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        user_id: Mapped[int]
+        item: Mapped[str] = mapped_column(default=select(sa.func.max(User.name)).scalar_subquery())
+
+    view = sqlite_shop.cluster.view
+    assert [home_of(view, sa.inspect(each)).by_sql for each in (Plain, Reading)] == [False, True]
 
 
 def test_a_callable_is_asked_once(shop: Shop) -> None:
