@@ -229,6 +229,51 @@ def test_generated_ids_stay(shop: Shop) -> None:
     assert shop.where("notes")["shop-1"] == [number]
 
 
+class Holder(Own):
+    __table__ = Person.__table__
+    held: Mapped[list[Held]] = relationship(
+        primaryjoin="and_(foreign(Held.user_id) == Holder.id, foreign(Held.country_code) == Holder.bio)"
+    )
+
+
+class Held(Own):
+    __tablename__ = "orders"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    user_id: Mapped[int]
+    item: Mapped[str]
+    amount: Mapped[int]
+    country_code: Mapped[str | None]
+
+
+def test_rows_of_no_owner_stay(sqlite_shop: Shop) -> None:
+    (old,), (new,) = (sqlite_shop.users_on(shard, 1) for shard in SHARDS[:2])
+    with sqlite_shop.session() as session:
+        holder = Holder(id=old, name="holder")
+        session.add_all([holder, Held(id=1, user_id=old, item="of nobody", amount=1)])
+        session.commit()
+        session.move(holder, new)
+        session.commit()
+    assert sqlite_shop.where("users") == {"shop-0": [], "shop-1": [new], "shop-2": []}
+    assert sqlite_shop.where("orders")["shop-0"] == [1]
+
+
+def test_many_rows_move_some_at_a_time(shop: Shop, old: int) -> None:
+    (new,) = shop.users_on("shop-1", 1)
+    with shop.session() as session:
+        session.execute(sa.insert(Order), [{"id": n, "user_id": old, "item": "i"} for n in range(100, 1300)])
+        lengths = []
+        sa.event.listen(
+            shop.cluster.engine("shop-0"),
+            "before_cursor_execute",
+            lambda _connection, _cursor, statement, *_: lengths.append(len(statement)),
+        )
+        session.move(session.get_one(User, old), new)
+        session.commit()
+    assert len(shop.where("orders")["shop-1"]) == 1202
+    assert shop.where("orders")["shop-0"] == [3]
+    assert max(lengths) < 20_000
+
+
 class Forum(DeclarativeBase):
     """A tree of rows that point at each other, which a board leads to by more than one way."""
 
