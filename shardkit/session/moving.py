@@ -208,16 +208,17 @@ def _in_order(everything: Sequence[_Rows]) -> Sequence[_Rows]:
         for place, each in enumerate(everything):
             if each.table is table:
                 for number, row in enumerate(each.rows):
-                    found.setdefault(tuple(row[name] for name in names), []).append((place, number))
+                    found.setdefault(tuple(row.get(name) for name in names), []).append((place, number))
     sorter: TopologicalSorter[tuple[int, int]] = TopologicalSorter()
     for place, each in enumerate(everything):
         for number, row in enumerate(each.rows):
             first = [
                 node
                 for table, there, here in links[place]
-                for node in pointed_at[table, there].get(tuple(row[name] for name in here), ())
+                for node in pointed_at[table, there].get(tuple(row.get(name) for name in here), ())
+                if node != (place, number)
             ]
-            sorter.add((place, number), *(node for node in first if node != (place, number)))
+            sorter.add((place, number), *first)
     try:
         sorter.prepare()
     except CycleError:  # the server decides
@@ -289,7 +290,8 @@ def _read(
 def _untouched(mapper: Mapper[Any], home: Home) -> frozenset[str]:
     """The columns that are copied as the driver has them, without their types' processing: SQL NULL and JSON's null are
     the same to Python. Not those that are compared with others or changed."""
-    touched = {column.name for column in (*mapper.primary_key, *home.table.primary_key)}
+    pointing = (column for column in home.table.c if column.foreign_keys)
+    touched = {column.name for column in (*mapper.primary_key, *home.table.primary_key, *pointing)}
     touched |= {part.column for part in home.key}
     for relationship in _relationships(mapper):
         for local, remote in relationship.local_remote_pairs or ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
@@ -295,10 +296,10 @@ class Topic(Forum):
 
 class Answer(Forum):
     __tablename__ = "answers"
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    id: Mapped[UUID] = mapped_column(sa.Uuid(native_uuid=False), primary_key=True)
     board_id: Mapped[int] = mapped_column(sa.ForeignKey("boards.id"))
     topic_id: Mapped[int] = mapped_column(sa.ForeignKey("topics.id"))
-    to_id: Mapped[int | None] = mapped_column(sa.ForeignKey("answers.id"))
+    to_id: Mapped[UUID | None] = mapped_column(sa.Uuid(native_uuid=False), sa.ForeignKey("answers.id"))
 
 
 def test_rows_that_others_point_at_leave_last_and_come_first(server_shop: Shop) -> None:
@@ -312,17 +313,18 @@ def test_rows_that_others_point_at_leave_last_and_come_first(server_shop: Shop) 
                 board = Board(id=old, topics=[Topic(id=7)])
                 session.add(board)
                 session.flush()
-                for number, to in ((1, None), (9, 1), (8, 9), (5, 8)):
-                    session.add(Answer(id=number, board_id=old, topic_id=7, to_id=to))
+                one, two, three, four = (UUID(int=n) for n in (1, 9, 8, 5))
+                for answer, to in ((one, None), (two, one), (three, two), (four, three)):
+                    session.add(Answer(id=answer, board_id=old, topic_id=7, to_id=to))
                     session.flush()
                 session.commit()
                 session.move(board, new)
                 session.commit()
             assert server_shop.rows(SHARDS[1], "answers", "id, board_id, topic_id, to_id") == [
-                (1, new, 7, None),
-                (5, new, 7, 8),
-                (8, new, 7, 9),
-                (9, new, 7, 1),
+                (one.hex, new, 7, None),
+                (four.hex, new, 7, three.hex),
+                (three.hex, new, 7, two.hex),
+                (two.hex, new, 7, one.hex),
             ]
             assert server_shop.where("answers")[SHARDS[0]] == server_shop.where("topics")[SHARDS[0]] == []
         finally:
