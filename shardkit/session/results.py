@@ -56,6 +56,8 @@ def merged(
     told["is_single_entity"] = bare
     if bare:
         rows = map(itemgetter(0), rows)
+    if told["filtered"] and not first._yield_per:  # noqa: SLF001
+        rows = _held(rows)
     answer = MergedResult(_metadata(first, plan.visible, statement), rows, _source_supports_scalars=bare)
     answer.missing_shards = missing
     answer._attributes = first._attributes.union(told)  # noqa: SLF001 - what Query looks at
@@ -72,6 +74,15 @@ def _closing(rows: Iterator[Any], results: Sequence[Result[Any]]) -> Iterator[An
         for result in results:
             result.close()
         raise
+
+
+def _held(rows: Iterator[Any]) -> Iterator[Any]:
+    """Rows whose objects stay until the last one has been read, as those of one database do: ``unique()`` knows objects
+    by their ``id()``, which an object of the next shard would be given again."""
+    read = []
+    for row in rows:
+        read.append(row)
+        yield row
 
 
 def _metadata(result: Result[Any], visible: int | None, statement: Executable) -> SimpleResultMetaData:
