@@ -57,7 +57,7 @@ def merged(
     if bare:
         rows = map(itemgetter(0), rows)
     if told["filtered"] and not first._yield_per:  # noqa: SLF001
-        rows = _held(rows)
+        rows = _whole(rows)
     answer = MergedResult(_metadata(first, plan.visible, statement), rows, _source_supports_scalars=bare)
     answer.missing_shards = missing
     answer._attributes = first._attributes.union(told)  # noqa: SLF001 - what Query looks at
@@ -76,13 +76,10 @@ def _closing(rows: Iterator[Any], results: Sequence[Result[Any]]) -> Iterator[An
         raise
 
 
-def _held(rows: Iterator[Any]) -> Iterator[Any]:
-    """Rows whose objects stay until the last one has been read, as those of one database do: ``unique()`` knows objects
-    by their ``id()``, which an object of the next shard would be given again."""
-    read = []
-    for row in rows:
-        read.append(row)
-        yield row
+def _whole(rows: Iterator[Any]) -> Iterator[Any]:
+    """Rows of objects as one database gives them: all are made before the first is given away, and stay until the last.
+    What is changed in between they know of, and ``unique()``, which goes by ``id()``, tells them apart."""
+    yield from list(rows)
 
 
 def _metadata(result: Result[Any], visible: int | None, statement: Executable) -> SimpleResultMetaData:
