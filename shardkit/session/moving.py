@@ -9,12 +9,12 @@ read under lock, deleted, and inserted with the new key where that lives, in the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from itertools import groupby
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import inspect as sa_inspect
@@ -27,6 +27,8 @@ from shardkit.session.homes import Home, home_of
 
 if TYPE_CHECKING:
     from shardkit.session.session import ClusterSession
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -78,10 +80,11 @@ def move(session: ClusterSession, instance: object, key: Any) -> None:
     session.admit_writes(dict.fromkeys((source, target)))
     try:
         for each in reversed(batches):  # before the new rows, which on the same shard may have the same primary keys
-            session.execute(
-                sa.delete(each.table).where(_these(each.primary_key, map(each.identity, each.rows))),
-                execution_options={"shardkit_shard": source, "synchronize_session": False},
-            )
+            for some in _pieces(each.rows):
+                session.execute(
+                    sa.delete(each.table).where(_these(each.primary_key, map(each.identity, some))),
+                    execution_options={"shardkit_shard": source, "synchronize_session": False},
+                )
         for each in batches:
             options = {"shardkit_shard": target}
             session.execute(_insert_of(each), each.new, execution_options=options)
@@ -134,7 +137,9 @@ def _gather(
     """The object's row and, after it, the rows of the objects that belong to it; each with what it becomes."""
     assert state.key is not None  # noqa: S101 - asked by the caller
     root = _Rows(
-        state.mapper, home, _read(session, home, _these(state.mapper.primary_key, [state.key[1]]), source, state.mapper)
+        state.mapper,
+        home,
+        _read(session, home, [_these(state.mapper.primary_key, [state.key[1]])], source, state.mapper),
     )
     if not root.rows:
         raise RoutingError(f"the row of {state.mapper.class_.__name__} {state.key[1]} is gone", hint="refresh it")
@@ -152,7 +157,8 @@ def _gather(
             children = _children(session, each, relationship, home, old, source)
             if children is None:
                 continue
-            children.rows = [row for row in children.rows if (children.table, children.identity(row)) not in seen]
+            found = {children.identity(row): row for row in children.rows}
+            children.rows = [row for identity, row in found.items() if (children.table, identity) not in seen]
             seen.update((children.table, children.identity(row)) for row in children.rows)
             if children.rows:
                 waiting.append(children)
@@ -185,9 +191,9 @@ def _children(
             )
         return None
     pairs = [(local.name, remote) for local, remote in relationship.local_remote_pairs]
-    ours = sa.or_(*(sa.and_(*(remote == row[local] for local, remote in pairs)) for row in parents.rows))
     same_key = sa.and_(*(own.table.c[part.column] == value for part, value in zip(own.key, old, strict=True)))
-    rows = _read(session, own, sa.and_(ours, same_key), source, relationship.mapper)
+    ours = [sa.and_(each, same_key) for each in _pointing([(remote, local) for local, remote in pairs], parents.rows)]
+    rows = _read(session, own, ours, source, relationship.mapper)
     owners = (parents.table, [(local, remote.name) for local, remote in pairs])
     return _Rows(relationship.mapper, own, rows, owners=owners)
 
@@ -202,16 +208,17 @@ def _in_order(everything: Sequence[_Rows]) -> Sequence[_Rows]:
         for place, each in enumerate(everything):
             if each.table is table:
                 for number, row in enumerate(each.rows):
-                    found.setdefault(tuple(row[name] for name in names), []).append((place, number))
+                    found.setdefault(tuple(row.get(name) for name in names), []).append((place, number))
     sorter: TopologicalSorter[tuple[int, int]] = TopologicalSorter()
     for place, each in enumerate(everything):
         for number, row in enumerate(each.rows):
             first = [
                 node
                 for table, there, here in links[place]
-                for node in pointed_at[table, there].get(tuple(row[name] for name in here), ())
+                for node in pointed_at[table, there].get(tuple(row.get(name) for name in here), ())
+                if node != (place, number)
             ]
-            sorter.add((place, number), *(node for node in first if node != (place, number)))
+            sorter.add((place, number), *first)
     try:
         sorter.prepare()
     except CycleError:  # the server decides
@@ -249,7 +256,9 @@ def _relationships(mapper: Mapper[Any]) -> Sequence[Any]:
     return sorted(found, key=str)
 
 
-def _read(session: ClusterSession, home: Home, where: Any, shard: str, mapper: Mapper[Any]) -> list[dict[str, Any]]:
+def _read(
+    session: ClusterSession, home: Home, conditions: Iterable[Any], shard: str, mapper: Mapper[Any]
+) -> list[dict[str, Any]]:
     table: Any = home.table
     if any(len(each.tables) > 1 for each in mapper.self_and_descendants):
         raise RoutingError(
@@ -271,14 +280,18 @@ def _read(session: ClusterSession, home: Home, where: Any, shard: str, mapper: M
     columns = [column for column in table.c if column.computed is None]
     untouched = _untouched(mapper, home)
     exact = [_exact(column, session, raw=column.name in untouched).label(column.name) for column in columns]
-    found = session.execute(sa.select(*exact).where(where).with_for_update(), execution_options=options)
-    return [dict(row) for row in found.mappings()]
+    found = []
+    for where in conditions:
+        rows = session.execute(sa.select(*exact).where(where).with_for_update(), execution_options=options)
+        found += [dict(row) for row in rows.mappings()]
+    return found
 
 
 def _untouched(mapper: Mapper[Any], home: Home) -> frozenset[str]:
     """The columns that are copied as the driver has them, without their types' processing: SQL NULL and JSON's null are
     the same to Python. Not those that are compared with others or changed."""
-    touched = {column.name for column in (*mapper.primary_key, *home.table.primary_key)}
+    pointing = (column for column in home.table.c if column.foreign_keys)
+    touched = {column.name for column in (*mapper.primary_key, *home.table.primary_key, *pointing)}
     touched |= {part.column for part in home.key}
     for relationship in _relationships(mapper):
         for local, remote in relationship.local_remote_pairs or ():
@@ -321,16 +334,16 @@ def _check_nobody_is_left(session: ClusterSession, everything: Sequence[_Rows], 
                 if constraint.referred_table is not each.table or not table.primary_key:
                     continue
                 pairs = [(element.parent, element.column.name) for element in constraint.elements]
-                ours = sa.or_(*(sa.and_(*(column == row[name] for column, name in pairs)) for row in each.rows))
-                query = sa.select(*table.primary_key).where(ours).limit(len(moving.get(table, ())) + 1)
-                rows = session.execute(query, execution_options={"shardkit_shard": source}).all()
-                if any(tuple(row) not in moving.get(table, set()) for row in rows):
-                    raise RoutingError(
-                        f"rows of {table.name} point at rows of {each.table.name} that would move away from them",
-                        hint="give the class a relationship to them (one to many), so that they move along, or move "
-                        "them by hand",
-                        table=table.name,
-                    )
+                for ours in _pointing(pairs, each.rows):
+                    query = sa.select(*table.primary_key).where(ours).limit(len(moving.get(table, ())) + 1)
+                    rows = session.execute(query, execution_options={"shardkit_shard": source}).all()
+                    if any(tuple(row) not in moving.get(table, set()) for row in rows):
+                        raise RoutingError(
+                            f"rows of {table.name} point at rows of {each.table.name} that would move away from them",
+                            hint="give the class a relationship to them (one to many), so that they move along, or "
+                            "move them by hand",
+                            table=table.name,
+                        )
 
 
 def _exact(column: Any, session: ClusterSession, *, raw: bool) -> Any:
@@ -339,6 +352,21 @@ def _exact(column: Any, session: ClusterSession, *, raw: bool) -> Any:
     if floats and session.cluster.view.planner.dialect_name != "sqlite":
         return sa.type_coerce(column + sa.literal_column("0E0"), sa.Double())
     return sa.type_coerce(column, NullType()) if raw else column
+
+
+def _pieces(rows: Sequence[_T], size: int = 200) -> Iterator[Sequence[_T]]:
+    """No more rows than a condition should name: servers take ever longer for more, and SQLite takes 1,000."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _pointing(pairs: Sequence[tuple[Any, str]], rows: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+    """Conditions for what points at these rows, for some of them at a time. Nothing points at a NULL.
+
+    :param pairs: a column that points, and the name of the one that it points at.
+    """
+    there = [row for row in rows if not any(row[name] is None for _, name in pairs)]
+    for some in _pieces(there):
+        yield sa.or_(*(sa.and_(*(column == row[name] for column, name in pairs)) for row in some))
 
 
 def _these(columns: Sequence[Any], identities: Iterable[Sequence[Any]]) -> Any:

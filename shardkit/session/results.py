@@ -56,6 +56,8 @@ def merged(
     told["is_single_entity"] = bare
     if bare:
         rows = map(itemgetter(0), rows)
+    if told["filtered"] and not first._yield_per:  # noqa: SLF001
+        rows = _whole(rows)
     answer = MergedResult(_metadata(first, plan.visible, statement), rows, _source_supports_scalars=bare)
     answer.missing_shards = missing
     answer._attributes = first._attributes.union(told)  # noqa: SLF001 - what Query looks at
@@ -72,6 +74,12 @@ def _closing(rows: Iterator[Any], results: Sequence[Result[Any]]) -> Iterator[An
         for result in results:
             result.close()
         raise
+
+
+def _whole(rows: Iterator[Any]) -> Iterator[Any]:
+    """Rows of objects as one database gives them: all are made before the first is given away, and stay until the last.
+    What is changed in between they know of, and ``unique()``, which goes by ``id()``, tells them apart."""
+    yield from list(rows)
 
 
 def _metadata(result: Result[Any], visible: int | None, statement: Executable) -> SimpleResultMetaData:

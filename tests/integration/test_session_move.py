@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
@@ -229,6 +230,51 @@ def test_generated_ids_stay(shop: Shop) -> None:
     assert shop.where("notes")["shop-1"] == [number]
 
 
+class Holder(Own):
+    __table__ = Person.__table__
+    held: Mapped[list[Held]] = relationship(
+        primaryjoin="and_(foreign(Held.user_id) == Holder.id, foreign(Held.country_code) == Holder.bio)"
+    )
+
+
+class Held(Own):
+    __tablename__ = "orders"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    user_id: Mapped[int]
+    item: Mapped[str]
+    amount: Mapped[int]
+    country_code: Mapped[str | None]
+
+
+def test_rows_of_no_owner_stay(sqlite_shop: Shop) -> None:
+    (old,), (new,) = (sqlite_shop.users_on(shard, 1) for shard in SHARDS[:2])
+    with sqlite_shop.session() as session:
+        holder = Holder(id=old, name="holder")
+        session.add_all([holder, Held(id=1, user_id=old, item="of nobody", amount=1)])
+        session.commit()
+        session.move(holder, new)
+        session.commit()
+    assert sqlite_shop.where("users") == {"shop-0": [], "shop-1": [new], "shop-2": []}
+    assert sqlite_shop.where("orders")["shop-0"] == [1]
+
+
+def test_many_rows_move_some_at_a_time(shop: Shop, old: int) -> None:
+    (new,) = shop.users_on("shop-1", 1)
+    with shop.session() as session:
+        session.execute(sa.insert(Order), [{"id": n, "user_id": old, "item": "i"} for n in range(100, 1300)])
+        lengths = []
+        sa.event.listen(
+            shop.cluster.engine("shop-0"),
+            "before_cursor_execute",
+            lambda _connection, _cursor, statement, *_: lengths.append(len(statement)),
+        )
+        session.move(session.get_one(User, old), new)
+        session.commit()
+    assert len(shop.where("orders")["shop-1"]) == 1202
+    assert shop.where("orders")["shop-0"] == [3]
+    assert max(lengths) < 20_000
+
+
 class Forum(DeclarativeBase):
     """A tree of rows that point at each other, which a board leads to by more than one way."""
 
@@ -250,10 +296,10 @@ class Topic(Forum):
 
 class Answer(Forum):
     __tablename__ = "answers"
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    id: Mapped[UUID] = mapped_column(sa.Uuid(native_uuid=False), primary_key=True)
     board_id: Mapped[int] = mapped_column(sa.ForeignKey("boards.id"))
     topic_id: Mapped[int] = mapped_column(sa.ForeignKey("topics.id"))
-    to_id: Mapped[int | None] = mapped_column(sa.ForeignKey("answers.id"))
+    to_id: Mapped[UUID | None] = mapped_column(sa.Uuid(native_uuid=False), sa.ForeignKey("answers.id"))
 
 
 def test_rows_that_others_point_at_leave_last_and_come_first(server_shop: Shop) -> None:
@@ -267,17 +313,18 @@ def test_rows_that_others_point_at_leave_last_and_come_first(server_shop: Shop) 
                 board = Board(id=old, topics=[Topic(id=7)])
                 session.add(board)
                 session.flush()
-                for number, to in ((1, None), (9, 1), (8, 9), (5, 8)):
-                    session.add(Answer(id=number, board_id=old, topic_id=7, to_id=to))
+                one, two, three, four = (UUID(int=n) for n in (1, 9, 8, 5))
+                for answer, to in ((one, None), (two, one), (three, two), (four, three)):
+                    session.add(Answer(id=answer, board_id=old, topic_id=7, to_id=to))
                     session.flush()
                 session.commit()
                 session.move(board, new)
                 session.commit()
             assert server_shop.rows(SHARDS[1], "answers", "id, board_id, topic_id, to_id") == [
-                (1, new, 7, None),
-                (5, new, 7, 8),
-                (8, new, 7, 9),
-                (9, new, 7, 1),
+                (one.hex, new, 7, None),
+                (four.hex, new, 7, three.hex),
+                (three.hex, new, 7, two.hex),
+                (two.hex, new, 7, one.hex),
             ]
             assert server_shop.where("answers")[SHARDS[0]] == server_shop.where("topics")[SHARDS[0]] == []
         finally:

@@ -776,6 +776,35 @@ def test_columns_of_no_rows_are_known(shop: Shop) -> None:
         assert session.execute(both).columns(Order.__table__.c.user_id).all() == []
 
 
+def test_an_object_is_not_taken_for_one_that_nobody_holds_any_more(shop: Shop) -> None:
+    ids = sorted(each for shard in SHARDS for each in shop.users_on(shard, 50))
+    with shop.session() as session:
+        session.add_all([User(id=each, name="n") for each in ids])
+        session.commit()
+    query = select(User).options(joinedload(User.orders))
+    with shop.session() as session:
+        assert sorted(user.id for user in session.scalars(query).unique()) == ids
+    with shop.session() as session:
+        assert sorted(user.id for user in session.query(User).options(joinedload(User.orders))) == ids
+    with shop.session() as session:
+        assert sorted(user.id for (user,) in session.execute(query.order_by(User.name)).unique()) == ids
+
+
+def test_objects_are_made_before_the_first_one_is_given_away(shop: Shop, users: dict[str, int]) -> None:
+    with shop.session() as session:
+        seen = []
+        for user in session.scalars(select(User)):
+            if not seen:
+                session.execute(update(User).values(age=7), execution_options={"shardkit_scatter": True})
+            seen.append((user.id, user.age))
+        assert sorted(seen) == sorted((each, 7) for each in users.values())
+    with shop.session() as session:
+        for user in session.scalars(select(User)):
+            user.age = 8
+            session.commit()
+    assert list(shop.where("users", "age").values()) == [[8], [8], [8]]
+
+
 def test_a_new_row_of_a_reference_table_tells_its_primary_key(shop: Shop) -> None:
     with shop.session() as session:
         assert session.execute(insert(Country).values(code="kr", name="Korea")).inserted_primary_key == ("kr",)
