@@ -34,7 +34,7 @@ from tests.native_replication import follow
 OPERATIONS = {ReplicationKind.RELAY: 7_000, ReplicationKind.NATIVE: 9_500}
 ASYNC_OPERATIONS = 2_000
 #: Of the long run, for each kind of replication.
-SOAK_OPERATIONS = int(os.environ.get("SHARDKIT_TEST_SOAK_OPERATIONS", "200000"))
+SOAK_OPERATIONS = int(os.environ.get("SHARDKIT_TEST_SOAK_OPERATIONS", "40000"))
 
 pytestmark = [getattr(pytest.mark, FLAVOUR)]
 
