@@ -25,7 +25,7 @@ from shardkit_cdc.connection import DENIED, PASSING, READ_ONLY, code_of, text_of
 from shardkit_cdc.events import ROWS_FLAGS_AT, UPDATE_ROWS, WRITE_ROWS
 from shardkit_cdc.row_image import Image, RowDecoder
 from shardkit_cdc.schema import SchemaCheck, without_hashes
-from shardkit_cdc.sql_table import NotCarried, NotLogged, SqlTable, sql_column
+from shardkit_cdc.sql_table import NotCarried, NotLogged, SqlTable, sql_columns
 from shardkit_cdc.table_map import TableMap
 from shardkit_cdc.transactions import Rows
 
@@ -177,17 +177,7 @@ class SqlWriter:
         logged_columns = without_hashes(decoder.columns)
         self._refuse_kind(table, at, period=len(logged_columns) != len(targets))
         self._refuse_triggers(table, at)
-        columns = [
-            sql_column(
-                place,
-                logged,
-                target,
-                charset=target.charset if logged.collation is not None else None,
-                source=self._source,
-                flavour=self._flavour,
-            )
-            for place, (logged, target) in enumerate(zip(logged_columns, targets, strict=True))
-        ]
+        columns = sql_columns(logged_columns, targets, source=self._source, flavour=self._flavour)
         name = "`{}`.`{}`".format(table.database.replace("`", "``"), table.table.replace("`", "``"))
         known = _Known(table.qualified, decoder, SqlTable(name, columns, self._key(table)), self._is_linked(table))
         if len(self._known) >= 10_000:

@@ -195,7 +195,11 @@ def compared_tables(database: Database) -> dict[str, Table]:
 
 def shapes(tables: Mapping[str, Table]) -> dict[str, object]:
     """What both ends have to have alike."""
-    return {name: (table.shape, table.primary) for name, table in tables.items()}
+    return {name: _shape(table) for name, table in tables.items()}
+
+
+def _shape(table: Table) -> object:
+    return table.shape, table.primary
 
 
 def shape_faults(ours: Mapping[str, Table], theirs: Mapping[str, Table]) -> list[Difference]:
@@ -206,7 +210,7 @@ def shape_faults(ours: Mapping[str, Table], theirs: Mapping[str, Table]) -> list
             faults.append(Difference(name, Kind.TABLE, "the table is missing"))
         elif name not in ours:
             faults.append(Difference(name, Kind.TABLE, "the table is extra"))
-        elif shapes({name: ours[name]}) != shapes({name: theirs[name]}):
+        elif _shape(ours[name]) != _shape(theirs[name]):
             faults.append(Difference(name, Kind.TABLE, "the table has other columns or another primary key"))
     return faults
 

@@ -44,6 +44,8 @@ PASSING = frozenset(
     }
 )
 READ_ONLY = frozenset({1290, 1836})
+#: The schema is another than it was a moment ago: unknown column, no such table, table definition has changed.
+SCHEMA_CHANGED = frozenset({1054, 1146, 1412})
 DENIED = frozenset({1044, 1142, 1143, 1227, 1370, 1419})
 
 #: What a server's global settings, which are meant for applications, must not do to the relay's statements: cut off

@@ -32,6 +32,7 @@ from shardkit_cdc.touched import Touched
 #: Differing rows beyond which a target is better filled anew.
 MOST_ROWS = 1000
 _ATTEMPTS = 5
+_SEED = "seed the target anew (shardkit relay seed)"
 
 
 def repair(spec: HopSpec, credentials: CredentialSource, differences: Sequence[Difference]) -> int:
@@ -166,7 +167,7 @@ def refuse(differences: Sequence[Difference], triggers: frozenset[str]) -> None:
         if not each.literals:
             raise PreconditionFailed(
                 f"{each.table} cannot be repaired row by row: it differs as a table, or has no primary key",
-                hint="seed the target anew (shardkit relay seed)",
+                hint=_SEED,
             )
     refuse_triggers(differences, triggers)
     if len(differences) > MOST_ROWS:
@@ -179,14 +180,12 @@ def refuse_triggers(differences: Sequence[Difference], triggers: frozenset[str])
         if each.table in triggers:
             raise PreconditionFailed(
                 f"{each.table} cannot be repaired: its triggers on the target would fire",
-                hint="seed the target anew (shardkit relay seed)",
+                hint=_SEED,
             )
 
 
 def _too_many(differences: Sequence[Difference]) -> PreconditionFailed:
-    return PreconditionFailed(
-        f"{len(differences)} rows differ, more than {MOST_ROWS}", hint="seed the target anew (shardkit relay seed)"
-    )
+    return PreconditionFailed(f"{len(differences)} rows differ, more than {MOST_ROWS}", hint=_SEED)
 
 
 def _keys(target: Database, tables: dict[str, Table], differences: Sequence[Difference]) -> dict[str, list[Key]]:
@@ -226,7 +225,7 @@ def _write(pair: Pair, writer: Database, tables: dict[str, Table], keys: dict[st
                 if row_checksums(writer, table, where) != row_checksums(pair.source, table, where, lock=True):
                     raise PreconditionFailed(
                         f"{table.name}: what was written did not become the source's rows; nothing was changed",
-                        hint="seed the target anew (shardkit relay seed)",
+                        hint=_SEED,
                     )
     return sum(map(len, keys.values()))
 

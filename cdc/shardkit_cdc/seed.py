@@ -36,7 +36,7 @@ from shardkit.rowtext import quoted
 from shardkit.topology import Endpoint
 from shardkit_cdc import own_schema, preflight, schema_copy
 from shardkit_cdc.checksums import CHUNK_ROWS
-from shardkit_cdc.connection import code_of, connect, server_errors, text_of
+from shardkit_cdc.connection import SCHEMA_CHANGED, code_of, connect, server_errors, text_of
 from shardkit_cdc.database import Database
 from shardkit_cdc.position import LOCK_TIMEOUT, end_old_runner, insert_row, lock_name, read_row
 from shardkit_cdc.preflight import ServerFacts
@@ -49,7 +49,6 @@ from shardkit_cdc.tables import Table, read_tables
 
 #: How often a snapshot is taken again because somebody changed the schema around it.
 _ATTEMPTS = 5
-_CHANGED = frozenset({1054, 1146, 1412})  # unknown column, no such table, table definition has changed
 
 
 class Progress(Protocol):
@@ -386,7 +385,7 @@ class _Seed:
         try:
             copied = rows.copy(table)
         except pymysql.MySQLError as error:
-            if code_of(error) not in _CHANGED:
+            if code_of(error) not in SCHEMA_CHANGED:
                 raise
             raise self._changed(table) from error
         now = read_tables(beside).get(table.name)

@@ -158,6 +158,29 @@ def _same(before: Value, after: Value) -> bool:
     return before == after and not (isinstance(after, float) and str(before) != str(after))
 
 
+def sql_columns(
+    logged: Sequence[Column], targets: Sequence[TargetColumn], *, source: Flavour, flavour: Flavour
+) -> list[SqlColumn]:
+    """How the values of a table's columns are written.
+
+    :param logged: the columns in the log, without those that the target has no column for.
+    :param targets: the target's, in the same order.
+    :param source: the family that wrote the log.
+    :param flavour: the target's family.
+    """
+    return [
+        sql_column(
+            place,
+            column,
+            target,
+            charset=target.charset if column.collation is not None else None,
+            source=source,
+            flavour=flavour,
+        )
+        for place, (column, target) in enumerate(zip(logged, targets, strict=True))
+    ]
+
+
 def sql_column(
     place: int, logged: Column, target: TargetColumn, *, charset: str | None, source: Flavour, flavour: Flavour
 ) -> SqlColumn:

@@ -38,7 +38,7 @@ from shardkit_cdc.comparison import (
     kind_of,
     shape_faults,
 )
-from shardkit_cdc.connection import code_of
+from shardkit_cdc.connection import SCHEMA_CHANGED, code_of
 from shardkit_cdc.database import Database
 from shardkit_cdc.payload import unpacked
 from shardkit_cdc.position import HopRow
@@ -51,7 +51,6 @@ from shardkit_cdc.touched import Before, Touched, read_touched
 
 #: Keys of one statement.
 _KEYS = 100
-_CHANGED = frozenset({1054, 1146, 1412})  # unknown column, no such table, table definition has changed
 
 
 def compare_at(
@@ -68,7 +67,7 @@ def compare_at(
     try:
         return _Comparison(Standstill(row, pair, credentials), chunk, report).run()
     except pymysql.MySQLError as error:
-        if code_of(error) not in _CHANGED:
+        if code_of(error) not in SCHEMA_CHANGED:
             raise
         raise PreconditionFailed(
             f"the schema of {pair.spec.source} has changed since the hop stopped: the two ends cannot be compared",

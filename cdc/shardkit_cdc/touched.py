@@ -13,7 +13,7 @@ from shardkit_cdc.retention import SEED_HINT
 from shardkit_cdc.row_image import ABSENT, Image, RowDecoder
 from shardkit_cdc.schema import SchemaCheck, without_hashes
 from shardkit_cdc.selection import Selector
-from shardkit_cdc.sql_table import NotCarried, SqlTable, sql_column
+from shardkit_cdc.sql_table import NotCarried, SqlTable, sql_columns
 from shardkit_cdc.stream import BinlogStream
 from shardkit_cdc.survey import Quiet
 from shardkit_cdc.table_map import TableMap
@@ -105,19 +105,12 @@ class Touched:
         except Drift:  # the table differs as such: that is told elsewhere
             return None
         decoder = RowDecoder(table)
-        columns = [
-            sql_column(
-                place,
-                logged,
-                target,
-                charset=target.charset if logged.collation is not None else None,
-                source=self._flavour,
-                flavour=self._flavour,
-            )
-            for place, (logged, target) in enumerate(
-                zip(without_hashes(decoder.columns), self._check.target_columns(table), strict=True)
-            )
-        ]
+        columns = sql_columns(
+            without_hashes(decoder.columns),
+            self._check.target_columns(table),
+            source=self._flavour,
+            flavour=self._flavour,
+        )
         return decoder, SqlTable(quoted(table.table), columns, described.primary)
 
 

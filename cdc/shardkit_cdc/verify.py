@@ -34,7 +34,7 @@ from shardkit_cdc.comparison import (
     shape_faults,
     shapes,
 )
-from shardkit_cdc.connection import code_of
+from shardkit_cdc.connection import SCHEMA_CHANGED, code_of
 from shardkit_cdc.position import HopRow
 from shardkit_cdc.relay import HopSpec
 from shardkit_cdc.standstill import compare_at
@@ -44,7 +44,6 @@ from shardkit_cdc.tables import Table
 _KEYS = 200
 _ROUNDS = 3
 _LOCKED_ROUNDS = 10
-_CHANGED = frozenset({1054, 1146, 1412})  # unknown column, no such table, table definition has changed
 
 
 def verify(
@@ -134,7 +133,7 @@ class _Comparison:
             except TooFast:
                 self._verdict.undecided.append(table.name)
             except pymysql.MySQLError as error:
-                if code_of(error) not in _CHANGED:
+                if code_of(error) not in SCHEMA_CHANGED:
                     raise
                 # A schema change is on its way: look again once it has arrived.
                 self._verdict.rows = before[0]

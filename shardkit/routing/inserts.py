@@ -175,7 +175,7 @@ class Inserts:
         if len(shards) == 1:
             return found
         if multi:
-            rows = _named_as_the_first(multi, info)
+            rows = _rows_as_the_first(multi, info)
             split = {
                 shard: ShardStatement(_of_rows(statement, [rows[n] for n in by_shard[shard]]), route.parameters)
                 for shard in shards
@@ -528,7 +528,7 @@ def _multi_rows(statement: sa.Insert, table: Any) -> list[Mapping[Any, Any]]:
     ]
 
 
-def _named_as_the_first(rows: Sequence[Mapping[Any, Any]], info: TableInfo) -> list[Mapping[Any, Any]]:
+def _rows_as_the_first(rows: Sequence[Mapping[Any, Any]], info: TableInfo) -> list[Mapping[Any, Any]]:
     """The rows of one INSERT with the columns that its first row names: the only ones that SQLAlchemy writes."""
     names = {getattr(name, "key", name) for name in rows[0]}
     found: list[Mapping[Any, Any]] = [
