@@ -133,17 +133,6 @@ class Route:
 
         return explain_text(self)
 
-    def bound(self, statement: Executable, parameters: Parameters, shard: str, bucket: Bucket) -> Route:
-        """The same for another statement of this shape, whose key is in this bucket.
-
-        What `dataclasses.replace` does in a tenth of its time, for every keyed statement.
-        """
-        made = object.__new__(Route)
-        vars(made).update(
-            vars(self), statement=statement, parameters=parameters, shards=(shard,), buckets=frozenset((bucket,))
-        )
-        return made
-
     @property
     def scattered(self) -> bool:
         """Whether it asks several shards for different rows."""

@@ -65,10 +65,8 @@ class Shape:
         self.keyspace = keyspaces.pop() if len(keyspaces) == 1 else None
         self._pins = _pins(lineage)
         self.quick = self._quick()
-        #: Kept by the planner: what the routes of the quick way have in common.
-        self.prototype: Any = None
 
-    def _quick(self) -> tuple[Reader, Slot, Keyspace, tuple[str, ...]] | None:
+    def _quick(self) -> tuple[Reader, Slot, Keyspace] | None:
         """The one bound parameter that decides where the statement goes, where it is that simple."""
         if self.unreadable or len(self._pins) != 1 or self.lineage.functions & OF_THE_STATEMENT_BEFORE:
             return None
@@ -77,7 +75,7 @@ class Shape:
         home = set(only.pin.keyspace.shards)
         if single is None or any(home.difference(info.shards) for info in self.infos):
             return None
-        return (*single, only.pin.keyspace, self.reasons)
+        return (*single, only.pin.keyspace)
 
     @cached_property
     def reasons(self) -> tuple[str, ...]:

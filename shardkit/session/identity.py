@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy import select
@@ -25,6 +25,8 @@ from shardkit.session.replicated import OneForEachRow
 from shardkit.session.tokens import load_with_token
 from shardkit.session.transaction import ReplanNeeded
 from shardkit.snapshots import View
+
+_SEVERAL = (tuple, list)
 
 
 class IdentitySession(FilingSession):
@@ -61,7 +63,7 @@ class IdentitySession(FilingSession):
                 return self._get_impl(entity, primary_key_identity, db_load_fn, **options)
         if db_load_fn is loading._load_on_pk_identity:
             db_load_fn = load_with_token
-        mapper = cast("Mapper[Any] | None", sa_inspect(entity))
+        mapper: Mapper[Any] | None = getattr(entity, "__dict__", {}).get("__mapper__") or sa_inspect(entity)
         if mapper is None or not mapper.is_mapper:
             return super()._get_impl(entity, primary_key_identity, db_load_fn, **options)
         if options.get("identity_token") is not None:
@@ -80,7 +82,7 @@ class IdentitySession(FilingSession):
         given = options.get("execution_options") or self.execution_options
         if given and (given.get("shardkit_shard") or given.get("shardkit_key")):
             return None  # the planner reads them
-        values = identity if isinstance(identity, tuple | list) else (identity,)
+        values = identity if isinstance(identity, _SEVERAL) else (identity,)
         if isinstance(identity, dict) or len(values) != len(mapper.primary_key):
             return None  # SQLAlchemy makes it a tuple, or refuses it
         return home_of(self._outermost().view, mapper).shard_of_identity(values)

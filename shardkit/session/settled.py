@@ -12,8 +12,10 @@ from sqlalchemy.sql.visitors import cloned_traverse
 
 def listed(parameters: Any) -> Any:
     """Parameters whose iterators, for IN, have been read."""
-    if isinstance(parameters, Mapping) and any(map(_passes, parameters.values())):
-        return {name: list(value) if _passes(value) else value for name, value in parameters.items()}
+    if type(parameters) is dict or isinstance(parameters, Mapping):  # the first is quicker to ask
+        for value in parameters.values():
+            if _passes(value):
+                return {name: list(value) if _passes(value) else value for name, value in parameters.items()}
     return parameters
 
 

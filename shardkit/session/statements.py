@@ -25,6 +25,7 @@ from shardkit.errors import RoutingError, TransactionError
 from shardkit.routing.feeds import Feeding
 from shardkit.routing.inserts import mapper_of, named_as_the_first
 from shardkit.routing.merge import merge_rows
+from shardkit.routing.planner import Keyed
 from shardkit.routing.route import Route, RouteOptions, StatementKind
 from shardkit.routing.texts import commits_implicitly, writes_rows
 from shardkit.session.deadline import Deadline, checked_seconds
@@ -35,7 +36,17 @@ from shardkit.session.renamed import refuse_shared_schema, schema_map_of
 from shardkit.session.results import WriteResult, empty, merged
 from shardkit.session.scatter import select_from_several
 from shardkit.session.settled import listed, settled
-from shardkit.session.tokens import LOAD_OPTIONS, PARENT_LOAD, as_immutable, existing, identity_of, tokened, with_token
+from shardkit.session.tokens import (
+    LOAD_OPTIONS,
+    PARENT_LOAD,
+    as_immutable,
+    existing,
+    identity_of,
+    load_options_of,
+    tokened,
+    tokened_rows,
+    with_token,
+)
 from shardkit.session.transacting import Target
 from shardkit.session.transaction import ClusterTransaction, ReplanNeeded
 from shardkit.snapshots import View
@@ -120,7 +131,8 @@ class RoutedSession(IdentitySession):
         parent: ORMExecuteState | None,
         scalar: bool,
     ) -> Any:
-        params = listed(params)
+        if params:
+            params = listed(params)
         try:
             return self._plan_and_run(statement, params, options, bind_arguments, parent, scalar)
         except ReplanNeeded:
@@ -181,6 +193,11 @@ class RoutedSession(IdentitySession):
                 named = combined["identity_token"]
                 if view.map.sole_host is None or named in view.map.shards:
                     route_options = replace(route_options, shard=named)
+        elif type(statement) is Select and (keyed := self._keyed(view, statement, params)) is not None:
+            target = Target(keyed.shard, keyed.shape.locking, from_replica)
+            if statement._propagate_attrs and tokened_rows(view, keyed.shape.tables):
+                options = load_options_of(keyed.shard)
+            return run(statement, params, options, bind_arguments, target, parent, scalar)
         if view.map.sole_host is None:  # one database looks at them once
             statement, params = settled(statement, params)
         statement, params = self._completed(statement, params, options, view)
@@ -212,6 +229,12 @@ class RoutedSession(IdentitySession):
         self.admit_writes(route.shards)
         with self._carrying(target):
             return run(statement, params, options, bind_arguments, target, parent, scalar)
+
+    def _keyed(self, view: View, statement: Select[Any], params: Any) -> Keyed | None:
+        try:
+            return view.planner.keyed(statement, params)
+        except KeyNotLookedUp:
+            return None  # it is looked up once it has been planned
 
     def _completed(self, statement: Any, params: Any, options: Mapping[str, Any], view: View) -> tuple[Any, Any]:
         """An INSERT, also inside of ``from_statement()``, with what its rows need before they are placed."""

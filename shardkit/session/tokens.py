@@ -25,7 +25,11 @@ PARENT_LOAD = "sa_top_level_orm_context"
 
 def tokened(view: View, route: Route) -> bool:
     """Whether objects of this statement carry their shard in their identity."""
-    tables = route.tables or _tables_of_entities(view, route.statement)
+    return tokened_rows(view, route.tables or _tables_of_entities(view, route.statement))
+
+
+def tokened_rows(view: View, tables: tuple[str, ...]) -> bool:
+    """Whether objects made of these tables' rows do."""
     try:
         return view.tokens[tables]
     except KeyError:
@@ -85,11 +89,24 @@ def existing(view: View, shard: Any) -> str:
 
 
 def load_with_token(
-    session: Session, statement: Any, identity: Any, *, load_options: Any, identity_token: Any, **others: Any
+    session: Session,
+    statement: Any,
+    identity: Any,
+    *,
+    load_options: Any,
+    identity_token: Any,
+    execution_options: Any,
+    bind_arguments: Any,
 ) -> Any:
     """SQLAlchemy's ``_load_on_pk_identity`` with load options that were made before."""
     if identity_token is not None and load_options is QueryContext.default_load_options:
         load_options, identity_token = load_options_of(identity_token)[LOAD_OPTIONS], None
     return loading._load_on_pk_identity(
-        session, statement, identity, load_options=load_options, identity_token=identity_token, **others
+        session,
+        statement,
+        identity,
+        load_options=load_options,
+        identity_token=identity_token,
+        execution_options=execution_options,
+        bind_arguments=bind_arguments,
     )
