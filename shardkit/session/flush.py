@@ -34,11 +34,13 @@ class Flush:
     :ivar placed: new objects, with the key that they were placed by.
     :ivar touched: the shards that will be written, as far as is known before the flush.
     :ivar unchanged: objects with attributes that were assigned the values that they had.
+    :ivar association: for the rows of many-to-many tables.
     """
 
     def __init__(self, session: ClusterSession, view: View) -> None:
         self._session = session
         self._view = view
+        self.association = AssociationConnection(session)
         self._connections: dict[str, Connection] = {}
         self._replications: dict[str, ReplicatedConnection] = {}  # by reference table
         self.touched: dict[str, None] = {}
@@ -84,6 +86,8 @@ class Flush:
             home = home_of(self._view, state.mapper)
             home.refuse_key_change(state)
             _complete_change(home, state)
+            if _lends_only(state):
+                continue
             if _is_changed(state):
                 shard = None if home.replicated else self._shard_of_persistent(home, state)
                 if shard is not None:
@@ -181,10 +185,20 @@ class Flush:
 
     # --- while it runs
 
+    @property
+    def over_several(self) -> bool:
+        """Whether rows may be on different shards."""
+        return self._view.map.sole_host is None
+
     def connection_for(self, mapper: Mapper[Any], instance: Any) -> Any:
         """SQLAlchemy's ``connection_callable``: the connection to write this object on."""
         state: InstanceState[Any] = mapper.class_manager.state_getter()(instance)
         home = home_of(self._view, state.mapper)
+        if state.key is not None and _lends_only(state):
+            return LateConnection(lambda: self._connection_to_write(home, state))
+        return self._connection_to_write(home, state)
+
+    def _connection_to_write(self, home: Home, state: InstanceState[Any]) -> Any:
         if home.replicated:
             return self._replicated(home, state)
         if state.key is not None:
@@ -351,6 +365,27 @@ class Flush:
                 )
 
 
+class AssociationConnection:
+    """What a flush writes the rows of many-to-many tables on: each goes where its key says, since no object does."""
+
+    def __init__(self, session: ClusterSession) -> None:
+        self._session = session
+
+    def execute(self, statement: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """As `sqlalchemy.Connection.execute`, over shards."""
+        return self._session.route_rows(statement, rows)
+
+
+class LateConnection:
+    """The connection of an object that a flush goes through and does not write: opened by who uses it all the same."""
+
+    def __init__(self, connection: Callable[[], Any]) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection(), name)
+
+
 class ReplicatedConnection:
     """What a flush writes a reference table's rows on: every statement is sent to all shards; the first one answers."""
 
@@ -377,6 +412,19 @@ def _is_changed(state: InstanceState[Any]) -> bool:
         except TypeError:
             return True
     return not state.committed_state or "_pending_mutations" in state.__dict__
+
+
+def _lends_only(state: InstanceState[Any]) -> bool:
+    """Whether an object was put into relationships that other rows write down, and its own row stays as it is."""
+    names = {*state.committed_state, *state.__dict__.get("_pending_mutations", ())}
+    if not names or state.mapper.dispatch.before_update:  # whose handlers may change it
+        return False
+    return all(name in state.mapper.relationships and _written_elsewhere(state.mapper, name) for name in names)
+
+
+def _written_elsewhere(mapper: Mapper[Any], name: str) -> bool:
+    relationship = mapper.relationships[name]
+    return relationship.direction is not RelationshipDirection.MANYTOONE and not relationship.post_update
 
 
 def _insert_order(state: InstanceState[Any]) -> int:

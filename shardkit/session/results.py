@@ -146,6 +146,10 @@ class WriteResult(IteratorResult[Any]):
         rows: Iterator[Any] = iter(()) if returned is None else map(tuple, returned)
         super().__init__(metadata, rows)
 
+    def supports_sane_multi_rowcount(self) -> bool:
+        """As of `sqlalchemy.CursorResult`: whether ``rowcount`` counts the rows of all parameter sets."""
+        return self.rowcount >= 0
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or self._alike is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -64,14 +64,14 @@ class ClusterSession(RoutedSession):
             return
         flush = Flush(self, self._outermost().view)
         carried, self._carried = self._carried, None
-        self._flush_at_work = flush
+        self.flush_at_work = flush
         self.connection_callable = flush.connection_for  # type: ignore[assignment]
         try:
             self._before_flush(flush)
             super()._flush(objects)
         finally:
             self.connection_callable = None
-            self._flush_at_work = None
+            self.flush_at_work = None
             self._carried = carried
 
     def _before_flush(self, flush: Flush) -> None:
@@ -110,8 +110,8 @@ class ClusterSession(RoutedSession):
         self.forget_replicas(stale)
 
     def _register_persistent(self, states: set[InstanceState[Any]]) -> None:
-        if self._flush_at_work is not None:
-            self._flush_at_work.verify(states)
+        if self.flush_at_work is not None:
+            self.flush_at_work.verify(states)
         super()._register_persistent(states)
         self.loaded_copies.renew(states)
 

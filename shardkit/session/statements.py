@@ -12,10 +12,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Executable, Insert, Result, Select, Table
+from sqlalchemy import Connection, Engine, Executable, Insert, Result, Select
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
-from sqlalchemy.orm import FromStatement, Mapper, ORMExecuteState
+from sqlalchemy.orm import FromStatement, ORMExecuteState
 from sqlalchemy.sql import coercions, roles
 from sqlalchemy.sql.base import CompileState
 from sqlalchemy.util import EMPTY_DICT, immutabledict
@@ -29,7 +29,7 @@ from shardkit.routing.planner import Keyed
 from shardkit.routing.route import Route, RouteOptions, StatementKind
 from shardkit.routing.texts import commits_implicitly, writes_rows
 from shardkit.session.deadline import Deadline, checked_seconds
-from shardkit.session.homes import Home, home_of
+from shardkit.session.homes import home_of
 from shardkit.session.identity import IdentitySession
 from shardkit.session.inserts import filled
 from shardkit.session.renamed import refuse_shared_schema, schema_map_of
@@ -144,6 +144,10 @@ class RoutedSession(IdentitySession):
                 raise
             # nothing of its answer has been given away: another replica gives it, or the master
             return self._plan_and_run(statement, params, options, bind_arguments, parent, scalar)
+
+    def route_rows(self, statement: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Execute a statement of a flush for each of these rows, on the shards of their keys."""
+        return self._route(statement, rows, EMPTY_DICT, None, None, scalar=False)
 
     def _left_lost_replicas(self) -> bool:
         """Whether this transaction has just lost a replica, and may go on elsewhere."""
@@ -469,15 +473,13 @@ class RoutedSession(IdentitySession):
             if key is not None:
                 placement = self.looked_up(lambda: view.map.locate(home.info.name, key))
                 return Target(placement.shard, master=True, replica=False)
-            whole = len(home.info.shards) == 1 and home.info.keyspace.directory is None
-            if whole and (self._flush_at_work is None or _secondaries_on(view, mapper, home)):
+            if len(home.info.shards) == 1 and home.info.keyspace.directory is None:
                 return Target(home.info.shards[0], master=True, replica=False)
         if view.map.sole_host is not None:
             return Target(view.map.sole_host, master=True, replica=False)
         raise NoSingleBind(
             "a connection was asked for without saying to which shard",
-            hint="session.connection(bind_arguments={'shardkit_shard': 'shop-0'}); "
-            "a many-to-many table over several shards: map it as a class of its own",
+            hint="session.connection(bind_arguments={'shardkit_shard': 'shop-0'})",
         )
 
     def _reading_connection(self, target: Target) -> Connection:
@@ -504,22 +506,6 @@ def refuse_implicit_commit(statement: Any, view: View) -> None:
             "a part of it could not be undone any more",
             hint="commit first, and run it in a transaction of its own",
         )
-
-
-def _secondaries_on(view: View, mapper: Mapper[Any], home: Home) -> bool:
-    """Whether the many-to-many tables that lead to this class stand where it stands, and nowhere else.
-
-    A flush asks for a connection by class alone when it writes such a table's rows.
-    """
-    tables = {
-        relationship.secondary
-        for each in mapper.registry.mappers
-        for relationship in each.relationships
-        if relationship.secondary is not None and relationship.mapper is mapper and not relationship.viewonly
-    }
-    return all(
-        not isinstance(each, Table) or view.map.table(each.fullname).shards == home.info.shards for each in tables
-    )
 
 
 def _first_said(name: str, given: Iterable[Mapping[str, Any]]) -> Any:

@@ -85,7 +85,8 @@ class TransactingSession(Session):
         self.committed = False
         self._carried: Target | None = None
         self._given_options: Any = None
-        self._flush_at_work: Flush | None = None
+        #: the flush that runs now
+        self.flush_at_work: Flush | None = None
         self._map_version = 0
         self._unplaced: WeakSet[InstanceState[Any]] = WeakSet()
         self._from_replicas: WeakSet[InstanceState[Any]] = WeakSet()

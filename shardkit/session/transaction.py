@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Engine, exc
 from sqlalchemy.engine.base import Transaction
 from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
 from sqlalchemy.orm.session import SessionTransactionState
-from sqlalchemy.orm.state_changes import _StateChange
+from sqlalchemy.orm.state_changes import _StateChange, _StateChangeStates
 
 from shardkit.cluster import Cluster
 from shardkit.engines import MAP_VERSION_STAMP, ROLLED_BACK, has_rolled_back, is_down
@@ -56,8 +56,24 @@ class ReplanNeeded(StaleShardMap):
     """A server asked for a newer map before anything was sent, and the transaction has it now: plan again."""
 
 
-class ClusterTransaction(SessionTransaction):
-    """The outermost transaction of a `ClusterSession`. Savepoints and flushes inside it are SQLAlchemy's own."""
+class RoutedTransaction(SessionTransaction):
+    """A savepoint, or what a flush runs in."""
+
+    @_StateChange.declare_states((SessionTransactionState.ACTIVE,), _StateChangeStates.NO_CHANGE)
+    def _begin(self, nested: bool = False) -> SessionTransaction:
+        kind = SessionTransactionOrigin.BEGIN_NESTED if nested else SessionTransactionOrigin.SUBTRANSACTION
+        return RoutedTransaction(self.session, kind, self)
+
+    def connection(self, bindkey: Any, execution_options: Any = None, **options: Any) -> Any:
+        """What a flush writes the rows of many-to-many tables on: it asks by the class that they lead to."""
+        flush = cast("TransactingSession", self.session).flush_at_work
+        if flush is not None and flush.over_several:
+            return flush.association
+        return super().connection(bindkey, execution_options, **options)
+
+
+class ClusterTransaction(RoutedTransaction):
+    """The outermost transaction of a `ClusterSession`."""
 
     def __init__(self, session: TransactingSession, origin: SessionTransactionOrigin) -> None:
         self._cluster: Cluster = session.cluster
