@@ -51,7 +51,7 @@ def propose_map(url: str, *, cluster: str | None = None, keys: tuple[str, ...] =
     endpoint, credentials = _place(url)
     name = _name(cluster or Path(endpoint.database).stem)
     shard = f"{name[:60]}-0"
-    keyspaces = propose(read_database(shard, endpoint, credentials), keys)
+    keyspaces = propose(read_database(shard, endpoint, credentials).tables, keys)
     text = yaml_text(name, shard, endpoint, keyspaces)
     choices = tuple(choice for space in keyspaces for choice in (*space.tables, *space.reference))
     hazards = tuple(warning for choice in choices for warning in choice.warnings)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from shardkit.adoption import hazards
 from shardkit.adoption.filing import misfiled
+from shardkit.adoption.settings import unlike
 from shardkit.adoption.tables import ColumnFacts, TableFacts, read_database
 from shardkit.credentials import CredentialSource
 from shardkit.partition import HashPartition, ListPartition, Partition, RangePartition, typed_value
@@ -17,15 +18,17 @@ def misfits(shard_map: ShardMap, credentials: CredentialSource) -> list[str]:
 
     :raises ShardUnreachable: when a master does not answer.
     """
+    databases = {name: read_database(name, shard.master, credentials) for name, shard in shard_map.shards.items()}
     found = [
-        f"{shard.name}: {finding}"
-        for shard in shard_map.shards.values()
-        for finding in _on_shard(shard_map, shard.name, read_database(shard.name, shard.master, credentials))
+        f"{shard}: {finding}"
+        for shard, facts in databases.items()
+        for finding in _on_shard(shard_map, shard, facts.tables)
     ]
+    found += unlike({shard: facts.settings for shard, facts in databases.items()})
     return found or list(misfiled(shard_map, credentials))
 
 
-def _on_shard(shard_map: ShardMap, shard: str, found: dict[str, TableFacts]) -> Iterator[str]:
+def _on_shard(shard_map: ShardMap, shard: str, found: Mapping[str, TableFacts]) -> Iterator[str]:
     for info in shard_map.tables.values():
         if shard not in info.shards:
             continue

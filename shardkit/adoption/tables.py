@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 from sqlalchemy.types import TypeEngine
 
 from shardkit import own_tables
+from shardkit.adoption.settings import read_settings
 from shardkit.credentials import CredentialSource
 from shardkit.engines import Engines, EngineSettings
 from shardkit.errors import PreconditionFailed
@@ -66,8 +67,20 @@ class TableFacts:
     rows: int | None = None
 
 
-def read_database(shard: str, endpoint: Endpoint, credentials: CredentialSource) -> dict[str, TableFacts]:
-    """The application's tables in a database.
+@dataclass(frozen=True)
+class DatabaseFacts:
+    """What a database holds, and how its server is set up.
+
+    :param tables: the application's, by name.
+    :param settings: by name; empty of SQLite.
+    """
+
+    tables: Mapping[str, TableFacts]
+    settings: Mapping[str, str]
+
+
+def read_database(shard: str, endpoint: Endpoint, credentials: CredentialSource) -> DatabaseFacts:
+    """The application's tables in a database, and the settings of its server.
 
     :param shard: what to call it in errors.
     :raises ShardUnreachable: when it does not answer, or refuses the log-on.
@@ -77,7 +90,8 @@ def read_database(shard: str, endpoint: Endpoint, credentials: CredentialSource)
         raise PreconditionFailed(f"there is no file {endpoint.database}", hint="check the path")
     engines = Engines(EngineSettings(credentials))
     try:
-        return read_tables(engines.sync(shard, Role.MASTER, endpoint))
+        engine = engines.sync(shard, Role.MASTER, endpoint)
+        return DatabaseFacts(read_tables(engine), read_settings(engine))
     finally:
         engines.dispose()
 
