@@ -194,7 +194,7 @@ class Flush:
         """SQLAlchemy's ``connection_callable``: the connection to write this object on."""
         state: InstanceState[Any] = mapper.class_manager.state_getter()(instance)
         home = home_of(self._view, state.mapper)
-        if state.key is not None and _lends_only(state):
+        if state.key is not None and _stays(home, state):
             return LateConnection(lambda: self._connection_to_write(home, state))
         return self._connection_to_write(home, state)
 
@@ -411,15 +411,22 @@ def _is_changed(state: InstanceState[Any]) -> bool:
                 return True
         except TypeError:
             return True
-    return not state.committed_state or "_pending_mutations" in state.__dict__
+    return not state.committed_state or bool(state.__dict__.get("_pending_mutations"))
+
+
+def _stays(home: Home, state: InstanceState[Any]) -> bool:
+    """Whether the row of an object in the flush is not written, unless a handler of events changes it."""
+    if home.replicated and state.mapper.dispatch.before_update:
+        return False  # what it changes has to be completed before it is sent
+    return _lends_only(state) or not _is_changed(state)
 
 
 def _lends_only(state: InstanceState[Any]) -> bool:
-    """Whether an object was put into relationships that other rows write down, and its own row stays as it is."""
+    """Whether an object was only put into relationships that other rows write down."""
     names = {*state.committed_state, *state.__dict__.get("_pending_mutations", ())}
-    if not names or state.mapper.dispatch.before_update:  # whose handlers may change it
-        return False
-    return all(name in state.mapper.relationships and _written_elsewhere(state.mapper, name) for name in names)
+    return bool(names) and all(
+        name in state.mapper.relationships and _written_elsewhere(state.mapper, name) for name in names
+    )
 
 
 def _written_elsewhere(mapper: Mapper[Any], name: str) -> bool:

@@ -24,7 +24,6 @@ from shardkit.session.moving import move
 from shardkit.session.rechecking import recheck
 from shardkit.session.statements import RoutedSession
 from shardkit.session.transacting import Target
-from shardkit.session.transaction import CommitMode
 
 
 class ClusterSession(RoutedSession):
@@ -91,10 +90,6 @@ class ClusterSession(RoutedSession):
             if isinstance(error, StaleReadError):
                 self._read_again(written)
             raise
-        if self.commit_mode is CommitMode.SINGLE:
-            # a flush asks for a connection even for objects that it will not write
-            for state in flush.unchanged:
-                state._commit_all(state.dict, self.identity_map)
 
     def _check_what_replicas_showed(self, written: Iterable[InstanceState[Any]]) -> None:
         """:raises StaleReadError: where one of these is not as on its master."""
