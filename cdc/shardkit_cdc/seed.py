@@ -38,7 +38,7 @@ from shardkit_cdc import own_schema, preflight, schema_copy
 from shardkit_cdc.checksums import CHUNK_ROWS
 from shardkit_cdc.connection import SCHEMA_CHANGED, code_of, connect, server_errors, text_of
 from shardkit_cdc.database import Database
-from shardkit_cdc.position import LOCK_TIMEOUT, end_old_runner, insert_row, lock_name, read_row
+from shardkit_cdc.position import LOCK_TIMEOUT, HopRow, end_old_runner, insert_row, is_held, lock_name, read_row
 from shardkit_cdc.preflight import ServerFacts
 from shardkit_cdc.relay import HopSpec
 from shardkit_cdc.row_copy import Copied, RowCopy
@@ -117,6 +117,7 @@ def seed(
     progress: Progress | None = None,
     patience: float = PATIENCE,
     chunk: int = CHUNK_ROWS,
+    shard_epoch: int | None = None,
 ) -> Seeded:
     """Fill the hop's target.
 
@@ -126,10 +127,12 @@ def seed(
         target is refused.
     :param patience: seconds to wait for a moment without prepared XA branches.
     :param chunk: rows of a range whose checksums are compared.
+    :param shard_epoch: the map's: what a promotion into that epoch, or an earlier one, has left in the target is
+        history. Without it any trace of a promotion is one that is under way.
     :raises PreconditionFailed: when something stands in the way; the target is as it was, or marked as half filled.
     :raises PartlyApplied: when it was cut short; the same call keeps what has been copied.
     """
-    seeding = _Seed(spec, credentials, jobs, anew, progress or _Silent(), patience, chunk)
+    seeding = _Seed(spec, credentials, jobs, anew, progress or _Silent(), patience, chunk, shard_epoch)
     try:
         with ExitStack() as stack:
             return seeding.run(stack, confirm)
@@ -154,6 +157,7 @@ class _Seed:
         progress: Progress,
         patience: float,
         chunk: int,
+        shard_epoch: int | None,
     ) -> None:
         self._spec = spec
         self._credentials = credentials
@@ -162,6 +166,7 @@ class _Seed:
         self._progress = progress
         self._patience = patience
         self._chunk = chunk
+        self._shard_epoch = shard_epoch
         self._mark = own_tables.SEED_PREFIX + spec.shard
         self._token = secrets.token_hex(16)
         self._stop = threading.Event()
@@ -172,7 +177,7 @@ class _Seed:
         spec = self._spec
         facts = self._preflight()
         target = stack.enter_context(closing(self._database(spec.target)))
-        found = self._look(target)
+        found = self._look(target, facts)
         if found.objects or found.filled or found.unfinished:
             if confirm is None:
                 raise PreconditionFailed(f"{spec.target} is not empty", hint="empty it first")
@@ -236,13 +241,16 @@ class _Seed:
                 hint=f"on the source: ALTER TABLE {quoted(plain[0][0])} ENGINE=InnoDB",
             )
 
-    def _look(self, target: Database) -> Found:
-        """:raises PreconditionFailed: for a target with tables that no relay of this shard has put there."""
+    def _look(self, target: Database, source: ServerFacts) -> Found:
+        """:raises PreconditionFailed: for a target with tables that no relay of this shard has put there, or one that
+        a promotion is at work on.
+        """
         spec = self._spec
         objects = tuple(sorted(user_objects(target.connection, spec.target.database)))
         row = mark = None
         if own_schema.exists(target.connection):
             row, mark = read_row(target.connection, spec.key), read_row(target.connection, self._mark)
+        self._refuse_promoted(target, row, source)
         if objects and row is None and mark is None:
             names = ", ".join(objects[:3]) + (f" and {len(objects) - 3} more" if len(objects) > 3 else "")
             raise PreconditionFailed(
@@ -252,6 +260,27 @@ class _Seed:
             )
         held = target.value("SELECT IS_USED_LOCK(%s)", lock_name(spec.target.database, spec.key)) is not None
         return Found(objects, mark is not None, row is not None, row.runner if held and row else "")
+
+    def _refuse_promoted(self, target: Database, row: HopRow | None, source: ServerFacts) -> None:
+        """See that no promotion has taken the target, which is the shard's next master then, or a copy of that one."""
+        spec = self._spec
+        at_work = is_held(target.connection, lock_name(spec.target.database, own_tables.PROMOTED_PREFIX + spec.shard))
+        if not at_work and (row is None or row.runner != own_tables.PROMOTED_BY):
+            return
+        if not at_work and row is not None:
+            if row.source.startswith(own_tables.PROMOTED_PREFIX):
+                into = int(row.source.removeprefix(own_tables.PROMOTED_PREFIX))
+                if self._shard_epoch is not None and into <= self._shard_epoch:
+                    return  # it has been a master since
+            elif spec.reads_master and row.source == source.identity:
+                return  # the map names the new master
+        raise PreconditionFailed(
+            f"a promotion of {spec.shard} has taken {spec.target}: it is about to be the master, or a copy of the next "
+            "one",
+            hint="let the promotion end; if it was cut short, run the same shardkit shard promote again. Where the "
+            f"promotion has ended and {spec.target} left the map since, DROP DATABASE `{spec.target.database}` and "
+            "create it again",
+        )
 
     # --- the target becomes ours
 

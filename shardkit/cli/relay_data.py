@@ -70,6 +70,7 @@ def seed(
             anew=anew,
             confirm=lambda found: _ask(out, spec, found, anew, yes),
             progress=_Bars(progress),
+            shard_epoch=current.shard(shard).epoch,
         )
     out.result({"seeded": done})
     pace = f"{(done.kept + done.rows) / max(done.seconds, 0.001):,.0f} rows/s"
