@@ -44,7 +44,8 @@ class Form(Enum):
     NUMBER = auto()
     """By number: ENUM and SET (their empty values have no text of their own), BIT."""
     REAL = auto()
-    """Through DOUBLE: a FLOAT's own text is rounded to six digits."""
+    """Through DOUBLE: a FLOAT's own text is rounded to six digits. Not MySQL's DOUBLE: MySQL cuts the text of an
+    expression at 22 characters, which are too few for a DOUBLE, and that of a column nowhere (tried on 9.7)."""
     TEXT = auto()
     """ASCII text that says so: MariaDB's UUID and INET types take a binary string for the stored bytes."""
     JSON = auto()
@@ -91,6 +92,8 @@ class Column:
     @property
     def form(self) -> Form:
         """How its values are written."""
+        if self.data_type == "double" and self.flavour == "mysql":
+            return Form.QUOTED
         if self.data_type in _FORMS:
             return _FORMS[self.data_type]
         if self.flavour == "mariadb":
