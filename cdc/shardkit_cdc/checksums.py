@@ -1,7 +1,8 @@
-"""Checksums by which rows of two servers of one family are compared: of ranges of the primary key, and row by row.
+"""Checksums by which rows of two servers are compared: of ranges of the primary key, and row by row.
 
-What is summed up is the text by which a row is copied (`shardkit.rowtext`), which tells everything apart that a copy
-has to: rows of equal checksums are equal to the last bit.
+What is summed up is the text by which a row is copied (`shardkit.rowtext`), or one that both families write alike
+(`shardkit_cdc.matching`). It tells everything apart that a copy has to: rows of equal checksums are equal to the last
+bit.
 """
 
 from __future__ import annotations

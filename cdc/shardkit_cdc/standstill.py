@@ -32,18 +32,17 @@ from shardkit_cdc.comparison import (
     Pair,
     Stopped,
     Verdict,
-    compared_tables,
     count_rows,
     differing_rows,
     kind_of,
-    shape_faults,
 )
 from shardkit_cdc.connection import SCHEMA_CHANGED, code_of
 from shardkit_cdc.database import Database
+from shardkit_cdc.matching import Matched, compared_tables, match
 from shardkit_cdc.payload import unpacked
 from shardkit_cdc.position import HopRow
 from shardkit_cdc.retention import SEED_HINT, kept_log, position_lost
-from shardkit_cdc.schema import SchemaCheck
+from shardkit_cdc.schema import SchemaCheck, charsets_by_id
 from shardkit_cdc.selection import Selector
 from shardkit_cdc.stream import BinlogStream
 from shardkit_cdc.tables import Table
@@ -88,11 +87,11 @@ class Standstill:
         self.target = pair.target
         self._pair = pair
         self._credentials = credentials
-        self._position: Position = parse_position(pair.target.flavour, row.gtid)
+        self._position: Position = parse_position(pair.source.flavour, row.gtid)
         self._folds_names = False
 
-    def begin(self) -> dict[str, Table]:
-        """Open the snapshot; the source's tables.
+    def begin(self) -> Matched:
+        """Open the snapshot; the two ends' tables.
 
         :raises PositionLost: when the source has not the log from the position on.
         """
@@ -102,7 +101,7 @@ class Standstill:
             raise position_lost(self.spec.source.address, hop=self.spec.name)
         self._folds_names = facts.folds_names
         self.source.run("START TRANSACTION WITH CONSISTENT SNAPSHOT")
-        return compared_tables(self.source)
+        return match(self.source, self.target, compared_tables(self.source), compared_tables(self.target))
 
     def read_log(self, tables: Mapping[str, Table], wanted: Mapping[str, Container[bytes]] | None = None) -> Touched:
         """What has changed since, as far as the snapshot shows it at least.
@@ -111,7 +110,10 @@ class Standstill:
         :raises PreconditionFailed, BadEvent, Interrupted, PositionLost: as `read_touched`.
         """
         spec, flavour = self.spec, self.source.flavour
-        touched = Touched(SchemaCheck(self.target.connection), flavour, tables, wanted or {})
+        abroad = flavour is not self.target.flavour
+        charsets = charsets_by_id(self.source.connection) if abroad else None
+        check = SchemaCheck(self.target.connection, by_name=abroad, charsets=charsets)
+        touched = Touched(check, flavour, self.target.flavour, tables, wanted or {})
         # Of a branch that was prepared before the position the log behind it has only the end; its rows were locked.
         for (events,) in self.target.rows(
             f"SELECT events FROM {own_tables.prepared.name} WHERE hop = %s ORDER BY xid, part", self.row.hop
@@ -181,14 +183,14 @@ class _Comparison:
 
     def run(self) -> Verdict:
         began = time.monotonic()
-        tables = self._still.begin()
-        faults = shape_faults(tables, compared_tables(self._still.target))
-        tables = {name: table for name, table in tables.items() if name not in {fault.table for fault in faults}}
+        matched = self._still.begin()
+        tables = matched.tables
         found = {
             table.name: self._by_key(table) if table.primary else self._as_a_whole(table) for table in tables.values()
         }
         touched = self._still.read_log(tables)
-        self._verdict.differences += faults
+        self._verdict.differences += matched.faults
+        self._verdict.left_out += matched.left_out
         for table in tables.values():
             self._decide(table, found[table.name], touched)
         if self._still.gone_on:
@@ -206,14 +208,22 @@ class _Comparison:
         done = 0
         for inside, ours, theirs in compared_ranges(*self._ends, table, self._chunk):
             if ours != theirs:
-                sides = [row_checksums(side, table, inside) for side in self._ends]
-                for key in sides[0] | sides[1]:
-                    if sides[0].get(key) != sides[1].get(key):
-                        found[key] = Difference(table.name, kind_of(key, *sides), show_key(table, key), key)
+                found |= self._differing(table, inside)
             done += ours.rows
             self._report(table.name, done)
         self._verdict.rows += done
         return found
+
+    def _differing(self, table: Table, where: str) -> dict[Key, Difference]:
+        ours, theirs = (row_checksums(side, table, where) for side in self._ends)
+        keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+        if not table.keys_alike:  # on the target the row may be in another range
+            again = [table.one_of(keys[start : start + _KEYS]) for start in range(0, len(keys), _KEYS)]
+            ours, theirs = (
+                {k: v for part in again for k, v in row_checksums(side, table, part).items()} for side in self._ends
+            )
+            keys = [key for key in keys if ours.get(key) != theirs.get(key)]
+        return {key: Difference(table.name, kind_of(key, ours, theirs), show_key(table, key), key) for key in keys}
 
     def _as_a_whole(self, table: Table) -> dict[Key, Difference]:
         ours, theirs = (digest(side, table, "TRUE") for side in self._ends)

@@ -11,7 +11,7 @@ A hop that stands still is compared in another way: `standstill`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pymysql
 
@@ -26,15 +26,13 @@ from shardkit_cdc.comparison import (
     Pair,
     TooFast,
     Verdict,
-    compared_tables,
     count_rows,
     differing_rows,
     kind_of,
     open_pair,
-    shape_faults,
-    shapes,
 )
 from shardkit_cdc.connection import SCHEMA_CHANGED, code_of
+from shardkit_cdc.matching import compared_tables, match, shapes
 from shardkit_cdc.position import HopRow
 from shardkit_cdc.relay import HopSpec
 from shardkit_cdc.standstill import compare_at
@@ -89,6 +87,10 @@ def _standing_still(pair: Pair) -> HopRow | None:
     return None
 
 
+def _only(name: str, tables: Mapping[str, Table]) -> dict[str, Table]:
+    return {name: tables[name]} if name in tables else {}
+
+
 class _Comparison:
     def __init__(self, pair: Pair, chunk: int, report: Callable[[str, int], None]) -> None:
         self._pair = pair
@@ -97,6 +99,7 @@ class _Comparison:
         self._chunk = chunk
         self._report = report
         self._verdict = Verdict(pair.spec.name)
+        self._looked_at: set[Key] = set()  # one by one, of the table at hand
 
     def run(self) -> Verdict:
         began = time.monotonic()
@@ -112,17 +115,15 @@ class _Comparison:
 
     def _tables(self) -> list[Table]:
         """The tables that both have in one shape; what else there is, is a difference."""
-        faults: list[Difference] = []
         for _ in range(_ROUNDS):
             ours = compared_tables(self._source)
             self._pair.catch_up()
-            theirs = compared_tables(self._target)
-            faults = shape_faults(ours, theirs)
-            if not faults or shapes(compared_tables(self._source)) == shapes(ours):
+            matched = match(self._source, self._target, ours, compared_tables(self._target))
+            if not matched.faults or shapes(compared_tables(self._source)) == shapes(ours):
                 break
-        self._verdict.differences += faults
-        wrong = {fault.table for fault in faults}
-        return [table for name, table in ours.items() if name not in wrong]
+        self._verdict.differences += matched.faults
+        self._verdict.left_out += matched.left_out
+        return list(matched.tables.values())
 
     def _table(self, table: Table) -> None:
         compare = self._by_key if table.primary else self._as_a_whole
@@ -139,10 +140,10 @@ class _Comparison:
                 self._verdict.rows = before[0]
                 del self._verdict.differences[before[1] :]
                 self._pair.catch_up()
-                found = compared_tables(self._source).get(table.name)
-                if found is None:
+                ours, theirs = (_only(table.name, compared_tables(side)) for side in (self._source, self._target))
+                if not ours:
                     return
-                table = found
+                table = match(self._source, self._target, ours, theirs).tables.get(table.name, table)
                 continue
             return
         self._verdict.undecided.append(table.name)
@@ -151,6 +152,7 @@ class _Comparison:
 
     def _by_key(self, table: Table) -> None:
         done = 0
+        self._looked_at.clear()
         for inside, ours, theirs in compared_ranges(self._source, self._target, table, self._chunk):
             if ours != theirs:
                 self._range(table, inside)
@@ -164,6 +166,9 @@ class _Comparison:
         self._pair.catch_up()
         theirs = row_checksums(self._target, table, where)
         doubtful = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+        if not table.keys_alike:  # on the target a row may be in another range than on the source, or in several
+            doubtful = [key for key in doubtful if key not in self._looked_at]
+            self._looked_at.update(doubtful)
         for _ in range(_ROUNDS):
             if not doubtful:
                 return

@@ -235,6 +235,8 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
             out.warning(
                 f"{each.hop}: {what}" if each.stopped else f"{each.hop}: {what} changed too fast to be compared"
             )
+        for what in each.left_out:
+            out.warning(f"{each.hop}: not compared: {what}")
     for name, reason in refused.items():
         out.warning(f"{name} was not compared: {reason}")
     if not specs:
@@ -247,7 +249,7 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
         return 3
     if refused:
         return max(error.exit_code for error in refused.values())
-    return 1 if any(each.undecided for each in verdicts) else 0
+    return 1 if any(each.undecided or each.left_out for each in verdicts) else 0
 
 
 def _compare(out: Output, spec: HopSpec) -> Verdict:
