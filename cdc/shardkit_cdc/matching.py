@@ -9,6 +9,9 @@ are read as text that both families write alike. Tried on MariaDB 10.11 and MySQ
 - MySQL's JSON as the text that MySQL shows, which is what arrives in MariaDB;
 - all else by its bytes.
 
+What the target computes (generated columns) is compared as a whole, for itself: a division, say, has more digits on
+MariaDB than on MySQL. Of rows that are equal otherwise it is no difference that a repair could mend.
+
 Collations may differ between families, and with them the order of keys and which of them count as equal. So a range of
 keys may hold other rows on the target than on the source; but the ranges together hold every row of either end, and a
 row that is asked for by its key is asked for by its bytes.
@@ -43,12 +46,15 @@ class Matched:
     :param tables: name -> a table that both ends have alike; its SQL is for both.
     :param written: the same tables as the source's rows are written on the target; without those of which not all can
         be written.
+    :param computed: of the other family's tables those with columns that the target computes, as these are read along
+        with the primary key; in ``tables`` they are left out.
     :param faults: tables that are there on one side only, or of another shape.
     :param left_out: tables and columns that cannot be compared, and why.
     """
 
     tables: dict[str, Table]
     written: dict[str, Table]
+    computed: dict[str, Table] = field(default_factory=dict)
     faults: list[Difference] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -87,6 +93,15 @@ def match(source: Database, target: Database, ours: Mapping[str, Table], theirs:
         else:
             matched.tables[name] = matched.written[name] = ours[name]
     return matched
+
+
+def other_values(table: Table) -> str:
+    """What there is to say of columns that the target has computed, and which are not the source's.
+
+    :param table: as in `Matched.computed`.
+    """
+    names = ", ".join(column.name for column in table.columns if column.name not in table.primary)
+    return f"{table.name}.{names}: the target computes other values than the source, or rows changed meanwhile"
 
 
 # --- between families
@@ -184,7 +199,7 @@ class _Families:
             matched.left_out.append(f"{name}: {key_reason}")
             return
         matched.left_out.extend(f"{name}.{column}: {reason}" for column, reason in reasons.items() if reason)
-        matched.tables[name] = _AlikeTable(
+        alike = _AlikeTable(
             name=name,
             kind=ours.kind,
             columns=tuple(_alike(each, self._ends[0]) for each in columns if not reasons[each.name]),
@@ -193,6 +208,13 @@ class _Families:
             born=ours.born,
             estimate=ours.estimate,
         )
+        computed = {mine.name for mine, other in pairs if other.computed} - {each.name for each in in_key}
+        matched.tables[name] = replace(
+            alike, columns=tuple(each for each in alike.columns if each.name not in computed)
+        )
+        if any(each.name in computed for each in alike.columns):
+            kept = computed | {each.name for each in in_key}
+            matched.computed[name] = replace(alike, columns=tuple(each for each in alike.columns if each.name in kept))
         if not any(reasons[mine.name] and not other.computed for mine, other in pairs):
             written = (
                 replace(column, generated=other.computed) for column, other in zip(ours.columns, ordered, strict=True)
@@ -201,7 +223,7 @@ class _Families:
 
 
 def _alike(column: TargetColumn, source: Database) -> Column:
-    """A column as it is compared: computed ones, too."""
+    """A column as it is compared."""
     return _AlikeColumn(column.name, column.data_type.lower(), column.charset, False, False, source.flavour)
 
 
@@ -212,9 +234,15 @@ def _column_fault(ours: TargetColumn, theirs: TargetColumn) -> str:
         return ""
     charsets = {} if ours.collation is None or ours.charset is None else {ours.collation: ours.charset}
     plain = replace(theirs, column_type=theirs.column_type.partition(" /*")[0])
-    if not differences_by_name([logged], [plain], charsets) and members(ours) == members(theirs):
+    same = members(ours) == members(theirs) and _zeros(ours) == _zeros(theirs)
+    if same and not differences_by_name([logged], [plain], charsets):
         return ""
     return f"{ours.name} is {_described(ours)} on the source and {_described(theirs)} on the target"
+
+
+def _zeros(column: TargetColumn) -> str:
+    """What an integer column is filled up to with zeros, which belong to the text of its values; empty for nothing."""
+    return column.column_type if "zerofill" in column.column_type and column.data_type.endswith("int") else ""
 
 
 def _described(column: TargetColumn) -> str:
@@ -227,8 +255,6 @@ def _reason(ours: TargetColumn, theirs: TargetColumn) -> str:
     for each in (ours, theirs):
         if as_logged(each) is None:
             return f"{each.data_type} is a type of one family only"
-    if (ours.computed or theirs.computed) and "json" in {ours.data_type, theirs.data_type}:
-        return "a document that each server computes, and writes in its own way"
     return ""
 
 

@@ -38,7 +38,7 @@ from shardkit_cdc.comparison import (
 )
 from shardkit_cdc.connection import SCHEMA_CHANGED, code_of
 from shardkit_cdc.database import Database
-from shardkit_cdc.matching import Matched, compared_tables, match
+from shardkit_cdc.matching import Matched, compared_tables, match, other_values
 from shardkit_cdc.payload import unpacked
 from shardkit_cdc.position import HopRow
 from shardkit_cdc.retention import SEED_HINT, kept_log, position_lost
@@ -188,11 +188,14 @@ class _Comparison:
         found = {
             table.name: self._by_key(table) if table.primary else self._as_a_whole(table) for table in tables.values()
         }
+        computed = [table for table in matched.computed.values() if not self._is_computed_alike(table)]
         touched = self._still.read_log(tables)
         self._verdict.differences += matched.faults
         self._verdict.left_out += matched.left_out
         for table in tables.values():
             self._decide(table, found[table.name], touched)
+        differing = {each.table for each in self._verdict.differences}
+        self._verdict.left_out += [other_values(table) for table in computed if table.name not in differing]
         if self._still.gone_on:
             raise PreconditionFailed(
                 f"hop {self._still.spec.name} has gone on while its ends were compared", hint="compare again"
@@ -233,6 +236,10 @@ class _Comparison:
             return {}
         rows = differing_rows(table, *(count_rows(side, table) for side in self._ends))
         return {(str(number),): each for number, each in enumerate(rows)}
+
+    def _is_computed_alike(self, table: Table) -> bool:
+        ours, theirs = (digest(side, table, "TRUE") for side in self._ends)
+        return ours == theirs
 
     # --- what of it is a difference
 

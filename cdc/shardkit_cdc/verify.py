@@ -32,7 +32,7 @@ from shardkit_cdc.comparison import (
     open_pair,
 )
 from shardkit_cdc.connection import SCHEMA_CHANGED, code_of
-from shardkit_cdc.matching import compared_tables, match, shapes
+from shardkit_cdc.matching import Matched, compared_tables, match, other_values, shapes
 from shardkit_cdc.position import HopRow
 from shardkit_cdc.relay import HopSpec
 from shardkit_cdc.standstill import compare_at
@@ -104,16 +104,21 @@ class _Comparison:
     def run(self) -> Verdict:
         began = time.monotonic()
         self._pair.catch_up()
-        for table in self._tables():
+        matched = self._match()
+        for table in matched.tables.values():
             self._table(table)
             self._verdict.tables += 1
+        differing = {each.table for each in self._verdict.differences}
+        for table in matched.computed.values():
+            if table.name not in differing and not self._is_computed_alike(table):
+                self._verdict.left_out.append(other_values(table))
         self._pair.row()  # whether the target was what it was to the end
         self._verdict.seconds = time.monotonic() - began
         return self._verdict
 
     # --- tables
 
-    def _tables(self) -> list[Table]:
+    def _match(self) -> Matched:
         """The tables that both have in one shape; what else there is, is a difference."""
         for _ in range(_ROUNDS):
             ours = compared_tables(self._source)
@@ -123,7 +128,7 @@ class _Comparison:
                 break
         self._verdict.differences += matched.faults
         self._verdict.left_out += matched.left_out
-        return list(matched.tables.values())
+        return matched
 
     def _table(self, table: Table) -> None:
         compare = self._by_key if table.primary else self._as_a_whole
@@ -147,6 +152,18 @@ class _Comparison:
                 continue
             return
         self._verdict.undecided.append(table.name)
+
+    def _is_computed_alike(self, table: Table) -> bool:
+        for _ in range(_ROUNDS):
+            try:
+                ours = digest(self._source, table, "TRUE")
+                self._pair.catch_up()
+                if digest(self._target, table, "TRUE") == ours:
+                    return True
+            except pymysql.MySQLError as error:
+                if code_of(error) not in SCHEMA_CHANGED:
+                    raise
+        return False
 
     # --- tables with a primary key
 

@@ -127,7 +127,8 @@ def _target(
 def _ask(out: Output, spec: HopSpec, found: Found, anew: bool, yes: bool) -> None:
     from shardkit.topology import Role
 
-    holds = f"{len(found.objects)} tables, views and routines"
+    what = "tables with rows" if found.rows_only else "tables, views and routines"
+    holds = f"{len(found.objects)} {what}"
     plan = []
     if found.runner:
         plan.append(f"the hop {spec.name}, run by {found.runner}, is stopped")
@@ -138,7 +139,8 @@ def _ask(out: Output, spec: HopSpec, found: Found, anew: bool, yes: bool) -> Non
         plan.append(f"it is filled from {spec.source}")
     else:
         plan.append(f"{spec.target} is made what {spec.source} is: {holds}")
-        plan.append("rows that are equal are kept; all others, and tables of another definition, are deleted")
+        others = "all others" if found.rows_only else "all others, and tables of another definition,"
+        plan.append(f"rows that are equal are kept; {others} are deleted")
         plan.append("what is missing then is copied")
     if spec.role is Role.STAGING:
         filled = "are emptied and filled with it" if anew else "get what changes through its log"
