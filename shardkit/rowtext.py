@@ -136,6 +136,8 @@ class Column:
             return f"CONCAT('{introducer}X''',HEX(CAST({name} AS BINARY)),'''')"
         if self.data_type in _NUMBERS:  # a DECIMAL is compared with a string as floating point
             return f"CAST({name} AS CHAR)"
+        if self.data_type == "float" and self.flavour == "mysql":  # its text as a DOUBLE is cut: a FLOAT it is exactly
+            return f"CONCAT('CAST(',{self.literal},' AS FLOAT)')"
         if self.data_type == "set":  # it compares as a signed number, of which its 64th member is the sign
             return f"CAST(CAST({name} AS SIGNED) AS CHAR)"
         return self.literal
@@ -256,6 +258,8 @@ def show_key(table: RowTexts, key: Key) -> str:
 
 def plain_literal(literal: str) -> str:
     """A literal of `Column.key_literal` as people write it."""
+    if literal.startswith("CAST("):
+        return literal.removeprefix("CAST(").removesuffix(" AS FLOAT)")
     introducer, mark, digits = literal.rpartition("X'")
     if not mark:
         return literal

@@ -232,10 +232,13 @@ def _column_fault(ours: TargetColumn, theirs: TargetColumn) -> str:
     logged, other = as_logged(ours), as_logged(theirs)
     if logged is None or other is None:
         return ""
-    charsets = {} if ours.collation is None or ours.charset is None else {ours.collation: ours.charset}
     plain = replace(theirs, column_type=theirs.column_type.partition(" /*")[0])
-    same = members(ours) == members(theirs) and _zeros(ours) == _zeros(theirs)
-    if same and not differences_by_name([logged], [plain], charsets):
+    same = (
+        (ours.charset == theirs.charset or ours.data_type == "json")
+        and members(ours) == members(theirs)
+        and _zeros(ours) == _zeros(theirs)
+    )
+    if same and not differences_by_name([logged], [plain], {}):
         return ""
     return f"{ours.name} is {_described(ours)} on the source and {_described(theirs)} on the target"
 

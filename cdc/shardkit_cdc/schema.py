@@ -146,7 +146,7 @@ def without_hashes(logged: Sequence[Column]) -> Sequence[Column]:
 
 
 def as_logged(column: TargetColumn) -> Column | None:
-    """A source's column as its log would describe it; None of a type that only MariaDB has.
+    """A source's column as its log would describe it, its collation left out; None of a type that only MariaDB has.
 
     A compressed column as one that is not: its values are the same.
     """
@@ -158,7 +158,6 @@ def as_logged(column: TargetColumn) -> Column | None:
         *described,
         nullable=column.nullable,
         unsigned=_unsigned(column),
-        collation=column.collation if column.charset is not None else None,
         name=column.name,
         members=tuple(member.encode() for member in members(column)),
     )

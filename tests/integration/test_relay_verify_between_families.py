@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -226,6 +227,43 @@ def test_keys_that_each_family_puts_into_an_order_of_its_own(abroad: Chain, kind
     abroad.settle()
     mend(abroad, verdict.differences)
     assert found(compare(abroad, chunk=100)) == []
+
+
+def test_keys_of_text_under_load(abroad: Chain) -> None:
+    """Rows come and go, and get keys that are the old ones to a collation."""
+    keys = keyed(abroad, ("utf8mb4_general_ci", "utf8mb4_bin"), rows=1200)
+    stop = threading.Event()
+    errors: list[Exception] = []
+
+    def work(number: int) -> None:
+        dice = random.Random(number)
+        mine = [key for key in keys[number::2] if key != "_7"]
+        try:
+            connection = abroad.master.connect(abroad.database, autocommit=True)
+            with connection, connection.cursor() as cursor:
+                while not stop.wait(0.002):
+                    key = dice.choice(mine)
+                    cursor.execute("UPDATE keyed SET m = m + 1, k = UPPER(k) WHERE k = %s", (key,))
+                    cursor.execute("DELETE FROM keyed WHERE k = %s", (dice.choice(mine),))
+                    cursor.execute("INSERT IGNORE INTO keyed VALUES (%s, 1, 0)", (dice.choice(mine),))
+        except Exception as error:  # noqa: BLE001 - asserted below
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(4):
+            verdict = compare(abroad, chunk=60)
+            assert found(verdict) == []
+            assert whole(verdict)
+        unlogged(abroad, "UPDATE keyed SET m = -1 WHERE k = '_7'")
+        assert found(compare(abroad, chunk=60)) == [("keyed", "different", "k='_7', n=1")]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert errors == []
 
 
 def test_a_row_that_is_another_one_only_by_the_sources_collation_is_in_the_way(abroad: Chain) -> None:
