@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from shardkit.errors import PreconditionFailed
 from shardkit.rowtext import quoted
+from shardkit_cdc.apply_sql import require_sight
 from shardkit_cdc.checksums import digest
 from shardkit_cdc.database import Database
 from shardkit_cdc.matching import Matched, match
@@ -55,6 +56,7 @@ def match_for_seed(source: Database, target: Database, ours: Mapping[str, Table]
 
 def _refuse_target(target: Database) -> None:
     """The same that stops the hop itself: rows go into the target as statements."""
+    require_sight(target.connection, target.endpoint)
     triggers = target.rows(
         "SELECT event_object_table, trigger_name FROM information_schema.triggers "
         "WHERE event_object_schema = DATABASE() ORDER BY 1, 2"

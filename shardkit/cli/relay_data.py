@@ -52,7 +52,8 @@ def seed(
 
     ENDPOINT (mysql://host/database) may be one that the map does not name yet. The source is not locked, save for
     milliseconds while the snapshot is taken. Of a target that the relay, or a seed that was cut short, has filled
-    before, the rows that equal the source's are kept, after asking; one with other tables is refused.
+    before, the rows that equal the source's are kept, after asking; one with other tables is refused. Between MariaDB
+    and MySQL rows alone are copied, into tables that the target has.
     """
     from shardkit.credentials import from_environment
     from shardkit_cdc.seed import seed as run

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shardkit.credentials import fixed
 from shardkit.errors import MissingServer, PartlyApplied, PreconditionFailed
 from shardkit.gtid import Flavour
 from shardkit.testing.database import LocalDatabaseServer
@@ -164,6 +165,25 @@ def test_rows_of_others_and_triggers_are_refused(abroad: Chain) -> None:
     abroad.sql("DELETE FROM t", "CREATE TRIGGER noted AFTER INSERT ON t FOR EACH ROW SET @n = 1", server=abroad.last)
     with pytest.raises(PreconditionFailed, match="trigger noted"):
         fill(abroad)
+
+
+def test_an_account_that_cannot_see_triggers(abroad: Chain) -> None:
+    user = f"seeing_{abroad.database}"
+    abroad.sql("CREATE TABLE t (id INT PRIMARY KEY)")
+    abroad.sql("CREATE TABLE t (id INT PRIMARY KEY)", server=abroad.last)
+    for server in abroad.servers:
+        server.create_user(user, "secret")
+    abroad.last.execute(f"REVOKE ALL PRIVILEGES, GRANT OPTION FROM {user}@'%'")
+    abroad.last.execute(
+        f"GRANT SELECT, INSERT, UPDATE, DELETE, CREATE, ALTER, INDEX ON `{abroad.database}`.* TO {user}@'%'"
+    )
+    try:
+        with pytest.raises(PreconditionFailed, match="cannot see whether") as caught:
+            seed(abroad.specs[0], fixed(user, "secret"))
+        assert "GRANT TRIGGER" in str(caught.value.hint)
+    finally:
+        for server in abroad.servers:
+            server.execute(f"DROP USER {user}@'%'")
 
 
 def test_tables_that_a_migration_has_made(abroad: Chain) -> None:
