@@ -13,8 +13,8 @@ What the target computes (generated columns) is compared as a whole, for itself:
 MariaDB than on MySQL. Of rows that are equal otherwise it is no difference that a repair could mend.
 
 Collations may differ between families, and with them the order of keys and which of them count as equal. So a range of
-keys may hold other rows on the target than on the source; but the ranges together hold every row of either end, and a
-row that is asked for by its key is asked for by its bytes.
+keys may hold other rows on the target than on the source; but all ranges of one end together hold every row of the
+other, and a row that is asked for by its key is asked for by its bytes.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from shardkit.errors import PreconditionFailed
 from shardkit.gtid import Position, parse_position
 from shardkit.rowtext import Key, plain_literal, quoted, show_key
 from shardkit_cdc import preflight
-from shardkit_cdc.checksums import compared_ranges, digest, row_checksums
+from shardkit_cdc.checksums import checksums_of, compared_ranges, digest, row_checksums, suspicious_rows
 from shardkit_cdc.comparison import (
     Difference,
     Kind,
@@ -207,26 +207,41 @@ class _Comparison:
     # --- how the target differs from the source of now
 
     def _by_key(self, table: Table) -> dict[Key, Difference]:
+        if not table.keys_alike:
+            return self._from_both_ends(table)
         found: dict[Key, Difference] = {}
         done = 0
         for inside, ours, theirs in compared_ranges(*self._ends, table, self._chunk):
             if ours != theirs:
-                found |= self._differing(table, inside)
+                sides = [row_checksums(side, table, inside) for side in self._ends]
+                for key in sides[0] | sides[1]:
+                    if sides[0].get(key) != sides[1].get(key):
+                        found[key] = Difference(table.name, kind_of(key, *sides), show_key(table, key), key)
             done += ours.rows
             self._report(table.name, done)
         self._verdict.rows += done
         return found
 
-    def _differing(self, table: Table, where: str) -> dict[Key, Difference]:
-        ours, theirs = (row_checksums(side, table, where) for side in self._ends)
-        keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
-        if not table.keys_alike:  # on the target the row may be in another range
-            again = [table.one_of(keys[start : start + _KEYS]) for start in range(0, len(keys), _KEYS)]
-            ours, theirs = (
-                {k: v for part in again for k, v in row_checksums(side, table, part).items()} for side in self._ends
-            )
-            keys = [key for key in keys if ours.get(key) != theirs.get(key)]
-        return {key: Difference(table.name, kind_of(key, ours, theirs), show_key(table, key), key) for key in keys}
+    def _from_both_ends(self, table: Table) -> dict[Key, Difference]:
+        """The same where each end may have an order of its own."""
+        source, target = self._ends
+        found: dict[Key, Difference] = {}
+        done, differing = 0, False
+        for count, ours in suspicious_rows(source, target, table, self._chunk):
+            if ours is not None:
+                differing = True
+                theirs = checksums_of(target, table, ours)
+                for key in (key for key, checksum in ours.items() if theirs.get(key) != checksum):
+                    found[key] = Difference(table.name, kind_of(key, ours, theirs), show_key(table, key), key)
+            done += count
+            self._report(table.name, done)
+        for _, held in suspicious_rows(target, source, table, self._chunk) if differing else ():
+            if held is not None:
+                known = checksums_of(source, table, held)
+                for key in held.keys() - known.keys():
+                    found[key] = Difference(table.name, Kind.EXTRA, show_key(table, key), key)
+        self._verdict.rows += done
+        return found
 
     def _as_a_whole(self, table: Table) -> dict[Key, Difference]:
         ours, theirs = (digest(side, table, "TRUE") for side in self._ends)

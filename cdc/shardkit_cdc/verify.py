@@ -18,7 +18,14 @@ import pymysql
 from shardkit.credentials import CredentialSource
 from shardkit.errors import Interrupted, PreconditionFailed
 from shardkit.rowtext import Key, show_key
-from shardkit_cdc.checksums import CHUNK_ROWS, compared_ranges, digest, row_checksums
+from shardkit_cdc.checksums import (
+    CHUNK_ROWS,
+    checksums_of,
+    compared_ranges,
+    digest,
+    row_checksums,
+    suspicious_rows,
+)
 from shardkit_cdc.comparison import (
     LOCKED_SECONDS,
     PATIENCE,
@@ -99,7 +106,6 @@ class _Comparison:
         self._chunk = chunk
         self._report = report
         self._verdict = Verdict(pair.spec.name)
-        self._looked_at: set[Key] = set()  # one by one, of the table at hand
 
     def run(self) -> Verdict:
         began = time.monotonic()
@@ -131,7 +137,9 @@ class _Comparison:
         return matched
 
     def _table(self, table: Table) -> None:
-        compare = self._by_key if table.primary else self._as_a_whole
+        compare = self._as_a_whole
+        if table.primary:
+            compare = self._by_key if table.keys_alike else self._from_both_ends
         before = self._verdict.rows, len(self._verdict.differences)
         for _ in range(_ROUNDS):
             try:
@@ -169,7 +177,6 @@ class _Comparison:
 
     def _by_key(self, table: Table) -> None:
         done = 0
-        self._looked_at.clear()
         for inside, ours, theirs in compared_ranges(self._source, self._target, table, self._chunk):
             if ours != theirs:
                 self._range(table, inside)
@@ -183,9 +190,27 @@ class _Comparison:
         self._pair.catch_up()
         theirs = row_checksums(self._target, table, where)
         doubtful = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
-        if not table.keys_alike:  # on the target a row may be in another range than on the source, or in several
-            doubtful = [key for key in doubtful if key not in self._looked_at]
-            self._looked_at.update(doubtful)
+        self._settle(table, doubtful)
+
+    def _from_both_ends(self, table: Table) -> None:
+        """The same where each end may have an order of its own: the source's rows, then whether the target has more."""
+        done, differing = 0, False
+        for count, ours in suspicious_rows(self._source, self._target, table, self._chunk):
+            if ours is not None:
+                differing = True
+                self._pair.catch_up()
+                theirs = checksums_of(self._target, table, ours)
+                self._settle(table, [key for key, checksum in ours.items() if theirs.get(key) != checksum])
+            done += count
+            self._verdict.rows += count
+            self._report(table.name, done)
+        for _, held in suspicious_rows(self._target, self._source, table, self._chunk) if differing else ():
+            if held is not None:
+                known = checksums_of(self._source, table, held)
+                self._settle(table, [key for key in held if key not in known])
+
+    def _settle(self, table: Table, doubtful: list[Key]) -> None:
+        """Name those of these rows that differ."""
         for _ in range(_ROUNDS):
             if not doubtful:
                 return
