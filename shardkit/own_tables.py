@@ -37,6 +37,9 @@ HISTORY_PREFIX = "history:"
 HOP_PREFIX = "hop:"
 #: The runner of a row that a promotion has moved: until the map names the new master, nobody else is to.
 PROMOTED_BY = "shardkit shard promote"
+#: Where a promotion has taken a database out of the relay, its hop's source is called this and the shard's next epoch;
+#: and so does the row begin that notes where a new master's log begins to be the shard's.
+PROMOTED_PREFIX = "promoted:"
 #: A target that is being filled from a snapshot has a row under this prefix and none of its hop.
 SEED_PREFIX = "seed:"
 

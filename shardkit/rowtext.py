@@ -44,7 +44,8 @@ class Form(Enum):
     NUMBER = auto()
     """By number: ENUM and SET (their empty values have no text of their own), BIT."""
     REAL = auto()
-    """Through DOUBLE: a FLOAT's own text is rounded to six digits."""
+    """Through DOUBLE: a FLOAT's own text is rounded to six digits. Not MySQL's DOUBLE: MySQL cuts the text of an
+    expression at 22 characters, which are too few for a DOUBLE, and that of a column nowhere (tried on 9.7)."""
     TEXT = auto()
     """ASCII text that says so: MariaDB's UUID and INET types take a binary string for the stored bytes."""
     JSON = auto()
@@ -91,6 +92,8 @@ class Column:
     @property
     def form(self) -> Form:
         """How its values are written."""
+        if self.data_type == "double" and self.flavour == "mysql":
+            return Form.QUOTED
         if self.data_type in _FORMS:
             return _FORMS[self.data_type]
         if self.flavour == "mariadb":
@@ -133,6 +136,8 @@ class Column:
             return f"CONCAT('{introducer}X''',HEX(CAST({name} AS BINARY)),'''')"
         if self.data_type in _NUMBERS:  # a DECIMAL is compared with a string as floating point
             return f"CAST({name} AS CHAR)"
+        if self.data_type == "float" and self.flavour == "mysql":  # its text as a DOUBLE is cut: a FLOAT it is exactly
+            return f"CONCAT('CAST(',{self.literal},' AS FLOAT)')"
         if self.data_type == "set":  # it compares as a signed number, of which its 64th member is the sign
             return f"CAST(CAST({name} AS SIGNED) AS CHAR)"
         return self.literal
@@ -253,6 +258,8 @@ def show_key(table: RowTexts, key: Key) -> str:
 
 def plain_literal(literal: str) -> str:
     """A literal of `Column.key_literal` as people write it."""
+    if literal.startswith("CAST("):
+        return literal.removeprefix("CAST(").removesuffix(" AS FLOAT)")
     introducer, mark, digits = literal.rpartition("X'")
     if not mark:
         return literal

@@ -1,7 +1,8 @@
-"""Checksums by which rows of two servers of one family are compared: of ranges of the primary key, and row by row.
+"""Checksums by which rows of two servers are compared: of ranges of the primary key, and row by row.
 
-What is summed up is the text by which a row is copied (`shardkit.rowtext`), which tells everything apart that a copy
-has to: rows of equal checksums are equal to the last bit.
+What is summed up is the text by which a row is copied (`shardkit.rowtext`), or one that both families write alike
+(`shardkit_cdc.matching`). It tells everything apart that a copy has to: rows of equal checksums are equal to the last
+bit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from shardkit_cdc.tables import Table
 CHUNK_ROWS = 2000
 #: Parts into which a range that differs is divided.
 GROUPS = 64
+#: Keys of one statement.
+_KEYS = 200
 
 T = TypeVar("T")
 
@@ -69,19 +72,54 @@ def _group(table: Table) -> str:
     return f"CRC32(CONCAT({table.key_literals})) % {GROUPS}"
 
 
+def ranges(database: Database, table: Table, chunk: int) -> Iterator[str]:
+    """Every range of a server's primary key as a condition, in its order."""
+    low: Key | None = None
+    while True:
+        high = boundary(database, table, low, chunk)
+        yield table.between(low, high)
+        if high is None:
+            return
+        low = high
+
+
 def compared_ranges(
     source: Database, target: Database, table: Table, chunk: int
 ) -> Iterator[tuple[str, Digest, Digest]]:
     """Every range of the source's primary key as a condition, with the source's and the target's digest of it."""
-    low: Key | None = None
     with ThreadPoolExecutor(2, thread_name_prefix="shardkit-compare") as both:
-        while True:
-            high = boundary(source, table, low, chunk)
-            inside = table.between(low, high)
+        for inside in ranges(source, table, chunk):
             yield inside, *on_both(both, digest, source, target, table, inside)
-            if high is None:
-                return
-            low = high
+
+
+def suspicious_rows(
+    walked: Database, other: Database, table: Table, chunk: int
+) -> Iterator[tuple[int, dict[Key, str] | None]]:
+    """For ends that may put a table's keys into two orders: one end's ranges, as the number of rows in each and, where
+    the other end's digest differs, each row's checksum; else None.
+
+    As soon as a range turns out to be a large one on the other end, all of its like are given without asking that end.
+    """
+    large = False
+    with ThreadPoolExecutor(2, thread_name_prefix="shardkit-compare") as both:
+        for inside in ranges(walked, table, chunk):
+            if not large:
+                here, there = on_both(both, digest, walked, other, table, inside)
+                if here == there:
+                    yield here.rows, None
+                    continue
+                large = there.rows > 2 * chunk
+            rows = row_checksums(walked, table, inside)
+            yield len(rows), rows
+
+
+def checksums_of(database: Database, table: Table, keys: Iterable[Key]) -> dict[Key, str]:
+    """As `row_checksums`, of these rows."""
+    wanted = list(keys)
+    found: dict[Key, str] = {}
+    for start in range(0, len(wanted), _KEYS):
+        found |= row_checksums(database, table, table.one_of(wanted[start : start + _KEYS]))
+    return found
 
 
 def row_checksums(database: Database, table: Table, where: str, *, lock: bool = False) -> dict[Key, str]:

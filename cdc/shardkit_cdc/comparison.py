@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,7 +18,7 @@ from shardkit_cdc.database import Database
 from shardkit_cdc.position import HopRow, read_row
 from shardkit_cdc.preflight import end_of_log
 from shardkit_cdc.relay import HopSpec
-from shardkit_cdc.tables import Table, read_tables
+from shardkit_cdc.tables import Table
 
 #: Seconds that the target may take to pass a position of the source. A hop tells of other databases' transactions every
 #: ten seconds only.
@@ -84,6 +84,7 @@ class Verdict:
 
     :param undecided: tables, or rows, that changed too fast to be compared, or since the hop stopped.
     :param stopped: of a hop that stands still; None where the target follows.
+    :param left_out: tables and columns that cannot be compared between two families, and why.
     """
 
     hop: str
@@ -93,6 +94,7 @@ class Verdict:
     seconds: float = 0.0
     differences: list[Difference] = field(default_factory=list)
     undecided: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
 class TooFast(Exception):
@@ -139,7 +141,7 @@ class Pair:
 
         :raises PreconditionFailed: when the position is gone.
         """
-        return parse_position(self.target.flavour, self.row().gtid)
+        return parse_position(self.source.flavour, self.row().gtid)
 
     def catch_up(self, *, seconds: float | None = None) -> None:
         """Wait until the target has all that is in the source's log now.
@@ -171,11 +173,6 @@ def open_pair(spec: HopSpec, credentials: CredentialSource, patience: float = PA
             stack.enter_context(closing(Database(endpoint, credentials, hop=spec.name)))
             for endpoint in (spec.source, spec.target)
         )
-        if source.flavour is not target.flavour:
-            raise PreconditionFailed(
-                f"{spec.source.address} is {source.flavour} and {spec.target.address} is {target.flavour}",
-                hint="only servers of one family can be compared: each writes values in its own way",
-            )
         for each in (source, target):
             each.run("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")  # locks the gaps of missing rows too
         source.run(f"SET SESSION innodb_lock_wait_timeout = {LOCKED_SECONDS:.0f}")
@@ -186,33 +183,6 @@ def open_pair(spec: HopSpec, credentials: CredentialSource, patience: float = PA
                 hint="shardkit relay run, or shardkit relay seed",
             )
         yield Pair(spec, source, target, row, patience)
-
-
-def compared_tables(database: Database) -> dict[str, Table]:
-    """The tables whose rows are compared, by name."""
-    return {name: table for name, table in read_tables(database).items() if not table.own and table.kind != "SEQUENCE"}
-
-
-def shapes(tables: Mapping[str, Table]) -> dict[str, object]:
-    """What both ends have to have alike."""
-    return {name: _shape(table) for name, table in tables.items()}
-
-
-def _shape(table: Table) -> object:
-    return table.shape, table.primary
-
-
-def shape_faults(ours: Mapping[str, Table], theirs: Mapping[str, Table]) -> list[Difference]:
-    """Tables that are there on one side only, or of another shape."""
-    faults = []
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name not in theirs:
-            faults.append(Difference(name, Kind.TABLE, "the table is missing"))
-        elif name not in ours:
-            faults.append(Difference(name, Kind.TABLE, "the table is extra"))
-        elif _shape(ours[name]) != _shape(theirs[name]):
-            faults.append(Difference(name, Kind.TABLE, "the table has other columns or another primary key"))
-    return faults
 
 
 def count_rows(database: Database, table: Table) -> Counter[str]:

@@ -152,12 +152,6 @@ def refuse_faults(source: ServerFacts, target: ServerFacts, *, statements: bool 
             "; ".join(f"{endpoint.address}: {fault}" for endpoint, fault, _ in found),
             hint="set " + "; ".join(f"{setting} on {endpoint.address}" for endpoint, _, setting in found),
         )
-    if source.flavour is not target.flavour and not statements:
-        raise PreconditionFailed(
-            f"{source.endpoint.address} is {source.flavour} and {target.endpoint.address} is {target.flavour}",
-            hint="a copy can be filled from a server of its own family only; between families, relay from the "
-            "beginning of the log into an empty target",
-        )
     if source.identity == target.identity and source.endpoint.database == target.endpoint.database:
         raise PreconditionFailed(
             f"{source.endpoint} and {target.endpoint} are the same database, or two servers with one identity "

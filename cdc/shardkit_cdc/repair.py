@@ -23,10 +23,11 @@ from shardkit_cdc.checksums import row_checksums
 from shardkit_cdc.comparison import LOCKED_SECONDS, Difference, Kind, Pair, TooFast, Verdict, open_pair
 from shardkit_cdc.connection import code_of, text_of
 from shardkit_cdc.database import Database
+from shardkit_cdc.matching import Matched, compared_tables, match
 from shardkit_cdc.relay import HopSpec
 from shardkit_cdc.row_copy import STATEMENT_BYTES
 from shardkit_cdc.standstill import Standstill
-from shardkit_cdc.tables import Table, read_tables
+from shardkit_cdc.tables import Table
 from shardkit_cdc.touched import Touched
 
 #: Differing rows beyond which a target is better filled anew.
@@ -42,12 +43,12 @@ def repair(spec: HopSpec, credentials: CredentialSource, differences: Sequence[D
     :raises PreconditionFailed: when it cannot be done safely; nothing was changed.
     """
     with open_pair(spec, credentials) as pair:
-        tables = read_tables(pair.source)
-        keys = _keys(pair.target, tables, differences)
+        matched = match(pair.source, pair.target, compared_tables(pair.source), compared_tables(pair.target))
+        keys = _keys(pair.target, matched, differences)
         for _ in range(_ATTEMPTS):
             try:
                 with closing(Database(spec.target, credentials, hop=spec.name, binary=True)) as writer:
-                    return _write(pair, writer, tables, keys)
+                    return _write(pair, writer, matched, keys)
             except (TooFast, Interrupted) as error:
                 last: Exception = error
     raise PreconditionFailed(
@@ -68,12 +69,13 @@ def repair_at(spec: HopSpec, credentials: CredentialSource, verdict: Verdict) ->
         if verdict.stopped is None or verdict.stopped.position != row.gtid:
             raise _gone_on(spec)
         still = Standstill(row, pair, credentials)
-        tables = still.begin()
+        matched = still.begin()
+        tables = matched.tables
         touched = still.read_log(tables)
-        wanted = _wanted(still, tables, touched, verdict.differences)
+        wanted = _wanted(still, matched, touched, verdict.differences)
         conditions = {name: {each.condition for each in rows} for name, rows in wanted.items()}
         first = still.read_log(tables, conditions).rows
-        _write_at(still, tables, wanted, first, credentials)
+        _write_at(still, matched.written, wanted, first, credentials)
         return sum(map(len, wanted.values()))
 
 
@@ -92,13 +94,14 @@ class _Wanted:
 
 
 def _wanted(
-    still: Standstill, tables: dict[str, Table], touched: Touched, differences: Sequence[Difference]
+    still: Standstill, matched: Matched, touched: Touched, differences: Sequence[Difference]
 ) -> dict[str, list[_Wanted]]:
     by_table = {name: [each for each in differences if each.table == name] for name in {d.table for d in differences}}
     triggers = _with_triggers(still.target)
     found: dict[str, list[_Wanted]] = {}
     for name, rows in by_table.items():
-        table = tables.get(name)
+        _refuse_left_out(name, matched)
+        table = matched.tables.get(name)
         told, passed = still.told(table, touched) if table is not None and table.primary else ({}, set())
         by_text = {str(each): (condition, each.kind) for condition, each in told.items()}
         refuse([each for each in rows if str(each) not in by_text], triggers)
@@ -188,12 +191,23 @@ def _too_many(differences: Sequence[Difference]) -> PreconditionFailed:
     return PreconditionFailed(f"{len(differences)} rows differ, more than {MOST_ROWS}", hint=_SEED)
 
 
-def _keys(target: Database, tables: dict[str, Table], differences: Sequence[Difference]) -> dict[str, list[Key]]:
+def _refuse_left_out(table: str, matched: Matched) -> None:
+    """:raises PreconditionFailed: for a table of whose columns some cannot be written."""
+    if table in matched.tables and table not in matched.written:
+        raise PreconditionFailed(
+            f"{table} cannot be repaired: it has columns that cannot be carried between the families "
+            f"({'; '.join(each for each in matched.left_out if each.startswith(f'{table}.'))})",
+            hint="write its rows by hand",
+        )
+
+
+def _keys(target: Database, matched: Matched, differences: Sequence[Difference]) -> dict[str, list[Key]]:
     refuse(differences, _with_triggers(target))
     keys: dict[str, list[Key]] = {}
     for each in differences:
-        if each.table not in tables:
-            raise PreconditionFailed(f"{each.table} is gone from the source", hint="compare again")
+        if each.table not in matched.tables:
+            raise PreconditionFailed(f"{each.table} is gone, or another table now", hint="compare again")
+        _refuse_left_out(each.table, matched)
         keys.setdefault(each.table, []).append(each.literals)
     return keys
 
@@ -205,10 +219,10 @@ def _with_triggers(target: Database) -> frozenset[str]:
     return frozenset(name for (name,) in found)
 
 
-def _write(pair: Pair, writer: Database, tables: dict[str, Table], keys: dict[str, list[Key]]) -> int:
-    wanted = [(tables[name], tables[name].one_of(part)) for name, part in keys.items()]
+def _write(pair: Pair, writer: Database, matched: Matched, keys: dict[str, list[Key]]) -> int:
+    wanted = [(matched.tables[name], matched.tables[name].one_of(part)) for name, part in keys.items()]
     with pair.source.transaction():
-        rows = {table.name: _locked(pair.source, table, where) for table, where in wanted}
+        rows = {table.name: _locked(pair.source, matched.written[table.name], where) for table, where in wanted}
         pair.catch_up(seconds=LOCKED_SECONDS)
         with _transaction(writer):
             # The first statement: the hop's own first one waits here, or we wait for its transaction to end.
@@ -218,7 +232,7 @@ def _write(pair: Pair, writer: Database, tables: dict[str, Table], keys: dict[st
             for table, where in wanted:
                 writer.run(f"DELETE FROM {quoted(table.name)} WHERE {where}")
             for table, _ in wanted:
-                for statement in statements(table, rows[table.name], STATEMENT_BYTES):
+                for statement in statements(matched.written[table.name], rows[table.name], STATEMENT_BYTES):
                     writer.run(statement)
             writer.run("SET NAMES utf8mb4")
             for table, where in wanted:

@@ -63,6 +63,11 @@ class _Gap:
     empty: bool
 
 
+def compared(table: Table) -> bool:
+    """Whether rows that the target has can be kept: both ends put the table's keys into one order."""
+    return bool(table.primary) and table.keys_alike
+
+
 class RowCopy:
     """Connections that copy one table after the other.
 
@@ -96,18 +101,34 @@ class RowCopy:
         self._advance = advance
         self._packet = int(writer.value("SELECT @@max_allowed_packet"))
 
-    def copy(self, table: Table) -> Copied:
-        """:param table: one without a primary key has to be empty on the target."""
-        kept, gaps = self._delete_wrong(table) if table.primary else (0, [_Gap("TRUE", True)])
+    def copy(self, table: Table, written: Table | None = None) -> Copied:
+        """Make the target's rows the snapshot's.
+
+        :param table: one whose rows are not `compared` has to be empty on the target.
+        :param written: the table as its rows are written, where that is not as they are compared.
+        """
+        written = written or table
+        kept, gaps = self._delete_wrong(table) if compared(table) else (0, [_Gap("TRUE", True)])
         rows = size = 0
-        parts = self._parts(table, self._missing(table, gaps))
+        parts = self._parts(written, self._missing(written, gaps))
         with closing(_ahead(parts, self._stop)) as statements:
             ended = False
             while not ended:
-                done, written, ended = self._write(table, statements)
-                rows, size = rows + done, size + written
+                done, sent, ended = self._write(table, statements)
+                rows, size = rows + done, size + sent
                 self._advance(table, done)
         return Copied(rows, size, kept)
+
+    def empty(self, table: Table) -> None:
+        """Delete all of the target's rows."""
+        while self._delete(table, f"TRUE LIMIT {_DELETED_ROWS}"):
+            self._go_on()
+
+    def differs(self, table: Table) -> bool:
+        """Whether the target's rows are not the snapshot's."""
+        with ThreadPoolExecutor(2, thread_name_prefix="shardkit-seed-compare") as both:
+            ours, theirs = on_both(both, digest, self._source, self._target, table, "TRUE")
+        return ours != theirs
 
     # --- first what is wrong
 

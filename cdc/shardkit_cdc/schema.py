@@ -66,6 +66,8 @@ _GEOMETRY = frozenset(
     ]
 )
 _MEMBER = re.compile(r"'((?:[^']|'')*)'")
+#: Behind the type of a column that MariaDB keeps compressed.
+_COMMENT = re.compile(r"\s*/\*.*?\*/$")
 
 
 def expected(column: TargetColumn) -> tuple[int, int] | None:
@@ -143,8 +145,35 @@ def without_hashes(logged: Sequence[Column]) -> Sequence[Column]:
     return logged[: len(logged) - hashes]
 
 
-def in_log_order(logged: Sequence[Column], target: Sequence[TargetColumn]) -> list[TargetColumn] | None:
-    """The target's columns as the log has them; None where one side has a name that the other lacks."""
+def as_logged(column: TargetColumn) -> Column | None:
+    """A source's column as its log would describe it, its collation left out; None of a type that only MariaDB has.
+
+    A compressed column as one that is not: its values are the same.
+    """
+    plain = replace(column, column_type=_COMMENT.sub("", column.column_type))
+    described = expected(plain)
+    if described is None:
+        return None
+    return Column(
+        *described,
+        nullable=column.nullable,
+        unsigned=_unsigned(column),
+        name=column.name,
+        members=tuple(member.encode() for member in members(column)),
+    )
+
+
+def members(column: TargetColumn) -> list[str]:
+    """The values of an ENUM or SET column in their order; none of any other."""
+    if column.data_type not in {"enum", "set"}:
+        return []
+    return [_ESCAPED.sub(_plain, member) for member in _MEMBER.findall(column.column_type)]
+
+
+def in_log_order(logged: Sequence[Column | TargetColumn], target: Sequence[TargetColumn]) -> list[TargetColumn] | None:
+    """The target's columns as the log has them, or the source's table; None where one side has a name that the other
+    lacks.
+    """
     # The name as it is comes first: to the servers `straße` and `strasse` are two names.
     folded = {column.name.casefold(): column for column in target}
     exact = {column.name: column for column in target}
@@ -327,45 +356,54 @@ class SchemaCheck:
     def _target_columns(self, table: TableMap) -> list[TargetColumn]:
         if self._collations is None:
             self._collations = collation_ids(self._connection)
-        collations = self._collations
-        with self._connection.cursor() as cursor:
-            cursor.execute(
-                "SELECT column_name, data_type, column_type, is_nullable, character_octet_length, numeric_precision, "
-                "numeric_scale, datetime_precision, collation_name, character_set_name, extra, generation_expression "
-                "FROM information_schema.columns "
-                "WHERE table_schema = %s AND table_name = %s ORDER BY ordinal_position",
-                (table.database, table.table),
+        return read_columns(self._connection, table.database, table.table, self._collations)
+
+
+def read_columns(
+    connection: Connection, database: str, table: str, collations: Mapping[str, int]
+) -> list[TargetColumn]:
+    """A table's columns in their order; none where there is no such table.
+
+    :param collations: of the server: as `collation_ids`.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT column_name, data_type, column_type, is_nullable, character_octet_length, numeric_precision, "
+            "numeric_scale, datetime_precision, collation_name, character_set_name, extra, generation_expression "
+            "FROM information_schema.columns "
+            "WHERE table_schema = %s AND table_name = %s ORDER BY ordinal_position",
+            (database, table),
+        )
+        return [
+            TargetColumn(
+                name,
+                _text(data_type),
+                _text(column_type),
+                nullable == "YES",
+                octets,
+                precision,
+                scale,
+                fraction,
+                collations.get(collation),
+                None if charset is None else _same_charset(charset),
+                "GENERATED" in extra.upper().replace("DEFAULT_GENERATED", "") or bool(expression),
+                extra,
             )
-            return [
-                TargetColumn(
-                    name,
-                    _text(data_type),
-                    _text(column_type),
-                    nullable == "YES",
-                    octets,
-                    precision,
-                    scale,
-                    fraction,
-                    collations.get(collation),
-                    None if charset is None else _same_charset(charset),
-                    "GENERATED" in extra.upper().replace("DEFAULT_GENERATED", "") or bool(expression),
-                    extra,
-                )
-                for (
-                    name,
-                    data_type,
-                    column_type,
-                    nullable,
-                    octets,
-                    precision,
-                    scale,
-                    fraction,
-                    collation,
-                    charset,
-                    extra,
-                    expression,
-                ) in cursor
-            ]
+            for (
+                name,
+                data_type,
+                column_type,
+                nullable,
+                octets,
+                precision,
+                scale,
+                fraction,
+                collation,
+                charset,
+                extra,
+                expression,
+            ) in cursor
+        ]
 
 
 def collation_ids(connection: Connection) -> dict[str, int]:

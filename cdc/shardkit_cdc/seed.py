@@ -5,6 +5,9 @@ goes on working. What the target holds already is compared first: tables by thei
 What is equal stays (`row_copy`), so an attempt that was cut short, or a copy that has drifted, costs little more than
 the comparison; and the end is the snapshot whatever there was before.
 
+Between MariaDB and MySQL the rows alone are copied, into tables that the target has already (`seed_between`); each
+table is compared as a whole in the end, for a literal may mean something else to the other family.
+
 What the seed writes is in the target's log like all else: a staging database's log stays complete, so replicas of it
 may be seeded or begin there as before.
 
@@ -38,11 +41,13 @@ from shardkit_cdc import own_schema, preflight, schema_copy
 from shardkit_cdc.checksums import CHUNK_ROWS
 from shardkit_cdc.connection import SCHEMA_CHANGED, code_of, connect, server_errors, text_of
 from shardkit_cdc.database import Database
-from shardkit_cdc.position import LOCK_TIMEOUT, end_old_runner, insert_row, lock_name, read_row
+from shardkit_cdc.matching import Matched
+from shardkit_cdc.position import LOCK_TIMEOUT, HopRow, end_old_runner, insert_row, is_held, lock_name, read_row
 from shardkit_cdc.preflight import ServerFacts
 from shardkit_cdc.relay import HopSpec
-from shardkit_cdc.row_copy import Copied, RowCopy
+from shardkit_cdc.row_copy import Copied, RowCopy, compared
 from shardkit_cdc.schema_copy import Definition
+from shardkit_cdc.seed_between import match_for_seed, tables_with_other_rows, tables_with_rows
 from shardkit_cdc.snapshot import PATIENCE, Snapshot, take_snapshot
 from shardkit_cdc.start import new_origin, user_objects
 from shardkit_cdc.tables import Table, read_tables
@@ -69,16 +74,18 @@ class _Silent:
 class Found:
     """What a target holds before it is filled.
 
-    :param objects: tables, views and routines in it.
+    :param objects: tables, views and routines in it; of a target of the other family, tables that hold rows.
     :param unfinished: an earlier seed was cut short.
     :param filled: a hop of this shard has a position in it.
     :param runner: who runs the hop into it now; empty for nobody.
+    :param rows_only: it is of the other family: its tables stay, and their rows are exchanged.
     """
 
     objects: tuple[str, ...]
     unfinished: bool
     filled: bool
     runner: str
+    rows_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,7 @@ def seed(
     progress: Progress | None = None,
     patience: float = PATIENCE,
     chunk: int = CHUNK_ROWS,
+    shard_epoch: int | None = None,
 ) -> Seeded:
     """Fill the hop's target.
 
@@ -126,10 +134,12 @@ def seed(
         target is refused.
     :param patience: seconds to wait for a moment without prepared XA branches.
     :param chunk: rows of a range whose checksums are compared.
+    :param shard_epoch: the map's: what a promotion into that epoch, or an earlier one, has left in the target is
+        history. Without it any trace of a promotion is one that is under way.
     :raises PreconditionFailed: when something stands in the way; the target is as it was, or marked as half filled.
     :raises PartlyApplied: when it was cut short; the same call keeps what has been copied.
     """
-    seeding = _Seed(spec, credentials, jobs, anew, progress or _Silent(), patience, chunk)
+    seeding = _Seed(spec, credentials, jobs, anew, progress or _Silent(), patience, chunk, shard_epoch)
     try:
         with ExitStack() as stack:
             return seeding.run(stack, confirm)
@@ -154,6 +164,7 @@ class _Seed:
         progress: Progress,
         patience: float,
         chunk: int,
+        shard_epoch: int | None,
     ) -> None:
         self._spec = spec
         self._credentials = credentials
@@ -162,6 +173,7 @@ class _Seed:
         self._progress = progress
         self._patience = patience
         self._chunk = chunk
+        self._shard_epoch = shard_epoch
         self._mark = own_tables.SEED_PREFIX + spec.shard
         self._token = secrets.token_hex(16)
         self._stop = threading.Event()
@@ -172,24 +184,21 @@ class _Seed:
         spec = self._spec
         facts = self._preflight()
         target = stack.enter_context(closing(self._database(spec.target)))
-        found = self._look(target)
+        found = self._look(target, facts)
         if found.objects or found.filled or found.unfinished:
             if confirm is None:
                 raise PreconditionFailed(f"{spec.target} is not empty", hint="empty it first")
             confirm(found)
         own_schema.upgrade(spec.target, self._credentials)
         self._take_over(target)
-        definitions, tables, snapshot = self._snapshot()
+        definitions, tables, snapshot = self._snapshot(rows_only=found.rows_only)
         stack.callback(snapshot.close)
         history = self._history(snapshot.sessions[0], snapshot.position, facts)
-        comparable = {table.name for table in tables if table.primary and table.kind == "BASE TABLE" and not table.own}
-        kept = frozenset() if self._anew else comparable & schema_copy.unchanged_tables(target, definitions)
-        schema_copy.drop_all(target, but=kept)
-        missing = [each for each in definitions if each.name not in kept or each.kind != "TABLE"]
-        schema_copy.create(target, missing, schema_copy.BEFORE_ROWS)
-        copied = self._copy_rows(snapshot, target, tables)
-        schema_copy.raise_counters(target, definitions, kept)
-        schema_copy.create(target, missing, schema_copy.AFTER_ROWS)
+        remade: tuple[str, ...] = ()
+        if found.rows_only:
+            copied = self._copy_rows(snapshot, target, tables)
+        else:
+            copied, remade = self._copy_all(snapshot, target, tables, definitions, found)
         self._finish(target, facts, snapshot.position, history)
         return Seeded(
             hop=spec.name,
@@ -199,11 +208,30 @@ class _Seed:
             rows=sum(each.rows for each in copied),
             bytes=sum(each.bytes for each in copied),
             kept=sum(each.kept for each in copied),
-            remade=() if self._anew else tuple(sorted(comparable.intersection(found.objects) - kept)),
+            remade=remade,
             position=str(snapshot.position),
             seconds=time.monotonic() - began,
             held=snapshot.held,
         )
+
+    def _copy_all(
+        self,
+        snapshot: Snapshot,
+        target: Database,
+        tables: Sequence[Table],
+        definitions: Sequence[Definition],
+        found: Found,
+    ) -> tuple[list[Copied], tuple[str, ...]]:
+        """Definitions and rows: what was copied, and the tables that were made anew."""
+        comparable = {table.name for table in tables if table.primary and table.kind == "BASE TABLE" and not table.own}
+        kept = frozenset() if self._anew else comparable & schema_copy.unchanged_tables(target, definitions)
+        schema_copy.drop_all(target, but=kept)
+        missing = [each for each in definitions if each.name not in kept or each.kind != "TABLE"]
+        schema_copy.create(target, missing, schema_copy.BEFORE_ROWS)
+        copied = self._copy_rows(snapshot, target, tables)
+        schema_copy.raise_counters(target, definitions, kept)
+        schema_copy.create(target, missing, schema_copy.AFTER_ROWS)
+        return copied, () if self._anew else tuple(sorted(comparable.intersection(found.objects) - kept))
 
     def _database(self, endpoint: Endpoint, *, binary: bool = False) -> Database:
         return Database(endpoint, self._credentials, hop=self._spec.name, binary=binary)
@@ -216,7 +244,7 @@ class _Seed:
             connection = connect(endpoint, self._credentials, autocommit=True)
             with closing(connection), server_errors(endpoint, spec.name, doing="asking it for its settings"):
                 facts.append(preflight.ask(connection, endpoint))
-        preflight.refuse_faults(facts[0], facts[1])
+        preflight.refuse_faults(facts[0], facts[1], statements=facts[0].flavour is not facts[1].flavour)
         with closing(self._database(spec.source)) as source:
             self._refuse_engines(source)
             if not spec.reads_master:
@@ -236,22 +264,63 @@ class _Seed:
                 hint=f"on the source: ALTER TABLE {quoted(plain[0][0])} ENGINE=InnoDB",
             )
 
-    def _look(self, target: Database) -> Found:
-        """:raises PreconditionFailed: for a target with tables that no relay of this shard has put there."""
+    def _look(self, target: Database, source: ServerFacts) -> Found:
+        """:raises PreconditionFailed: for a target with tables that no relay of this shard has put there, or one that
+        a promotion is at work on.
+        """
         spec = self._spec
-        objects = tuple(sorted(user_objects(target.connection, spec.target.database)))
         row = mark = None
         if own_schema.exists(target.connection):
             row, mark = read_row(target.connection, spec.key), read_row(target.connection, self._mark)
+        self._refuse_promoted(target, row, source)
+        rows_only = source.flavour is not target.flavour
+        if rows_only:
+            objects = self._look_abroad(target, known=row is not None or mark is not None)
+        else:
+            objects = tuple(sorted(user_objects(target.connection, spec.target.database)))
         if objects and row is None and mark is None:
+            again = f"DROP DATABASE `{spec.target.database}` and create it again"
             names = ", ".join(objects[:3]) + (f" and {len(objects) - 3} more" if len(objects) > 3 else "")
             raise PreconditionFailed(
-                f"{spec.target} holds {names}, and nothing says that the relay of {spec.shard} has put them there",
-                hint=f"if nobody needs them, DROP DATABASE `{spec.target.database}` and create it again; "
+                f"{spec.target} holds {'rows in ' if rows_only else ''}{names}, and nothing says that the relay of "
+                f"{spec.shard} has put them there",
+                hint=f"if nobody needs them, {'delete them' if rows_only else again}; "
                 "else give the target another name in the shard map",
             )
         held = target.value("SELECT IS_USED_LOCK(%s)", lock_name(spec.target.database, spec.key)) is not None
-        return Found(objects, mark is not None, row is not None, row.runner if held and row else "")
+        return Found(objects, mark is not None, row is not None, row.runner if held and row else "", rows_only)
+
+    def _look_abroad(self, target: Database, *, known: bool) -> tuple[str, ...]:
+        """The tables with rows in a target of the other family, where it can be filled.
+
+        :param known: the relay, or a seed, has filled it before.
+        :raises PreconditionFailed: as `match_for_seed`.
+        """
+        with closing(self._database(self._spec.source)) as source:
+            ours = {name: table for name, table in read_tables(source).items() if not table.own}
+            matched = match_for_seed(source, target, ours)
+            return tuple(tables_with_rows(target) if known else tables_with_other_rows(source, target, matched))
+
+    def _refuse_promoted(self, target: Database, row: HopRow | None, source: ServerFacts) -> None:
+        """See that no promotion has taken the target, which is the shard's next master then, or a copy of that one."""
+        spec = self._spec
+        at_work = is_held(target.connection, lock_name(spec.target.database, own_tables.PROMOTED_PREFIX + spec.shard))
+        if not at_work and (row is None or row.runner != own_tables.PROMOTED_BY):
+            return
+        if not at_work and row is not None:
+            if row.source.startswith(own_tables.PROMOTED_PREFIX):
+                into = int(row.source.removeprefix(own_tables.PROMOTED_PREFIX))
+                if self._shard_epoch is not None and into <= self._shard_epoch:
+                    return  # it has been a master since
+            elif spec.reads_master and row.source == source.identity:
+                return  # the map names the new master
+        raise PreconditionFailed(
+            f"a promotion of {spec.shard} has taken {spec.target}: it is about to be the master, or a copy of the next "
+            "one",
+            hint="let the promotion end; if it was cut short, run the same shardkit shard promote again. Where the "
+            f"promotion has ended and {spec.target} left the map since, DROP DATABASE `{spec.target.database}` and "
+            "create it again",
+        )
 
     # --- the target becomes ours
 
@@ -281,14 +350,15 @@ class _Seed:
 
     # --- the snapshot
 
-    def _snapshot(self) -> tuple[tuple[Definition, ...], list[Table], Snapshot]:
+    def _snapshot(self, *, rows_only: bool) -> tuple[tuple[Definition, ...], list[Table], Snapshot]:
         """A snapshot, and the schema that its data has: the same before and after it was taken."""
         spec = self._spec
         with closing(self._database(self._spec.source)) as source:
             for _ in range(_ATTEMPTS):
                 before = schema_copy.read_definitions(source)
                 tables = read_tables(source)
-                schema_copy.refuse_foreign_names(before, spec.source.database, spec.target.database)
+                if not rows_only:
+                    schema_copy.refuse_foreign_names(before, spec.source.database, spec.target.database)
                 snapshot = take_snapshot(
                     spec.source, self._credentials, hop=spec.name, sessions=self._jobs, patience=self._patience
                 )
@@ -328,6 +398,7 @@ class _Seed:
         local = own_tables.LOCAL_TABLES | {own_tables.position.name}
         wanted = [table for table in tables if table.name not in local]
         self._refuse_missing(target, wanted)
+        matched = self._match_all(target, wanted) if snapshot.sessions[0].flavour is not target.flavour else None
         waiting: queue.SimpleQueue[Table] = queue.SimpleQueue()
         for table in sorted(wanted, key=lambda table: -table.estimate):
             waiting.put(table)
@@ -355,7 +426,7 @@ class _Seed:
                         table = waiting.get_nowait()
                     except queue.Empty:
                         break
-                    copied.append(self._copy(table, rows, beside))
+                    copied.append(self._copy(table, rows, beside, matched))
             return copied
 
         with ThreadPoolExecutor(len(snapshot.sessions), thread_name_prefix="shardkit-seed") as pool:
@@ -378,12 +449,16 @@ class _Seed:
                 f"{self._spec.source} has {missing[0]}, which this shardkit does not know", hint="upgrade shardkit here"
             )
 
-    def _copy(self, table: Table, rows: RowCopy, beside: Database) -> Copied:
+    def _match_all(self, target: Database, wanted: Sequence[Table]) -> Matched:
+        with closing(self._database(self._spec.source)) as source:
+            return match_for_seed(source, target, {table.name: table for table in wanted})
+
+    def _copy(self, table: Table, rows: RowCopy, beside: Database, matched: Matched | None) -> Copied:
         """One table. The source's definition of it has to be the snapshot's all the time."""
         if not table.own:
             self._progress.begin(table.name, table.estimate)
         try:
-            copied = rows.copy(table)
+            copied = rows.copy(table) if matched is None else self._carry(table.name, rows, matched)
         except pymysql.MySQLError as error:
             if code_of(error) not in SCHEMA_CHANGED:
                 raise
@@ -394,6 +469,27 @@ class _Seed:
         if table.own:
             return Copied(0, 0, 0)
         self._progress.end(table.name)
+        return copied
+
+    def _carry(self, name: str, rows: RowCopy, matched: Matched) -> Copied:
+        """One table's rows to a target of the other family."""
+        table = matched.tables[name]
+        if self._anew or not compared(table):
+            rows.empty(table)
+        try:
+            copied = rows.copy(table, matched.written[name])
+        except pymysql.IntegrityError as error:
+            raise PartlyApplied(
+                f"{self._spec.target} refused a row of {name}: {text_of(error)} ({code_of(error)})",
+                hint="its collations may take two of the source's texts for one: give the columns the source's "
+                "collations, then run the same command again",
+            ) from error
+        if rows.differs(table):
+            raise PartlyApplied(
+                f"rows of {name} did not become on {self._spec.target} what they are on {self._spec.source}",
+                hint="it holds values that the other family does not keep (a FLOAT of -0.0 on MariaDB, say): change "
+                "them, then run the same command again",
+            )
         return copied
 
     def _advance(self, table: Table, rows: int) -> None:

@@ -25,25 +25,24 @@ from shardkit.errors import PreconditionFailed
 from shardkit.gtid import Position, parse_position
 from shardkit.rowtext import Key, plain_literal, quoted, show_key
 from shardkit_cdc import preflight
-from shardkit_cdc.checksums import compared_ranges, digest, row_checksums
+from shardkit_cdc.checksums import checksums_of, compared_ranges, digest, row_checksums, suspicious_rows
 from shardkit_cdc.comparison import (
     Difference,
     Kind,
     Pair,
     Stopped,
     Verdict,
-    compared_tables,
     count_rows,
     differing_rows,
     kind_of,
-    shape_faults,
 )
 from shardkit_cdc.connection import SCHEMA_CHANGED, code_of
 from shardkit_cdc.database import Database
+from shardkit_cdc.matching import Matched, compared_tables, match, other_values
 from shardkit_cdc.payload import unpacked
 from shardkit_cdc.position import HopRow
 from shardkit_cdc.retention import SEED_HINT, kept_log, position_lost
-from shardkit_cdc.schema import SchemaCheck
+from shardkit_cdc.schema import SchemaCheck, charsets_by_id
 from shardkit_cdc.selection import Selector
 from shardkit_cdc.stream import BinlogStream
 from shardkit_cdc.tables import Table
@@ -88,11 +87,11 @@ class Standstill:
         self.target = pair.target
         self._pair = pair
         self._credentials = credentials
-        self._position: Position = parse_position(pair.target.flavour, row.gtid)
+        self._position: Position = parse_position(pair.source.flavour, row.gtid)
         self._folds_names = False
 
-    def begin(self) -> dict[str, Table]:
-        """Open the snapshot; the source's tables.
+    def begin(self) -> Matched:
+        """Open the snapshot; the two ends' tables.
 
         :raises PositionLost: when the source has not the log from the position on.
         """
@@ -102,7 +101,7 @@ class Standstill:
             raise position_lost(self.spec.source.address, hop=self.spec.name)
         self._folds_names = facts.folds_names
         self.source.run("START TRANSACTION WITH CONSISTENT SNAPSHOT")
-        return compared_tables(self.source)
+        return match(self.source, self.target, compared_tables(self.source), compared_tables(self.target))
 
     def read_log(self, tables: Mapping[str, Table], wanted: Mapping[str, Container[bytes]] | None = None) -> Touched:
         """What has changed since, as far as the snapshot shows it at least.
@@ -111,7 +110,10 @@ class Standstill:
         :raises PreconditionFailed, BadEvent, Interrupted, PositionLost: as `read_touched`.
         """
         spec, flavour = self.spec, self.source.flavour
-        touched = Touched(SchemaCheck(self.target.connection), flavour, tables, wanted or {})
+        abroad = flavour is not self.target.flavour
+        charsets = charsets_by_id(self.source.connection) if abroad else None
+        check = SchemaCheck(self.target.connection, by_name=abroad, charsets=charsets)
+        touched = Touched(check, flavour, self.target.flavour, tables, wanted or {})
         # Of a branch that was prepared before the position the log behind it has only the end; its rows were locked.
         for (events,) in self.target.rows(
             f"SELECT events FROM {own_tables.prepared.name} WHERE hop = %s ORDER BY xid, part", self.row.hop
@@ -181,16 +183,19 @@ class _Comparison:
 
     def run(self) -> Verdict:
         began = time.monotonic()
-        tables = self._still.begin()
-        faults = shape_faults(tables, compared_tables(self._still.target))
-        tables = {name: table for name, table in tables.items() if name not in {fault.table for fault in faults}}
+        matched = self._still.begin()
+        tables = matched.tables
         found = {
             table.name: self._by_key(table) if table.primary else self._as_a_whole(table) for table in tables.values()
         }
+        computed = [table for table in matched.computed.values() if not self._is_computed_alike(table)]
         touched = self._still.read_log(tables)
-        self._verdict.differences += faults
+        self._verdict.differences += matched.faults
+        self._verdict.left_out += matched.left_out
         for table in tables.values():
             self._decide(table, found[table.name], touched)
+        differing = {each.table for each in self._verdict.differences}
+        self._verdict.left_out += [other_values(table) for table in computed if table.name not in differing]
         if self._still.gone_on:
             raise PreconditionFailed(
                 f"hop {self._still.spec.name} has gone on while its ends were compared", hint="compare again"
@@ -202,6 +207,8 @@ class _Comparison:
     # --- how the target differs from the source of now
 
     def _by_key(self, table: Table) -> dict[Key, Difference]:
+        if not table.keys_alike:
+            return self._from_both_ends(table)
         found: dict[Key, Difference] = {}
         done = 0
         for inside, ours, theirs in compared_ranges(*self._ends, table, self._chunk):
@@ -215,6 +222,27 @@ class _Comparison:
         self._verdict.rows += done
         return found
 
+    def _from_both_ends(self, table: Table) -> dict[Key, Difference]:
+        """The same where each end may have an order of its own."""
+        source, target = self._ends
+        found: dict[Key, Difference] = {}
+        done, differing = 0, False
+        for count, ours in suspicious_rows(source, target, table, self._chunk):
+            if ours is not None:
+                differing = True
+                theirs = checksums_of(target, table, ours)
+                for key in (key for key, checksum in ours.items() if theirs.get(key) != checksum):
+                    found[key] = Difference(table.name, kind_of(key, ours, theirs), show_key(table, key), key)
+            done += count
+            self._report(table.name, done)
+        for _, held in suspicious_rows(target, source, table, self._chunk) if differing else ():
+            if held is not None:
+                known = checksums_of(source, table, held)
+                for key in held.keys() - known.keys():
+                    found[key] = Difference(table.name, Kind.EXTRA, show_key(table, key), key)
+        self._verdict.rows += done
+        return found
+
     def _as_a_whole(self, table: Table) -> dict[Key, Difference]:
         ours, theirs = (digest(side, table, "TRUE") for side in self._ends)
         self._verdict.rows += ours.rows
@@ -223,6 +251,10 @@ class _Comparison:
             return {}
         rows = differing_rows(table, *(count_rows(side, table) for side in self._ends))
         return {(str(number),): each for number, each in enumerate(rows)}
+
+    def _is_computed_alike(self, table: Table) -> bool:
+        ours, theirs = (digest(side, table, "TRUE") for side in self._ends)
+        return ours == theirs
 
     # --- what of it is a difference
 

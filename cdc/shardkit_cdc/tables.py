@@ -36,6 +36,11 @@ class Table(RowTexts):
         """Whether it is one of shardkit's."""
         return self.name.startswith(own_tables.PREFIX)
 
+    @property
+    def keys_alike(self) -> bool:
+        """Whether both ends of a hop put its primary keys into one order, and take the same of them for equal."""
+        return True
+
     def walk(self, where: str = "TRUE") -> str:
         """What stands behind SELECT ... FROM to have the rows in the order of the primary key.
 

@@ -40,6 +40,8 @@ class Touched:
     A key is the condition that finds its row, in SQL.
 
     :param check: of the target's tables.
+    :param source: the family that wrote the log.
+    :param target: the target's.
     :param tables: of which keys are wanted; of others it is only noted that they changed.
     :param wanted: table -> keys of which the rows are wanted, too.
     """
@@ -47,12 +49,14 @@ class Touched:
     def __init__(
         self,
         check: SchemaCheck,
-        flavour: Flavour,
+        source: Flavour,
+        target: Flavour,
         tables: Mapping[str, Table],
         wanted: Mapping[str, Container[bytes]],
     ) -> None:
         self._check = check
-        self._flavour = flavour
+        self._source = source
+        self._target = target
         self._tables = tables
         self._wanted = wanted
         self._known: dict[TableMap, tuple[RowDecoder, SqlTable] | None] = {}
@@ -98,7 +102,7 @@ class Touched:
 
     def _look(self, table: TableMap) -> tuple[RowDecoder, SqlTable] | None:
         described = self._tables.get(table.table)
-        if described is None or not described.primary or described.kind != "BASE TABLE":
+        if described is None or not described.primary or described.kind != "BASE TABLE" or not described.keys_alike:
             return None
         try:
             self._check.check(table, at="")
@@ -108,8 +112,8 @@ class Touched:
         columns = sql_columns(
             without_hashes(decoder.columns),
             self._check.target_columns(table),
-            source=self._flavour,
-            flavour=self._flavour,
+            source=self._source,
+            flavour=self._target,
         )
         return decoder, SqlTable(quoted(table.table), columns, described.primary)
 

@@ -11,14 +11,21 @@ A hop that stands still is compared in another way: `standstill`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pymysql
 
 from shardkit.credentials import CredentialSource
 from shardkit.errors import Interrupted, PreconditionFailed
 from shardkit.rowtext import Key, show_key
-from shardkit_cdc.checksums import CHUNK_ROWS, compared_ranges, digest, row_checksums
+from shardkit_cdc.checksums import (
+    CHUNK_ROWS,
+    checksums_of,
+    compared_ranges,
+    digest,
+    row_checksums,
+    suspicious_rows,
+)
 from shardkit_cdc.comparison import (
     LOCKED_SECONDS,
     PATIENCE,
@@ -26,15 +33,13 @@ from shardkit_cdc.comparison import (
     Pair,
     TooFast,
     Verdict,
-    compared_tables,
     count_rows,
     differing_rows,
     kind_of,
     open_pair,
-    shape_faults,
-    shapes,
 )
 from shardkit_cdc.connection import SCHEMA_CHANGED, code_of
+from shardkit_cdc.matching import Matched, compared_tables, match, other_values, shapes
 from shardkit_cdc.position import HopRow
 from shardkit_cdc.relay import HopSpec
 from shardkit_cdc.standstill import compare_at
@@ -89,6 +94,10 @@ def _standing_still(pair: Pair) -> HopRow | None:
     return None
 
 
+def _only(name: str, tables: Mapping[str, Table]) -> dict[str, Table]:
+    return {name: tables[name]} if name in tables else {}
+
+
 class _Comparison:
     def __init__(self, pair: Pair, chunk: int, report: Callable[[str, int], None]) -> None:
         self._pair = pair
@@ -101,31 +110,36 @@ class _Comparison:
     def run(self) -> Verdict:
         began = time.monotonic()
         self._pair.catch_up()
-        for table in self._tables():
+        matched = self._match()
+        for table in matched.tables.values():
             self._table(table)
             self._verdict.tables += 1
+        differing = {each.table for each in self._verdict.differences}
+        for table in matched.computed.values():
+            if table.name not in differing and not self._is_computed_alike(table):
+                self._verdict.left_out.append(other_values(table))
         self._pair.row()  # whether the target was what it was to the end
         self._verdict.seconds = time.monotonic() - began
         return self._verdict
 
     # --- tables
 
-    def _tables(self) -> list[Table]:
+    def _match(self) -> Matched:
         """The tables that both have in one shape; what else there is, is a difference."""
-        faults: list[Difference] = []
         for _ in range(_ROUNDS):
             ours = compared_tables(self._source)
             self._pair.catch_up()
-            theirs = compared_tables(self._target)
-            faults = shape_faults(ours, theirs)
-            if not faults or shapes(compared_tables(self._source)) == shapes(ours):
+            matched = match(self._source, self._target, ours, compared_tables(self._target))
+            if not matched.faults or shapes(compared_tables(self._source)) == shapes(ours):
                 break
-        self._verdict.differences += faults
-        wrong = {fault.table for fault in faults}
-        return [table for name, table in ours.items() if name not in wrong]
+        self._verdict.differences += matched.faults
+        self._verdict.left_out += matched.left_out
+        return matched
 
     def _table(self, table: Table) -> None:
-        compare = self._by_key if table.primary else self._as_a_whole
+        compare = self._as_a_whole
+        if table.primary:
+            compare = self._by_key if table.keys_alike else self._from_both_ends
         before = self._verdict.rows, len(self._verdict.differences)
         for _ in range(_ROUNDS):
             try:
@@ -139,13 +153,25 @@ class _Comparison:
                 self._verdict.rows = before[0]
                 del self._verdict.differences[before[1] :]
                 self._pair.catch_up()
-                found = compared_tables(self._source).get(table.name)
-                if found is None:
+                ours, theirs = (_only(table.name, compared_tables(side)) for side in (self._source, self._target))
+                if not ours:
                     return
-                table = found
+                table = match(self._source, self._target, ours, theirs).tables.get(table.name, table)
                 continue
             return
         self._verdict.undecided.append(table.name)
+
+    def _is_computed_alike(self, table: Table) -> bool:
+        for _ in range(_ROUNDS):
+            try:
+                ours = digest(self._source, table, "TRUE")
+                self._pair.catch_up()
+                if digest(self._target, table, "TRUE") == ours:
+                    return True
+            except pymysql.MySQLError as error:
+                if code_of(error) not in SCHEMA_CHANGED:
+                    raise
+        return False
 
     # --- tables with a primary key
 
@@ -164,6 +190,27 @@ class _Comparison:
         self._pair.catch_up()
         theirs = row_checksums(self._target, table, where)
         doubtful = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+        self._settle(table, doubtful)
+
+    def _from_both_ends(self, table: Table) -> None:
+        """The same where each end may have an order of its own: the source's rows, then whether the target has more."""
+        done, differing = 0, False
+        for count, ours in suspicious_rows(self._source, self._target, table, self._chunk):
+            if ours is not None:
+                differing = True
+                self._pair.catch_up()
+                theirs = checksums_of(self._target, table, ours)
+                self._settle(table, [key for key, checksum in ours.items() if theirs.get(key) != checksum])
+            done += count
+            self._verdict.rows += count
+            self._report(table.name, done)
+        for _, held in suspicious_rows(self._target, self._source, table, self._chunk) if differing else ():
+            if held is not None:
+                known = checksums_of(self._source, table, held)
+                self._settle(table, [key for key in held if key not in known])
+
+    def _settle(self, table: Table, doubtful: list[Key]) -> None:
+        """Name those of these rows that differ."""
         for _ in range(_ROUNDS):
             if not doubtful:
                 return

@@ -52,7 +52,8 @@ def seed(
 
     ENDPOINT (mysql://host/database) may be one that the map does not name yet. The source is not locked, save for
     milliseconds while the snapshot is taken. Of a target that the relay, or a seed that was cut short, has filled
-    before, the rows that equal the source's are kept, after asking; one with other tables is refused.
+    before, the rows that equal the source's are kept, after asking; one with other tables is refused. Between MariaDB
+    and MySQL rows alone are copied, into tables that the target has.
     """
     from shardkit.credentials import from_environment
     from shardkit_cdc.seed import seed as run
@@ -70,6 +71,7 @@ def seed(
             anew=anew,
             confirm=lambda found: _ask(out, spec, found, anew, yes),
             progress=_Bars(progress),
+            shard_epoch=current.shard(shard).epoch,
         )
     out.result({"seeded": done})
     pace = f"{(done.kept + done.rows) / max(done.seconds, 0.001):,.0f} rows/s"
@@ -126,7 +128,8 @@ def _target(
 def _ask(out: Output, spec: HopSpec, found: Found, anew: bool, yes: bool) -> None:
     from shardkit.topology import Role
 
-    holds = f"{len(found.objects)} tables, views and routines"
+    what = "tables with rows" if found.rows_only else "tables, views and routines"
+    holds = f"{len(found.objects)} {what}"
     plan = []
     if found.runner:
         plan.append(f"the hop {spec.name}, run by {found.runner}, is stopped")
@@ -137,7 +140,8 @@ def _ask(out: Output, spec: HopSpec, found: Found, anew: bool, yes: bool) -> Non
         plan.append(f"it is filled from {spec.source}")
     else:
         plan.append(f"{spec.target} is made what {spec.source} is: {holds}")
-        plan.append("rows that are equal are kept; all others, and tables of another definition, are deleted")
+        others = "all others" if found.rows_only else "all others, and tables of another definition,"
+        plan.append(f"rows that are equal are kept; {others} are deleted")
         plan.append("what is missing then is copied")
     if spec.role is Role.STAGING:
         filled = "are emptied and filled with it" if anew else "get what changes through its log"
@@ -234,6 +238,8 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
             out.warning(
                 f"{each.hop}: {what}" if each.stopped else f"{each.hop}: {what} changed too fast to be compared"
             )
+        for what in each.left_out:
+            out.warning(f"{each.hop}: not compared: {what}")
     for name, reason in refused.items():
         out.warning(f"{name} was not compared: {reason}")
     if not specs:
@@ -246,7 +252,7 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
         return 3
     if refused:
         return max(error.exit_code for error in refused.values())
-    return 1 if any(each.undecided for each in verdicts) else 0
+    return 1 if any(each.undecided or each.left_out for each in verdicts) else 0
 
 
 def _compare(out: Output, spec: HopSpec) -> Verdict:

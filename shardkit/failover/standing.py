@@ -16,9 +16,7 @@ from shardkit.replicas.positions import position_query
 from shardkit.replicas.token import Mark
 from shardkit.topology import Endpoint, ReplicationKind, Role, Shard
 
-#: Where a promotion has taken a database out of the relay, its hop's source is called this; and so does the row begin
-#: that notes where a new master's log begins to be the shard's.
-PROMOTED = "promoted:"
+PROMOTED = own_tables.PROMOTED_PREFIX
 _LOOK_SECONDS = 5.0
 _AT_ONCE = 16
 _NOW = "CAST(UNIX_TIMESTAMP(NOW(6)) * 1000000 AS UNSIGNED)"

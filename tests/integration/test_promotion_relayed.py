@@ -19,6 +19,8 @@ from shardkit.mapstore import open_store
 from shardkit.topology import Endpoint, ReplicationKind, Role
 from shardkit_cdc.connection import connect
 from shardkit_cdc.position import Claim
+from shardkit_cdc.relay import HopSpec
+from shardkit_cdc.seed import seed
 from tests.conftest import FLAVOUR
 from tests.faults.lists import SHARD
 from tests.promotion_stage import DATABASE, Stage, cut_short, open_stage, refused, wait_until
@@ -248,3 +250,59 @@ def test_an_old_master_that_was_started_again_before_the_copies_moved(
     done = stage.promoted(target, "--force", "--timeout", "3")
     assert done["loss"]["missing"] > 0
     assert done["follow"] == []
+
+
+def seeding(stage: Stage, target: Endpoint, **options: Any) -> None:
+    """Fill a target as the command does, by the map as it is now, after asking."""
+    shard = stage.shard
+    assert shard.staging is not None
+    role, source = (Role.STAGING, shard.master) if target == shard.staging else (Role.REPLICA, shard.staging)
+    spec = HopSpec(SHARD, source, target, role, source == shard.master)
+    seed(spec, stage.local.credentials, confirm=lambda _found: None, shard_epoch=shard.epoch, **options)
+
+
+def test_what_a_promotion_is_at_work_on_is_not_seeded(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new master would lose its position, and its rows; a copy of it would be one of the old master again."""
+    staging, target = stage.shard.staging, stage.shard.replicas[0]
+    assert staging is not None
+    refusals: list[ShardkitError] = []
+    real = module._Run._closed
+
+    def closed(*arguments: Any, **options: Any) -> Any:
+        with pytest.raises(PreconditionFailed, match="a promotion of") as caught:
+            seeding(stage, target)
+        refusals.append(caught.value)
+        return real(*arguments, **options)
+
+    with closing(open_store(str(stage.source))) as store:
+        plan = make_plan(store.load(), SHARD, stage.local.credentials, wanted=target.url)
+        with monkeypatch.context() as patch:
+            patch.setattr(module._Run, "_closed", closed)
+            cut_short(monkeypatch, store, stage, plan)
+    assert refusals, "it was looked at while the promotion was at work"
+    for taken in (target, staging):
+        stands = stage.server_at(taken).execute("SELECT * FROM shardkit_position", database=DATABASE)
+        with pytest.raises(PreconditionFailed, match="a promotion of") as refusal:
+            seeding(stage, taken, anew=True)
+        assert "run the same shardkit shard promote again" in str(refusal.value.hint)
+        assert stage.server_at(taken).execute("SELECT * FROM shardkit_position", database=DATABASE) == stands
+    stage.promoted(target.url)
+    follows(stage, 406)
+
+
+def test_an_old_master_is_filled_anew_as_a_replica(stage: Stage) -> None:
+    """By what docs/how-to/promote.md says; also one that was a replica before, which a promotion once took."""
+    first, second = stage.shard.master, stage.shard.replicas[0]
+    stage.promoted(second.url)
+    old = stage.server_at(first)
+    if FLAVOUR == "mysql":
+        old.execute("SET GLOBAL super_read_only = 0")
+    old.execute(f"DROP DATABASE {DATABASE}")
+    old.execute(f"CREATE DATABASE {DATABASE} CHARACTER SET utf8mb4")
+    seeding(stage, first)
+    assert stage.entries(old) == stage.entries(stage.server_at(stage.shard.master))
+    stage.promoted(stage.shard.replicas[0].url)
+    if FLAVOUR == "mysql":
+        stage.server_at(second).execute("SET GLOBAL super_read_only = 0")
+    seeding(stage, second)
+    assert stage.entries(stage.server_at(second)) == stage.entries(stage.server_at(stage.shard.master))

@@ -17,8 +17,6 @@ from shardkit.testing.database import LocalDatabaseServer
 from shardkit_cdc import skip as skipping
 from shardkit_cdc.apply_path import AskedPath
 from shardkit_cdc.relay import HopOptions
-from shardkit_cdc.seed import seed
-from shardkit_cdc.verify import verify
 from tests.faults.test_relay_kill9 import Load
 from tests.integration.test_relay_replay import COLUMNS, GENERATED
 from tests.relay_chain import Chain, relay_command
@@ -217,17 +215,6 @@ def test_partitions_lose_their_rows_where_both_families_place_rows_alike(abroad:
     assert isinstance(error, BadEvent)
     assert "collation" in error.message
     assert len(rows(abroad.last, abroad, "SELECT * FROM words")) == 60
-
-
-def test_copies_are_filled_and_compared_within_one_family(abroad: Chain) -> None:
-    spec, credentials = abroad.specs[0], abroad.master.credentials
-    with pytest.raises(PreconditionFailed, match="is mysql"):
-        seed(spec, credentials)
-    abroad.start()
-    abroad.sql("CREATE TABLE t (id INT PRIMARY KEY)")
-    abroad.settle()
-    with pytest.raises(PreconditionFailed, match="is mysql"):
-        verify(spec, credentials)
 
 
 def test_a_table_that_came_out_differently_stops_the_hop(families: dict[str, LocalDatabaseServer]) -> None:

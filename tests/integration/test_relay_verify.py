@@ -202,6 +202,21 @@ def test_tables_without_a_primary_key_and_tables_that_differ_themselves(pair: Ch
         repair(pair.specs[0], pair.master.credentials, verdict.differences)
 
 
+def test_a_row_whose_key_is_a_float_with_a_long_text(pair: Chain) -> None:
+    pair.run(pair.hop(0))
+    pair.sql(
+        "CREATE TABLE measured (f FLOAT PRIMARY KEY, n INT)",
+        "INSERT INTO measured VALUES ('-1.4792668866587293e-33', 1), ('-2.03510954832966e-13', 1), (1.5, 1), (0.1, 1)",
+    )
+    pair.settle()
+    unlogged(pair, "UPDATE measured SET n = 2 WHERE f < 1", "DELETE FROM measured WHERE f = 1.5")
+    verdict = compare(pair)
+    assert [kind for _, kind, _ in found(verdict)] == ["different"] * 3 + ["missing"]
+    assert "f='1.5'" in [each.key for each in verdict.differences]
+    assert repair(pair.specs[0], pair.master.credentials, verdict.differences) == 4
+    assert found(compare(pair)) == []
+
+
 def test_a_target_that_was_never_filled_cannot_be_compared(pair: Chain) -> None:
     with pytest.raises(PreconditionFailed, match="no position"):
         compare(pair)
