@@ -185,6 +185,8 @@ def _rows_stay(old: Keyspace, new: Keyspace) -> bool:
     """Whether every key that has a place now keeps its shard, bucket moves not regarded."""
     if len({*old.shards, *new.shards}) == 1:
         return True
+    if old.normalize is not new.normalize:  # all keys with a capital get another bucket, or entry in the directory
+        return False
     match old.partition, new.partition:
         case HashPartition() as before, HashPartition() as after:
             return before.count == after.count and _same_shards(old, new, [*before.exceptions, *after.exceptions])
