@@ -303,17 +303,15 @@ class _Checker:
                 if by.normalize is not None:
                     self._fault(
                         (*here, "normalize"),
-                        "a range partition cannot normalize: its ranges follow the bytes of the texts, which is another "
-                        "order than the collation's; use hash, list or directory, or a binary collation without padding",
+                        "a range partition cannot normalize: its ranges follow the bytes of the texts, another order "
+                        "than the collation's; use hash, list or directory, or a binary collation without padding",
                     )
                 if not self._ranges(here, by) or by.normalize is not None:
                     return None
                 return RangePartition({bucket: (low, high) for bucket, (low, high) in by.buckets.items()})
             case WrittenDirectory() as by:
                 self._bucket_names(here, by.buckets)
-                return DirectoryPartition(
-                    tuple(by.buckets), by.home, name, normalize=_normalization(by.normalize)
-                )
+                return DirectoryPartition(tuple(by.buckets), by.home, name, normalize=_normalization(by.normalize))
 
     def _bucket_names(self, path: Path, names: Iterable[str]) -> None:
         for name in names:

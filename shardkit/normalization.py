@@ -2,10 +2,10 @@
 
 A collation that ignores case takes 'Kim' and 'KIM' for one key, one that pads takes 'Kim' and 'Kim ' for one. A
 partition hashes, lists or files the normalized text, so that all of them have one bucket. For that a normalization must
-never tell apart what the collation takes for equal. What a collation does with all of Unicode nobody can promise ('é' is
-'e' to most, and a soft hyphen is nothing), so there is an alphabet; a text with any other character has no bucket: no
-row with it can be inserted, and a read for it asks every shard. `COLLATIONS` are those that were proved to keep to it
-(tests/integration/test_normalization.py), by their weights for the whole alphabet.
+never tell apart what the collation takes for equal. What a collation does with all of Unicode nobody can promise ('é'
+is 'e' to most, and a soft hyphen is nothing), so there is an alphabet; a text with any other character has no bucket:
+no row with it can be inserted, and a read for it asks every shard. `COLLATIONS` are those that were proved to keep to
+it, by their weights for the whole alphabet (tests/integration/test_normalization.py).
 """
 
 from __future__ import annotations

@@ -278,20 +278,18 @@ def _text_expression(column: KeyColumn, normalize: Normalization | None = None) 
             return sa.cast(expression, _TEXT)
 
 
-def key_text_expression(
-    columns: Sequence[KeyColumn], normalize: Normalization | None = None
-) -> sa.ColumnElement[Any]:
+def key_text_expression(columns: Sequence[KeyColumn], normalize: Normalization | None = None) -> sa.ColumnElement[Any]:
     """`key_text` as an SQL expression over a table's key columns; NULL, too, where that raises for the alphabet."""
     if len(columns) == 1:
         return _text_expression(columns[0], normalize)
     separator, null = (_ControlCharacter(_number(ord(mark))) for mark in (_SEPARATOR, _NULL_PART))
-    if normalize is None:
-        first, *rest = (sa.func.coalesce(_text_expression(column), null) for column in columns)
-    else:
-        first, *rest = (
-            sa.case((column.expression.is_(None), null), else_=_text_expression(column, normalize))
-            for column in columns
-        )
+    texts: list[sa.ColumnElement[Any]] = [
+        sa.func.coalesce(_text_expression(column), null)
+        if normalize is None
+        else sa.case((column.expression.is_(None), null), else_=_text_expression(column, normalize))
+        for column in columns
+    ]
+    first, *rest = texts
     joined: sa.ColumnElement[Any] = first
     for part in rest:
         joined = joined.concat(separator).concat(part)
@@ -302,9 +300,7 @@ def _number(value: int) -> sa.ColumnElement[int]:
     return sa.literal_column(str(value), sa.Integer())
 
 
-def outside_alphabet(
-    columns: Sequence[KeyColumn], normalize: Normalization | None
-) -> sa.ColumnElement[bool] | None:
+def outside_alphabet(columns: Sequence[KeyColumn], normalize: Normalization | None) -> sa.ColumnElement[bool] | None:
     """An SQL condition that is true for the rows, never to be found by their key, whose key the normalization does not
     know; None where there can be none."""
     texts = [sa.cast(column.expression, _TEXT) for column in columns if column.kind is KeyType.STRING]

@@ -52,9 +52,7 @@ _INTEGER_LIMITS: tuple[tuple[type[TypeEngine[Any]], int], ...] = (
 )
 
 
-def reader_of(
-    column_type: TypeEngine[Any], dialect: Dialect, normalize: Normalization | None = None
-) -> Reader | None:
+def reader_of(column_type: TypeEngine[Any], dialect: Dialect, normalize: Normalization | None = None) -> Reader | None:
     """How values of this column type are read; None for a type that cannot be a key.
 
     :param dialect: whose bind processing counts; an unconnected one will do.
@@ -78,9 +76,7 @@ def _standard(column_type: TypeEngine[Any]) -> bool:
     return processing.__module__.startswith("sqlalchemy.")
 
 
-def _decorated(
-    column_type: TypeDecorator[Any], dialect: Dialect, normalize: Normalization | None
-) -> Reader | None:
+def _decorated(column_type: TypeDecorator[Any], dialect: Dialect, normalize: Normalization | None) -> Reader | None:
     if type(column_type).bind_processor is not TypeDecorator.bind_processor:
         return None  # it does more than process_bind_param()
     inner = reader_of(column_type.load_dialect_impl(dialect), dialect, normalize)

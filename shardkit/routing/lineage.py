@@ -32,6 +32,7 @@ from sqlalchemy.sql.selectable import (
     Values,
 )
 
+from shardkit.partition import KeyType
 from shardkit.routing.anatomy import Anatomy, SelectParts, Slot
 from shardkit.routing.expressions import Contents, Place, contents_of, is_distinct, raw_clauses
 from shardkit.routing.functions import RANDOM

@@ -26,6 +26,7 @@ from shardkit.errors import KeyChange, RoutingError
 from shardkit.session.homes import Home, home_of
 
 if TYPE_CHECKING:
+    from shardkit.normalization import Normalization
     from shardkit.session.session import ClusterSession
 
 _T = TypeVar("_T")
@@ -149,7 +150,7 @@ def _gather(
     waiting, seen = [root], {(root.table, root.identity(root.rows[0]))}
     while waiting:
         each = waiting.pop(0)
-        each.new = [{**row, **_renamed(each.home, row, home, old, new_key)} for row in each.rows]
+        each.new = [{**row, **_renamed(each.home, home, new_key)} for row in each.rows]
         yield each
         for relationship in _relationships(each.mapper):
             if relationship.viewonly or relationship.direction is RelationshipDirection.MANYTOONE:
@@ -164,13 +165,9 @@ def _gather(
                 waiting.append(children)
 
 
-def _renamed(own: Home, row: Mapping[str, Any], home: Home, old: Sequence[Any], new_key: Mapping[str, Any]) -> Any:
-    """The key columns of a row, as they become."""
-    return {
-        part.column: new_key[first.column]
-        for part, first, value in zip(own.key, home.key, old, strict=True)
-        if row[part.column] == value
-    }
+def _renamed(own: Home, home: Home, new_key: Mapping[str, Any]) -> dict[str, Any]:
+    """The key columns of a row, as they become: all rows that were found have the old key, in whatever spelling."""
+    return {part.column: new_key[first.column] for part, first in zip(own.key, home.key, strict=True)}
 
 
 def _children(
@@ -201,6 +198,7 @@ def _children(
 def _in_order(everything: Sequence[_Rows]) -> Sequence[_Rows]:
     """The rows in batches, those that others point at first: servers check foreign keys row by row."""
     links = [_links(each) for each in everything]
+    normalize = everything[0].home.info.keyspace.normalize
     pointed_at: dict[Any, dict[tuple[Any, ...], list[tuple[int, int]]]] = {
         (table, there): {} for found in links for table, there, _ in found
     }
@@ -208,14 +206,14 @@ def _in_order(everything: Sequence[_Rows]) -> Sequence[_Rows]:
         for place, each in enumerate(everything):
             if each.table is table:
                 for number, row in enumerate(each.rows):
-                    found.setdefault(tuple(row.get(name) for name in names), []).append((place, number))
+                    found.setdefault(_values(row, names, normalize), []).append((place, number))
     sorter: TopologicalSorter[tuple[int, int]] = TopologicalSorter()
     for place, each in enumerate(everything):
         for number, row in enumerate(each.rows):
             first = [
                 node
                 for table, there, here in links[place]
-                for node in pointed_at[table, there].get(tuple(row.get(name) for name in here), ())
+                for node in pointed_at[table, there].get(_values(row, here, normalize), ())
                 if node != (place, number)
             ]
             sorter.add((place, number), *first)
@@ -232,6 +230,14 @@ def _in_order(everything: Sequence[_Rows]) -> Sequence[_Rows]:
             batches.append(replace(each, rows=rows, new=new))
         sorter.done(*ready)
     return batches
+
+
+def _values(row: Mapping[str, Any], names: Iterable[str], normalize: Normalization | None) -> tuple[Any, ...]:
+    """What a row points at, or is pointed at by: normalized, where a foreign key does not ask for the very spelling."""
+    values = tuple(row.get(name) for name in names)
+    if normalize is None:
+        return values
+    return tuple(value.lower().rstrip(" ") if isinstance(value, str) else value for value in values)
 
 
 def _links(each: _Rows) -> list[tuple[Any, tuple[str, ...], tuple[str, ...]]]:

@@ -400,12 +400,12 @@ def test_a_trigger_finds_the_bucket_of_a_normalized_key(server: sa.Engine) -> No
         str(expression.compile(server, compile_kwargs={"literal_binds": True}))
         for expression in (partition.bucket_expression(new), partition.predicate(new, ["own"]))
     )
+    trigger = "CREATE TRIGGER t2 BEFORE INSERT ON triggered_too FOR EACH ROW SET"
     names = ["Kim", "KIM ", "kim", "서울", "서울 ", "é", "\u212a", None]
     with server.begin() as connection:
         for statement in (
             "CREATE TABLE triggered_too (name VARCHAR(40) COLLATE utf8mb4_general_ci, bucket INT, pinned INT)",
-            "CREATE TRIGGER triggered_too BEFORE INSERT ON triggered_too FOR EACH ROW"
-            f" SET NEW.bucket={number}, NEW.pinned={pinned}",
+            f"{trigger} NEW.bucket={number}, NEW.pinned={pinned}",
             "SET NAMES latin1",
             "INSERT INTO triggered_too (name) VALUES "
             + ", ".join("(NULL)" if name is None else f"(_utf8mb4 x'{name.encode().hex()}')" for name in names),
