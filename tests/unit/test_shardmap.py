@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from dataclasses import replace
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from shardkit.errors import InvalidShardMap, MissingKey, UnknownTable
 from shardkit.mapdiff import Effect
+from shardkit.normalization import Normalization
 from shardkit.partition import HashPartition, ListPartition
 from shardkit.shardmap import Move, Placement, ShardMap
 from shardkit.topology import Endpoint, ReplicationKind, Role
@@ -291,6 +293,8 @@ def test_a_diff_names_every_kind_of_change(shop: ShardMap) -> None:
         # 42 is in bucket 136, on shop-0, where "own" is too; 1 is on shop-1
         ("by: hash, buckets: 4096", "by: hash, buckets: 4096, exceptions: {42: own}", True),
         ("by: hash, buckets: 4096", "by: hash, buckets: 4096, exceptions: {1: own}", False),
+        ("by: hash, buckets: 4096", "by: hash, buckets: 4096, normalize: lower", False),
+        ("daejeon: [대전, null]}", "daejeon: [대전, null]}, normalize: lower", False),
         ("{seoul: [서울], daegu: [대구]", "{seoul: [서울, 인천], daegu: [대구]", True),
         ("{seoul: [서울], daegu: [대구]", "{seoul: [서울, 대구], daegu: [x]", False),
         ("daejeon: [대전, null]", "daejeon: [대전]", False),
@@ -306,6 +310,24 @@ def test_a_partition_may_change_where_no_row_has_to_move(shop: ShardMap, old: st
     changed = ShardMap.parse(text.replace('"2048-4095"', "[]" if "2048" in new else '"2048-4095"'))
     assert bool(shop.diff(changed).with_effect(Effect.RELOCATES)) is not stay
     assert len(shop.diff(changed).lines) >= 1
+
+
+def test_a_normalization_is_part_of_the_map(shop: ShardMap) -> None:
+    text = SHOP.replace("by: hash, buckets: 4096", "by: hash, buckets: 4096, normalize: lower")
+    text = text.replace("daejeon: [대전, null]}", "daejeon: [대전, null]}, normalize: lower")
+    normalized = ShardMap.parse(text)
+    assert [normalized.keyspace(name).normalize for name in ("orders", "stores", "members", "billing")] == [
+        Normalization.LOWER,
+        Normalization.LOWER,
+        None,
+        None,
+    ]
+    for again in (ShardMap.parse(normalized.dump()), ShardMap.from_json(normalized.to_json())):
+        assert again == normalized
+    assert not normalized.diff(ShardMap.parse(normalized.dump()))
+    assert normalized.diff(shop).with_effect(Effect.RELOCATES)
+    assert "normalize" not in shop.dump()
+    assert replace(normalized.keyspace("orders"), name="x").normalize is Normalization.LOWER
 
 
 def test_a_map_on_one_shard_may_be_cut_up_anew(shop: ShardMap) -> None:
