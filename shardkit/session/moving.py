@@ -26,7 +26,6 @@ from shardkit.errors import KeyChange, RoutingError
 from shardkit.session.homes import Home, home_of
 
 if TYPE_CHECKING:
-    from shardkit.normalization import Normalization
     from shardkit.session.session import ClusterSession
 
 _T = TypeVar("_T")
@@ -198,7 +197,6 @@ def _children(
 def _in_order(everything: Sequence[_Rows]) -> Sequence[_Rows]:
     """The rows in batches, those that others point at first: servers check foreign keys row by row."""
     links = [_links(each) for each in everything]
-    normalize = everything[0].home.info.keyspace.normalize
     pointed_at: dict[Any, dict[tuple[Any, ...], list[tuple[int, int]]]] = {
         (table, there): {} for found in links for table, there, _ in found
     }
@@ -206,14 +204,14 @@ def _in_order(everything: Sequence[_Rows]) -> Sequence[_Rows]:
         for place, each in enumerate(everything):
             if each.table is table:
                 for number, row in enumerate(each.rows):
-                    found.setdefault(_values(row, names, normalize), []).append((place, number))
+                    found.setdefault(tuple(row.get(name) for name in names), []).append((place, number))
     sorter: TopologicalSorter[tuple[int, int]] = TopologicalSorter()
     for place, each in enumerate(everything):
         for number, row in enumerate(each.rows):
             first = [
                 node
                 for table, there, here in links[place]
-                for node in pointed_at[table, there].get(_values(row, here, normalize), ())
+                for node in pointed_at[table, there].get(tuple(row.get(name) for name in here), ())
                 if node != (place, number)
             ]
             sorter.add((place, number), *first)
@@ -230,14 +228,6 @@ def _in_order(everything: Sequence[_Rows]) -> Sequence[_Rows]:
             batches.append(replace(each, rows=rows, new=new))
         sorter.done(*ready)
     return batches
-
-
-def _values(row: Mapping[str, Any], names: Iterable[str], normalize: Normalization | None) -> tuple[Any, ...]:
-    """What a row points at, or is pointed at by: normalized, where a foreign key does not ask for the very spelling."""
-    values = tuple(row.get(name) for name in names)
-    if normalize is None:
-        return values
-    return tuple(value.lower().rstrip(" ") if isinstance(value, str) else value for value in values)
 
 
 def _links(each: _Rows) -> list[tuple[Any, tuple[str, ...], tuple[str, ...]]]:

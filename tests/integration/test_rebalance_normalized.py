@@ -147,7 +147,7 @@ def test_rows_outside_the_alphabet_stop_a_move(world: World, tmp_path: Path) -> 
     world.execute("a", "DELETE FROM codes WHERE id = 2")
     plan = plan_move(store, MoveBuckets(tuple(range(8, 16)), "b"), keyspace="codes", credentials=credentials)
     world.fill("a", [(2, "é")])
-    with pytest.raises((PreconditionFailed, RebalanceError), match="1 rows of codes have keys with characters that"):
+    with pytest.raises(PreconditionFailed, match="1 rows of codes have keys with characters that"):
         apply_plan(store, plan, credentials=credentials)
     assert store.load().version == 1
 
