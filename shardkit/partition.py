@@ -158,7 +158,7 @@ def key_text(key: Key, normalize: Normalization | None = None) -> str | None:
     :raises TypeError: for a part that cannot be a key, or is outside the normalization's alphabet.
     """
     if len(key) == 1:
-        return _part_text(key[0], normalize)
+        return canonical_text(key[0]) if normalize is None else _part_text(key[0], normalize)
     return _SEPARATOR.join(_NULL_PART if (text := _part_text(part, normalize)) is None else text for part in key)
 
 
