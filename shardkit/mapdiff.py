@@ -183,9 +183,12 @@ def _relocation(line: str, *, stays: bool) -> Change:
 
 def _rows_stay(old: Keyspace, new: Keyspace) -> bool:
     """Whether every key that has a place now keeps its shard, bucket moves not regarded."""
+    renamed = old.normalize is not new.normalize  # keys with a capital get another bucket, or entry in the directory
+    if renamed and old.directory and new.directory:
+        return False  # also on one shard: keys that are filed would not be found, once there is another
     if len({*old.shards, *new.shards}) == 1:
         return True
-    if old.normalize is not new.normalize:  # all keys with a capital get another bucket, or entry in the directory
+    if renamed:
         return False
     match old.partition, new.partition:
         case HashPartition() as before, HashPartition() as after:

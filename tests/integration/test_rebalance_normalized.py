@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,12 +88,12 @@ def world(database_server: LocalDatabaseServer, fresh_database: str) -> Iterator
 class At:
     """Does something when a job enters a state."""
 
-    def __init__(self, state: State, action: Any) -> None:
-        self._state, self._action = state, action
+    def __init__(self, actions: dict[State, Callable[[], object]]) -> None:
+        self._actions = actions
 
     def entered(self, job: Job) -> None:
-        if job.state is self._state:
-            self._action()
+        if job.state in self._actions:
+            self._actions[job.state]()
 
     def progressed(self, job: Job, progress: Progress) -> None: ...
 
@@ -117,13 +117,22 @@ def test_rows_are_where_they_are_looked_for_after_a_move(world: World, tmp_path:
             except pymysql.OperationalError as error:
                 said.append(error.args[1])
 
+    def read() -> None:
+        """While rows are on both shards, each counts those of its own buckets."""
+        doubled = sum(len(world.execute(shard, "SELECT id FROM codes")) for shard in ("a", "b"))
+        with world.cluster(store.load()) as cluster, shardkit.sessionmaker(cluster)() as session:
+            seen.append((doubled, session.execute(select(sa.func.count()).select_from(codes)).scalar_one()))
+
+    seen: list[tuple[int, int]] = []
     shard_map = store.load()
     counted = census.count(shard_map, shard_map.keyspace("codes"), credentials)
     assert sum(counted.rows.values()) == len(ROWS)
     plan = plan_move(store, MoveBuckets(tuple(range(8, 16)), "b"), keyspace="codes", credentials=credentials)
-    apply_plan(store, plan, credentials=credentials, observer=At(State.FREEZING, write))
+    apply_plan(store, plan, credentials=credentials, observer=At({State.FREEZING: write, State.VERIFYING: read}))
     refused = "shardkit refuses this key: 'normalize' of keyspace codes does not know a character of it"
     assert said == [refused, refused]
+    ((doubled, once),) = seen
+    assert doubled > once == len(ROWS) + 1
     after = store.load()
     rows = {shard: world.execute(shard, "SELECT id, code FROM codes") for shard in ("a", "b")}
     assert sorted([*rows["a"], *rows["b"]]) == sorted([*ROWS, (1000, "New")])

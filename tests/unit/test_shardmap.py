@@ -336,6 +336,20 @@ def test_a_map_on_one_shard_may_be_cut_up_anew(shop: ShardMap) -> None:
     assert one.diff(other).with_effect(Effect.RELOCATES) == ()
 
 
+@pytest.mark.parametrize(("by", "stay"), [("hash, buckets: 4", True), ("directory, buckets: [x, y], home: a", False)])
+def test_a_normalization_may_come_to_keys_on_one_shard_unless_they_are_filed(by: str, stay: bool) -> None:
+    placement = "0-3" if stay else "x, y"
+    text = f"""
+format: 1
+cluster: c
+keyspaces: {{k: {{partition: {{by: {by}}}, tables: {{t: k}}, placement: {{a: "{placement}"}}}}}}
+shards: {{a: {{master: "mysql://h/a"}}}}
+"""
+    before, after = ShardMap.parse(text), ShardMap.parse(text.replace(by, f"{by}, normalize: lower"))
+    for one, other in ((before, after), (after, before)):
+        assert bool(one.diff(other).with_effect(Effect.RELOCATES)) is not stay
+
+
 def test_a_reference_table_comes_to_a_shard_by_copying(shop: ShardMap) -> None:
     changed = ShardMap.parse(
         SHOP.replace("tables: [invoices, payments]", "tables: [invoices, payments]\n    reference: [countries]")
