@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import delete, func, insert, or_, select, text, update
 from sqlalchemy.dialects.mysql import insert as upsert
-from sqlalchemy.orm import Session, foreign, registry, relationship
+from sqlalchemy.orm import Session, foreign, joinedload, registry, relationship, selectinload
 
 import shardkit
 from shardkit.cluster import Cluster
@@ -223,6 +223,8 @@ def test_keyed_reads_go_to_one_shard(world: World) -> None:
 
 
 def test_objects(world: World) -> None:
+    some = select(world.Person).order_by(world.Person.note)
+
     def work(session: Session) -> Any:
         kim = session.get(world.Person, "KIM")
         found = [
@@ -233,6 +235,10 @@ def test_objects(world: World) -> None:
             [pet.id for pet in kim.pets],
             session.get(world.Pet, 3).person.name,
             [pet.owner for pet in session.get(world.Person, "_X").pets],
+            *(
+                [(each.name, [pet.id for pet in each.pets]) for each in session.scalars(some.options(eager)).unique()]
+                for eager in (selectinload(world.Person.pets), joinedload(world.Person.pets))
+            ),
         ]
         kim.note = "changed"
         kim.pets[0].kind = "dog"
