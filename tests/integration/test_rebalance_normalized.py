@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from shardkit.shardmap import ShardMap
 from shardkit.testing.database import LocalDatabaseServer
 from tests.integration.conftest import driver
 
-pytestmark = getattr(pytest.mark, os.environ.get("SHARDKIT_TEST_FLAVOUR", "mariadb"))
 METADATA = sa.MetaData()
 codes = sa.Table(
     "codes",

@@ -21,7 +21,6 @@ from shardkit.shardmap import ShardMap
 from shardkit.testing.database import LocalDatabaseServer
 from tests.integration.conftest import driver
 
-pytestmark = getattr(pytest.mark, os.environ.get("SHARDKIT_TEST_FLAVOUR", "mariadb"))
 SHARDS = ("shard-0", "shard-1", "shard-2")
 NAMES = ["Kim", "lee", "PARK", "서울", "金 One", "_x", "[a", "e", "o'hara", "Zed ", ""]
 PARTITIONS: dict[str, dict[str, Any]] = {

@@ -326,3 +326,17 @@ def test_the_fence_lets_no_row_in_that_no_bucket_takes() -> None:
     assert "AND NOT" in change
     assert "refuses this key" not in out
     assert f", {MESSAGE_CHARACTERS})" in into
+
+
+@pytest.mark.parametrize("collation", ["BINARY", "NOCASE", "RTRIM"])
+def test_what_sqlite_takes_for_equal_is_equal_normalized(collation: str) -> None:
+    engine = sa.create_engine("sqlite://")
+    texts = [
+        f"{one}{other}" for one in ("", "k", "K", "[", "{", "서") for other in ("", " ", "  ", "a", "A", "@", "`", "울")
+    ]
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"CREATE TABLE t (k TEXT COLLATE {collation})")
+        connection.exec_driver_sql("INSERT INTO t VALUES (?)", [(text,) for text in texts])
+        equal = connection.exec_driver_sql("SELECT one.k, other.k FROM t one JOIN t other ON one.k = other.k").all()
+    assert len(equal) > len(texts) or collation == "BINARY"
+    assert all(LOWER.text(one) == LOWER.text(other) for one, other in equal)
