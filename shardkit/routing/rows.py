@@ -127,7 +127,8 @@ class Rows:
                 info, f"the key {name} is an SQL expression: only the database would know its value", "give a value"
             )
         if key.read is None:
-            raise self._missing(info, f"the type of {name} cannot be a key", "use a type that is stored exactly")
+            exact = "use a type that is stored exactly; a string's collation counts, too (docs/reference/keys.md)"
+            raise self._missing(info, f"the type of {name} cannot be a key", exact)
         stored = key.read(value)
         if isinstance(stored, Untrusted):
             what = f"the value for the key {name} may be stored as another: {stored.reason}"
