@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,6 +212,66 @@ def test_reads(world: World) -> None:
 
 def test_reads_of_declared_collations(hashed: World) -> None:
     test_reads(hashed)
+
+
+def _spelled(some: random.Random, name: str | None = None) -> str:
+    name = name or some.choice([*NAMES, "é", "z", "^", "k", "nobody"])
+    name = "".join(some.choice([each.lower(), each.upper()]) for each in name)
+    return name + some.choice(["", "", "", " ", "  "])
+
+
+def _condition(some: random.Random, columns: Sequence[Any], depth: int = 0) -> Any:
+    column = some.choice(columns)
+    kind = some.choice(
+        ["=", "twice", "in", "in", "<", ">=", "between", "null", *(["and", "and", "or", "not"] * (depth < 3))]
+    )
+    match kind:
+        case "=":
+            return column == _spelled(some)
+        case "twice":
+            name, other = some.choice(NAMES), some.choice(columns)
+            return sa.and_(column.in_([_spelled(some, name), _spelled(some)]), other == _spelled(some, name))
+        case "in":
+            return column.in_([_spelled(some) for _ in range(some.randint(0, 5))])
+        case "<":
+            return column < _spelled(some)
+        case ">=":
+            return _spelled(some) <= column
+        case "between":
+            return column.between(_spelled(some), _spelled(some))
+        case "null":
+            return column.is_(None) if some.random() < 0.2 else column.is_not(None)
+        case "not":
+            return sa.not_(_condition(some, columns, depth + 1))
+    parts = [_condition(some, columns, depth + 1) for _ in range(some.randint(2, 3))]
+    return sa.and_(*parts) if kind == "and" else or_(*parts)
+
+
+def _check_conditions(world: World, seed: int) -> None:
+    some = random.Random(seed)
+    name, owner = world.Person.name, world.Pet.owner
+    pinned = 0
+    with Session(world.whole) as one, world.session() as several:
+        for _ in range(150):
+            if some.random() < 0.5:
+                statement = select(name, world.Person.note).where(_condition(some, [name]))
+            else:
+                statement = select(name, owner, world.Pet.id).join(world.Pet.person)
+                statement = statement.where(_condition(some, [name, owner]))
+            wanted = sorted(one.execute(statement).all(), key=repr)
+            text_of = str(statement.compile(world.whole, compile_kwargs={"literal_binds": True}))
+            assert sorted(several.execute(statement).all(), key=repr) == wanted, text_of
+            pinned += len(world.cluster.explain(statement).shards) < len(SHARDS)
+    assert pinned > 30
+
+
+def test_conditions_of_all_kinds(world: World) -> None:
+    _check_conditions(world, 1)
+
+
+def test_conditions_of_all_kinds_on_declared_collations(hashed: World) -> None:
+    for seed in (2, 3):
+        _check_conditions(hashed, seed)
 
 
 def test_keyed_reads_go_to_one_shard(world: World) -> None:
