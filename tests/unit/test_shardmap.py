@@ -334,6 +334,13 @@ def test_a_map_on_one_shard_may_be_cut_up_anew(shop: ShardMap) -> None:
     one = ShardMap.parse(SHOP.replace("2048-4095", "").replace('shop-1: ""', "shop-1: []").replace("0-2047", "0-4095"))
     other = ShardMap.parse(one.dump().replace("buckets: 4096", "buckets: 64").replace("0-4095", "0-63"))
     assert one.diff(other).with_effect(Effect.RELOCATES) == ()
+    normalized = ShardMap.parse(one.dump().replace("buckets: 4096", "buckets: 4096\n      normalize: lower"))
+    assert one.diff(normalized).with_effect(Effect.RELOCATES) == ()
+    # not while its buckets are on their way to another
+    moves = [Move("7", "orders", (1,), "shop-0", "shop-1")]
+    for changed in (other, normalized):
+        assert changed.keyspace("orders").partition != one.keyspace("orders").partition
+        assert one.with_moves(moves).diff(changed.with_moves(moves)).with_effect(Effect.RELOCATES)
 
 
 @pytest.mark.parametrize(("by", "stay"), [("hash, buckets: 4", True), ("directory, buckets: [x, y], home: a", False)])
