@@ -32,7 +32,6 @@ from shardkit.errors import (
 )
 from shardkit.ids import IdGenerator, lease_for
 from shardkit.mapstore import MapStore, open_store
-from shardkit.partition import key_text
 from shardkit.patience import Patience
 from shardkit.replicas.balance import Spill, choose
 from shardkit.replicas.health import Replica, ReplicaHealth
@@ -296,7 +295,10 @@ class Cluster:
                 if directory is None
                 else f"its buckets are {', '.join(directory.names)}",
             )
-        text = key_text((key,))
+        try:
+            text = directory.text_of((key,))
+        except TypeError as error:
+            raise MissingKey(f"keyspace {keyspace.name!r}: {error}", table=table) from None
         if text is None:
             raise MissingKey("NULL cannot be assigned to a bucket", table=table, hint="give a value")
         engine = self.engine(directory.home)

@@ -32,6 +32,7 @@ from shardkit.mapschema import (
     WrittenShard,
 )
 from shardkit.mapyaml import Path, read_yaml
+from shardkit.normalization import Normalization
 from shardkit.partition import (
     WHOLE,
     Bucket,
@@ -42,6 +43,7 @@ from shardkit.partition import (
     RangePartition,
     canonical_text,
     format_buckets,
+    key_text,
     parse_buckets,
 )
 from shardkit.topology import DEFAULT_WEIGHT, Endpoint, ReplicationKind, Shard
@@ -281,22 +283,35 @@ class _Checker:
                 return None
             case WrittenHash() as by:
                 self._bucket_names(here, by.exceptions.values())
-                if not self._key_values((*here, "exceptions"), ((str(key), key) for key in by.exceptions)):
+                normalize = _normalization(by.normalize)
+                values = [(str(key), key) for key in by.exceptions]
+                if not self._key_values((*here, "exceptions"), values, normalize) or not self._pinned_once(
+                    (*here, "exceptions"), by, normalize
+                ):
                     return None
-                return HashPartition(by.buckets, {(_plain(key),): bucket for key, bucket in by.exceptions.items()})
+                pinned = {(_plain(key),): bucket for key, bucket in by.exceptions.items()}
+                return HashPartition(by.buckets, pinned, normalize)
             case WrittenList() as by:
                 self._bucket_names(here, by.buckets)
-                if not self._list_values(here, by):
+                normalize = _normalization(by.normalize)
+                if not self._list_values(here, by, normalize):
                     return None
-                return ListPartition({bucket: tuple(map(_plain, values)) for bucket, values in by.buckets.items()})
+                listed = {bucket: tuple(map(_plain, values)) for bucket, values in by.buckets.items()}
+                return ListPartition(listed, normalize)
             case WrittenRange() as by:
                 self._bucket_names(here, by.buckets)
-                if not self._ranges(here, by):
+                if by.normalize is not None:
+                    self._fault(
+                        (*here, "normalize"),
+                        "a range partition cannot normalize: its ranges follow the bytes of the texts, another order "
+                        "than the collation's; use hash, list or directory, or a binary collation without padding",
+                    )
+                if not self._ranges(here, by) or by.normalize is not None:
                     return None
                 return RangePartition({bucket: (low, high) for bucket, (low, high) in by.buckets.items()})
             case WrittenDirectory() as by:
                 self._bucket_names(here, by.buckets)
-                return DirectoryPartition(tuple(by.buckets), by.home, name)
+                return DirectoryPartition(tuple(by.buckets), by.home, name, normalize=_normalization(by.normalize))
 
     def _bucket_names(self, path: Path, names: Iterable[str]) -> None:
         for name in names:
@@ -306,7 +321,21 @@ class _Checker:
                     f"the bucket name {name!r} reads like numbered buckets: put a letter into it",
                 )
 
-    def _key_values(self, path: Path, values: Iterable[tuple[str | int, Any]]) -> bool:
+    def _pinned_once(self, path: Path, written: WrittenHash, normalize: Normalization | None) -> bool:
+        """Whether no two pinned keys are one to the normalization."""
+        before: dict[str | None, Any] = {}
+        good = True
+        for key in written.exceptions:
+            text = key_text((key,), normalize)
+            if normalize is not None and text in before:
+                self._fault((*path, str(key)), f"is the same key as {shown(before[text])} to 'normalize': keep one")
+                good = False
+            before.setdefault(text, key)
+        return good
+
+    def _key_values(
+        self, path: Path, values: Iterable[tuple[str | int, Any]], normalize: Normalization | None = None
+    ) -> bool:
         """Whether these are values of one key column.
 
         :param values: each with the place under ``path`` where it stands.
@@ -315,7 +344,7 @@ class _Checker:
         good = True
         for place, value in values:
             try:
-                canonical_text(value)
+                key_text((value,), normalize)
             except TypeError as error:
                 self._fault((*path, place), f"{shown(value)}: {error}")
                 good = False
@@ -325,16 +354,16 @@ class _Checker:
             self._fault(path, f"mixes {' and '.join(kinds)}: key values are of the column's one type; quote strings")
         return good and len(kinds) <= 1
 
-    def _list_values(self, path: Path, written: WrittenList) -> bool:
+    def _list_values(self, path: Path, written: WrittenList, normalize: Normalization | None) -> bool:
         here = (*path, "buckets")
         if not self._key_values(
-            here, ((bucket, value) for bucket in written.buckets for value in written.buckets[bucket])
+            here, ((bucket, value) for bucket in written.buckets for value in written.buckets[bucket]), normalize
         ):
             return False
         holder: dict[str | None, str] = {}
         for bucket, values in written.buckets.items():
             for index, value in enumerate(values):
-                text = canonical_text(value)
+                text = key_text((value,), normalize)
                 if text in holder:
                     self._fault(
                         (*path, "buckets", bucket, index),
@@ -453,6 +482,10 @@ class _Checker:
         if strange:
             self._fault((*path, "buckets"), f"{_buckets_are(strange)} on neither end of the move")
         return MoveDocument(written.job, written.keyspace, tuple(buckets), written.source, written.target)
+
+
+def _normalization(written: str | None) -> Normalization | None:
+    return None if written is None else Normalization(written)
 
 
 def _plain(value: Any) -> Any:

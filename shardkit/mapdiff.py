@@ -100,7 +100,8 @@ def _other_changes(old: ShardMap, new: ShardMap) -> Iterator[Change]:
         yield from _shard_changes(old.shards[name], new.shards[name])
     yield from _named("keyspace", old.keyspaces, new.keyspaces)
     for name in _kept(old.keyspaces, new.keyspaces):
-        yield from _keyspace_changes(old.keyspaces[name], new.keyspaces[name])
+        moving = bool(old.moves_of(name) or new.moves_of(name))
+        yield from _keyspace_changes(old.keyspaces[name], new.keyspaces[name], moving=moving)
     for name in _kept(old.tables, new.tables):
         yield from _table_changes(old.tables[name], new.tables[name])
     jobs, new_jobs = ({move.job: move for move in layout.moves} for layout in (old, new))
@@ -136,10 +137,10 @@ def _shard_changes(old: Shard, new: Shard) -> Iterator[Change]:
         yield Change(Effect.CHANGES, f"shard {old.name}: replication {old.replication} -> {new.replication}")
 
 
-def _keyspace_changes(old: Keyspace, new: Keyspace) -> Iterator[Change]:
+def _keyspace_changes(old: Keyspace, new: Keyspace, *, moving: bool) -> Iterator[Change]:
     name = f"keyspace {old.name}"
     if old.partition != new.partition:
-        if _rows_stay(old, new):
+        if _rows_stay(old, new, moving=moving):
             yield Change(Effect.CHANGES, f"{name}: the partition changes, all rows stay where they are")
         else:
             yield Change(Effect.RELOCATES, f"{name}: the partition changes: rows would have to move")
@@ -181,10 +182,18 @@ def _relocation(line: str, *, stays: bool) -> Change:
     return Change(Effect.RELOCATES, f"{line}: rows would have to move")
 
 
-def _rows_stay(old: Keyspace, new: Keyspace) -> bool:
-    """Whether every key that has a place now keeps its shard, bucket moves not regarded."""
-    if len({*old.shards, *new.shards}) == 1:
+def _rows_stay(old: Keyspace, new: Keyspace, *, moving: bool) -> bool:
+    """Whether every key that has a place now keeps its shard, bucket moves not regarded.
+
+    :param moving: whether a job is moving buckets, as they are, to another shard.
+    """
+    renamed = old.normalize is not new.normalize  # keys with a capital get another bucket, or entry in the directory
+    if renamed and old.directory and new.directory:
+        return False  # also on one shard: keys that are filed would not be found, once there is another
+    if len({*old.shards, *new.shards}) == 1 and not moving:
         return True
+    if renamed:
+        return False
     match old.partition, new.partition:
         case HashPartition() as before, HashPartition() as after:
             return before.count == after.count and _same_shards(old, new, [*before.exceptions, *after.exceptions])

@@ -31,6 +31,7 @@ _FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("keyspaces", "*", "placement", "*", "*"), "a bucket: a number, a span or a name"),
     (("keyspaces", "*", "partition"), "{by: hash, list, range or directory, ...}"),
     (("keyspaces", "*", "partition", "exceptions"), "{key: bucket name}"),
+    (("keyspaces", "*", "partition", "normalize"), "'lower', or left out"),
     (("shards",), "fields under each shard's name"),
     (("shards", "*"), "{master: mysql://host:3306/database}, with staging and replicas where there are"),
     (("shards", "*", "replicas"), "a list of endpoints: [mysql://host:3306/database]"),

@@ -35,23 +35,29 @@ _NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}$"
 Name = Annotated[str, Field(pattern=_NAME)]
 
 
+#: The words of `shardkit.normalization.Normalization`.
+WrittenNormalization = Literal["lower"]
+
+
 class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class WrittenHash(_Schema):
-    """``{by: hash, buckets: 4096, exceptions: {42: hot-1}}``"""
+    """``{by: hash, buckets: 4096, exceptions: {42: hot-1}, normalize: lower}``"""
 
     by: Literal["hash"]
     buckets: Annotated[int, Field(ge=1, le=MAX_HASH_BUCKETS)] = HASH_BUCKETS
     exceptions: dict[Any, Name] = Field(default_factory=dict)
+    normalize: WrittenNormalization | None = None
 
 
 class WrittenList(_Schema):
-    """``{by: list, buckets: {seoul: [서울]}}``"""
+    """``{by: list, buckets: {seoul: [서울]}, normalize: lower}``"""
 
     by: Literal["list"]
     buckets: Annotated[dict[Name, Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]
+    normalize: WrittenNormalization | None = None
 
 
 class WrittenRange(_Schema):
@@ -59,14 +65,16 @@ class WrittenRange(_Schema):
 
     by: Literal["range"]
     buckets: Annotated[dict[Name, Annotated[list[Any], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+    normalize: Any = None  # refused with the reason
 
 
 class WrittenDirectory(_Schema):
-    """``{by: directory, buckets: [a, b], home: shop-0}``"""
+    """``{by: directory, buckets: [a, b], home: shop-0, normalize: lower}``"""
 
     by: Literal["directory"]
     buckets: Annotated[list[Name], Field(min_length=1)]
     home: Name
+    normalize: WrittenNormalization | None = None
 
 
 class WrittenKeyspace(_Schema):
@@ -161,6 +169,11 @@ def _keyspace_fields(keyspace: Keyspace) -> Iterator[tuple[str, Any]]:
 
 
 def _partition_fields(partition: Partition) -> dict[str, Any]:
+    fields = _fields_of(partition)
+    return fields if partition.normalize is None else {**fields, "normalize": str(partition.normalize)}
+
+
+def _fields_of(partition: Partition) -> dict[str, Any]:
     match partition:
         case HashPartition():
             fields: dict[str, Any] = {"by": "hash", "buckets": partition.count}

@@ -23,6 +23,8 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
+from shardkit.normalization import Normalization
+
 #: The smallest unit that moves: a number for hash partitions, a name for all others and for pinned keys.
 Bucket: TypeAlias = int | str
 #: The values of a table's key columns, in the map's order. One column is a tuple of one.
@@ -149,11 +151,20 @@ def _read(read: Callable[[str], Any], text: str) -> Any:
         raise TypeError(f"{text!r} is not a value that the key column can have ({read.__qualname__})") from None
 
 
-def key_text(key: Key) -> str | None:
-    """One text for a whole key: the parts' texts with a separator; None only for a single NULL."""
+def key_text(key: Key, normalize: Normalization | None = None) -> str | None:
+    """One text for a whole key: the parts' texts with a separator; None only for a single NULL.
+
+    :param normalize: what is done to each part's text. Those of other types than strings it leaves as they are.
+    :raises TypeError: for a part that cannot be a key, or is outside the normalization's alphabet.
+    """
     if len(key) == 1:
-        return canonical_text(key[0])
-    return _SEPARATOR.join(_NULL_PART if (text := canonical_text(part)) is None else text for part in key)
+        return canonical_text(key[0]) if normalize is None else _part_text(key[0], normalize)
+    return _SEPARATOR.join(_NULL_PART if (text := _part_text(part, normalize)) is None else text for part in key)
+
+
+def _part_text(part: Any, normalize: Normalization | None) -> str | None:
+    text = canonical_text(part)
+    return text if text is None or normalize is None else normalize.text(text)
 
 
 # --- the same in SQL ---------------------------------------------------------------------------------------------
@@ -250,9 +261,11 @@ def _hash_bucket_sql(element: _HashBucket, compiler: SQLCompiler, **kw: Any) -> 
 _TEXT = sa.String().with_variant(mysql.CHAR(charset="utf8mb4"), "mysql", "mariadb")
 
 
-def _text_expression(column: KeyColumn) -> sa.ColumnElement[Any]:
+def _text_expression(column: KeyColumn, normalize: Normalization | None = None) -> sa.ColumnElement[Any]:
     expression = column.expression
     match column.kind:
+        case KeyType.STRING if normalize is not None:
+            return normalize.expression(sa.cast(expression, _TEXT))
         case KeyType.UUID:
             return sa.func.lower(sa.func.replace(sa.cast(expression, _TEXT), "-", ""))
         case KeyType.BYTES:
@@ -265,12 +278,18 @@ def _text_expression(column: KeyColumn) -> sa.ColumnElement[Any]:
             return sa.cast(expression, _TEXT)
 
 
-def key_text_expression(columns: Sequence[KeyColumn]) -> sa.ColumnElement[Any]:
-    """`key_text` as an SQL expression over a table's key columns."""
+def key_text_expression(columns: Sequence[KeyColumn], normalize: Normalization | None = None) -> sa.ColumnElement[Any]:
+    """`key_text` as an SQL expression over a table's key columns; NULL, too, where that raises for the alphabet."""
     if len(columns) == 1:
-        return _text_expression(columns[0])
+        return _text_expression(columns[0], normalize)
     separator, null = (_ControlCharacter(_number(ord(mark))) for mark in (_SEPARATOR, _NULL_PART))
-    first, *rest = (sa.func.coalesce(_text_expression(column), null) for column in columns)
+    texts: list[sa.ColumnElement[Any]] = [
+        sa.func.coalesce(_text_expression(column), null)
+        if normalize is None
+        else sa.case((column.expression.is_(None), null), else_=_text_expression(column, normalize))
+        for column in columns
+    ]
+    first, *rest = texts
     joined: sa.ColumnElement[Any] = first
     for part in rest:
         joined = joined.concat(separator).concat(part)
@@ -281,13 +300,24 @@ def _number(value: int) -> sa.ColumnElement[int]:
     return sa.literal_column(str(value), sa.Integer())
 
 
-def _equals_any(columns: Sequence[KeyColumn], keys: Iterable[Key]) -> sa.ColumnElement[bool]:
+def outside_alphabet(columns: Sequence[KeyColumn], normalize: Normalization | None) -> sa.ColumnElement[bool] | None:
+    """An SQL condition that is true for the rows, never to be found by their key, whose key the normalization does not
+    know; None where there can be none."""
+    texts = [sa.cast(column.expression, _TEXT) for column in columns if column.kind is KeyType.STRING]
+    return None if normalize is None or not texts else sa.or_(*(normalize.outside(text) for text in texts))
+
+
+def _equals_any(
+    columns: Sequence[KeyColumn], keys: Iterable[Key], normalize: Normalization | None
+) -> sa.ColumnElement[bool]:
     """True, false, never NULL: whether the key is one of these."""
-    tests = [sa.and_(*(_equals(column, part) for column, part in zip(columns, key, strict=True))) for key in keys]
+    tests = [
+        sa.and_(*(_equals(column, part, normalize) for column, part in zip(columns, key, strict=True))) for key in keys
+    ]
     return sa.or_(sa.false(), *tests)
 
 
-def _equals(column: KeyColumn, value: Any) -> sa.ColumnElement[bool]:
+def _equals(column: KeyColumn, value: Any, normalize: Normalization | None) -> sa.ColumnElement[bool]:
     """Never NULL. The value goes in as the column's kind, so that no server compares ``'42abc'`` with 42.
 
     Not by IS NOT DISTINCT FROM: SQLAlchemy 2.1 loses ``literal_binds`` inside it, and triggers have no parameters.
@@ -295,6 +325,9 @@ def _equals(column: KeyColumn, value: Any) -> sa.ColumnElement[bool]:
     value = typed_value(column.kind, value)
     if value is None:
         return column.expression.is_(None)
+    if normalize is not None and column.kind is KeyType.STRING:
+        same = _text_expression(column, normalize) == sa.literal(_part_text(value, normalize), sa.String())
+        return sa.func.coalesce(same, sa.false())
     if column.kind in {KeyType.UUID, KeyType.BYTES}:  # stored in many ways: compare what they have in common
         same = _text_expression(column) == sa.literal(canonical_text(value), sa.String())
     else:
@@ -332,15 +365,21 @@ class Partition(Protocol):
         """Every bucket, in the map's order."""
         ...
 
+    @property
+    def normalize(self) -> Normalization | None:
+        """What is done to string keys first, where the database takes different texts for one key."""
+        ...
+
     def bucket_of(self, key: Key) -> Bucket | None:
         """The key's bucket; None where no bucket takes such a key (so no row can have it).
 
-        :raises TypeError: for a value that cannot be a key.
+        :raises TypeError: for a value that cannot be a key, or is outside the normalization's alphabet.
         """
         ...
 
     def predicate(self, columns: Sequence[KeyColumn], buckets: Iterable[Bucket]) -> sa.ColumnElement[bool]:
-        """An SQL condition that is true for the rows of these buckets and false, never NULL, for all others."""
+        """An SQL condition that is true for the rows of these buckets and false, never NULL, for all others (also
+        for those outside the normalization's alphabet, which are in no bucket)."""
         ...
 
 
@@ -350,10 +389,12 @@ class HashPartition:
 
     :param count: the number of hash buckets, 4096 unless the map says otherwise.
     :param exceptions: key -> the name of its own bucket.
+    :param normalize: what is done to string keys first.
     """
 
     count: int = HASH_BUCKETS
     exceptions: Mapping[Key, str] = field(default_factory=dict)
+    normalize: Normalization | None = None
     by: ClassVar[str] = "hash"
 
     @cached_property
@@ -362,32 +403,38 @@ class HashPartition:
 
     @cached_property
     def _pinned(self) -> Mapping[str | None, str]:
-        return {key_text(key): bucket for key, bucket in self.exceptions.items()}
+        return {key_text(key, self.normalize): bucket for key, bucket in self.exceptions.items()}
 
     def bucket_of(self, key: Key) -> Bucket:
         if len(key) == 1 and type(key[0]) is int and not self.exceptions:
             return zlib.crc32(b"%d" % key[0]) % self.count  # the usual key, without a detour: the same text
-        text = key_text(key)
+        text = key_text(key, self.normalize)
         if text in self._pinned:
             return self._pinned[text]
         return NULL_BUCKET if text is None else zlib.crc32(_utf8(text)) % self.count
 
     def bucket_expression(self, columns: Sequence[KeyColumn]) -> sa.ColumnElement[int]:
-        """The hash bucket's number in SQL, pinned keys not regarded."""
-        hashed = _HashBucket(key_text_expression(columns), _number(self.count))
-        return sa.func.coalesce(hashed, _number(NULL_BUCKET))
+        """The hash bucket's number in SQL, pinned keys not regarded; NULL for a key outside the normalization's
+        alphabet."""
+        hashed = _HashBucket(key_text_expression(columns, self.normalize), _number(self.count))
+        if self.normalize is None:
+            return sa.func.coalesce(hashed, _number(NULL_BUCKET))
+        null = sa.and_(*(column.expression.is_(None) for column in columns))
+        return hashed if len(columns) > 1 else sa.case((null, _number(NULL_BUCKET)), else_=hashed)
 
     def predicate(self, columns: Sequence[KeyColumn], buckets: Iterable[Bucket]) -> sa.ColumnElement[bool]:
         wanted = set(buckets)
         number = self.bucket_expression(columns)
         spans = _spans(bucket for bucket in wanted if isinstance(bucket, int))
-        hashed = sa.or_(sa.false(), *(_between(number, low, high) for low, high in spans))
+        hashed: sa.ColumnElement[bool] = sa.or_(sa.false(), *(_between(number, low, high) for low, high in spans))
+        if self.normalize is not None:
+            hashed = sa.func.coalesce(hashed, sa.false())
         if not self.exceptions:
             return hashed
         pinned = [key for key, bucket in self.exceptions.items() if bucket in wanted]
         return sa.or_(
-            sa.and_(hashed, sa.not_(_equals_any(columns, self.exceptions))),
-            _equals_any(columns, pinned),
+            sa.and_(hashed, sa.not_(_equals_any(columns, self.exceptions, self.normalize))),
+            _equals_any(columns, pinned, self.normalize),
         )
 
 
@@ -412,9 +459,11 @@ class ListPartition:
     """Named buckets, each with the key values that it takes: by region, by tenant class, ...
 
     :param values: bucket -> its values; None stands for NULL.
+    :param normalize: what is done to string keys, and to the values, before they are compared.
     """
 
     values: Mapping[str, Sequence[Any]]
+    normalize: Normalization | None = None
     by: ClassVar[str] = "list"
 
     @cached_property
@@ -423,13 +472,16 @@ class ListPartition:
 
     @cached_property
     def _bucket_of_text(self) -> Mapping[str | None, str]:
-        return {canonical_text(value): bucket for bucket, values in self.values.items() for value in values}
+        return {
+            key_text((value,), self.normalize): bucket for bucket, values in self.values.items() for value in values
+        }
 
     def bucket_of(self, key: Key) -> Bucket | None:
-        return self._bucket_of_text.get(key_text(key))
+        return self._bucket_of_text.get(key_text(key, self.normalize))
 
     def predicate(self, columns: Sequence[KeyColumn], buckets: Iterable[Bucket]) -> sa.ColumnElement[bool]:
-        return _equals_any(columns, ((value,) for bucket in _named(buckets) for value in self.values[bucket]))
+        keys = ((value,) for bucket in _named(buckets) for value in self.values[bucket])
+        return _equals_any(columns, keys, self.normalize)
 
 
 @dataclass(frozen=True)
@@ -443,6 +495,8 @@ class RangePartition:
 
     bounds: Mapping[str, tuple[Any, Any]]
     by: ClassVar[str] = "range"
+    #: The order of normalized texts is not the collation's, so their ranges would be others.
+    normalize: ClassVar[None] = None
 
     @cached_property
     def buckets(self) -> Sequence[Bucket]:
@@ -522,20 +576,29 @@ class DirectoryPartition:
     :param home: the shard whose database holds the lookup table.
     :param keyspace: the keyspace's name, under which the lookup table files its keys.
     :param lookup: looks into the table.
+    :param normalize: what is done to string keys before they are filed.
     """
 
     names: Sequence[str]
     home: str
     keyspace: str
     lookup: DirectoryLookup | None = field(default=None, compare=False, repr=False)
+    normalize: Normalization | None = None
     by: ClassVar[str] = "directory"
 
     @property
     def buckets(self) -> Sequence[Bucket]:
         return tuple(self.names)
 
+    def text_of(self, key: Key) -> str | None:
+        """The text that a key is filed under; None for NULL, which is not.
+
+        :raises TypeError: as `bucket_of`.
+        """
+        return key_text(key, self.normalize)
+
     def bucket_of(self, key: Key) -> Bucket | None:
-        text = key_text(key)
+        text = self.text_of(key)
         if text is None:
             return None  # NULL is no key that could be filed
         if self.lookup is None:

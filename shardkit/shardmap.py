@@ -20,6 +20,7 @@ from shardkit.errors import InvalidShardMap, MissingKey, UnknownTable
 from shardkit.mapcheck import MapDocument, build_document
 from shardkit.mapdiff import MapDiff, diff_of
 from shardkit.mapschema import document_of, from_json, to_json
+from shardkit.normalization import Normalization
 from shardkit.partition import WHOLE, Bucket, DirectoryLookup, DirectoryPartition, Key, Partition
 from shardkit.topology import Shard
 
@@ -54,6 +55,11 @@ class Keyspace:
     def directory(self) -> DirectoryPartition | None:
         """The partition, where it is a lookup table, in which every key that a row has must stand."""
         return self.partition if isinstance(self.partition, DirectoryPartition) else None
+
+    @property
+    def normalize(self) -> Normalization | None:
+        """What is done to string keys before their bucket is looked for."""
+        return None if self.partition is None else self.partition.normalize
 
     def buckets_on(self, shard: str) -> tuple[Bucket, ...]:
         """The buckets that the map places on this shard."""

@@ -61,12 +61,19 @@ class Filer:
         self._engines.dispose()
 
     def look(self) -> Filing:
-        """Read the keys of every row, and their entries. Reads each table of the keyspace once, in full."""
+        """Read the keys of every row, and their entries. Keys that the partition's normalization takes for one count
+        as one. Reads each table of the keyspace once, in full."""
         shards_of: dict[str, set[str]] = {}
+        unknown: dict[str, str] = {}
         for shard in self._keyspace.shards:
-            for text in self._texts(self._engine(shard)):
-                shards_of.setdefault(text, set()).add(shard)
-        found = Filing(len(shards_of))
+            for raw in self._texts(self._engine(shard)):
+                try:
+                    text = self._partition.text_of((raw,)) or ""
+                except TypeError as error:
+                    unknown.setdefault(raw, f"the key {raw!r} has rows on {shard}, and cannot be entered: {error}")
+                else:
+                    shards_of.setdefault(text, set()).add(shard)
+        found = Filing(len(shards_of) + len(unknown), astray=[*unknown.values()])
         entries = self._entries(list(shards_of))
         for text, shards in shards_of.items():
             bucket = entries.get((self._keyspace.name, text))

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
 from shardkit.adoption.tables import ColumnFacts, TableFacts
+from shardkit.normalization import ALPHABET_IN_WORDS, Normalization
 from shardkit.partition import KeyType
 
 
@@ -23,19 +24,21 @@ def no_key(column: ColumnFacts) -> str | None:
     return f"{name} has no exact text: use an integer, a string, bytes, a date, a DATETIME or a DECIMAL"
 
 
-def key_hazards(table: TableFacts, column: ColumnFacts) -> Iterator[str]:
-    """What may go wrong with a column as the shard key."""
+def key_hazards(table: TableFacts, column: ColumnFacts, normalize: Normalization | None = None) -> Iterator[str]:
+    """What may go wrong with a column as the shard key.
+
+    :param normalize: what its partition does to strings.
+    """
     where = f"{table.name}.{column.name}"
     if (why := no_key(column)) is not None:
         yield f"{where}: {why}"
         return
-    if column.collation is not None and not _tells_apart(column.collation):
-        better = "utf8mb4_0900_bin on MySQL, utf8mb4_nopad_bin on MariaDB"
-        yield (
-            f"{where}: {column.collation} takes different texts for the same ('a' and 'A', or 'a' and 'a '), "
-            f"but they hash to different buckets: give it a binary collation without padding ({better})"
-        )
-    if isinstance(column.type, sa.CHAR | sa.BINARY) and column.kind in {KeyType.STRING, KeyType.BYTES}:
+    normalized = normalize is not None and column.kind is KeyType.STRING
+    if column.collation is not None:
+        yield from (f"{where}: {sentence}" for sentence in _collation_hazards(column.collation, normalize))
+    if isinstance(column.type, sa.CHAR | sa.BINARY) and (
+        column.kind is KeyType.BYTES or (column.kind is KeyType.STRING and not normalized)
+    ):
         yield f"{where}: {_type_name(column)} pads what is stored: use a type of varying length"
     if isinstance(column.type, mysql.DATETIME) and (column.type.fsp or 0) < 6:
         yield f"{where}: {_type_name(column)} drops microseconds, so a value may be stored as another: use DATETIME(6)"
@@ -43,6 +46,24 @@ def key_hazards(table: TableFacts, column: ColumnFacts) -> Iterator[str]:
         yield f"{where}: ZEROFILL changes the number's text, and so its bucket: take it away"
     if column.nullable:
         yield f"{where} may be NULL: all such rows are in one bucket, on one shard"
+
+
+_BINARY = "a binary collation without padding (utf8mb4_0900_bin on MySQL, utf8mb4_nopad_bin on MariaDB)"
+
+
+def _collation_hazards(collation: str, normalize: Normalization | None) -> Iterator[str]:
+    if normalize is not None and not normalize.fits(collation):
+        yield (
+            f"{collation} is not known to take for the same only what 'normalize: {normalize}' does: give it "
+            f"utf8mb4_general_ci, utf8mb4_unicode_ci, the server's default or {_BINARY}"
+        )
+    elif normalize is None and not _tells_apart(collation):
+        fits = Normalization.LOWER.fits(collation)
+        other = f", or 'normalize: {Normalization.LOWER}' in the map, for keys of {ALPHABET_IN_WORDS}" if fits else ""
+        yield (
+            f"{collation} takes different texts for the same ('a' and 'A', or 'a' and 'a '), "
+            f"but they hash to different buckets: give it {_BINARY}{other}"
+        )
 
 
 def _tells_apart(collation: str) -> bool:

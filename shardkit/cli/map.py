@@ -75,11 +75,15 @@ def _keyspace_row(keyspace: Keyspace) -> tuple[object, ...]:
     tables = (f"{table} by {', '.join(key)}" if key else table for table, key in keyspace.tables.items())
     return (
         keyspace.name,
-        "whole tables" if partition is None else partition.by,
+        "whole tables" if partition is None else _by(partition),
         None if partition is None else count(len(partition.buckets)),
         ", ".join(tables),
         ", ".join(keyspace.reference),
     )
+
+
+def _by(partition: Partition) -> str:
+    return partition.by if partition.normalize is None else f"{partition.by}, normalize: {partition.normalize}"
 
 
 #: Of bucket names and of a bucket's values, what a table shows; ``--yaml`` shows all.

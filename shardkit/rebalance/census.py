@@ -55,7 +55,9 @@ def count(shard_map: ShardMap, keyspace: Keyspace, credentials: CredentialSource
                         raise PreconditionFailed(
                             f"{found} rows of {table.name} on {shard} have keys that no bucket of {keyspace.name!r} "
                             "takes: once buckets are elsewhere, nobody finds those rows by their key",
-                            hint="give these keys a bucket in the shard map, or delete the rows",
+                            hint="give these keys a bucket in the shard map, or delete the rows"
+                            if keyspace.normalize is None
+                            else "change these keys: 'shardkit map validate --connect' says what is wrong with them",
                         )
                     bucket = by_name.get(str(name))
                     if bucket in here:

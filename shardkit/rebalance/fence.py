@@ -91,17 +91,26 @@ class Trigger:
 def triggers_of(keyspace: Keyspace, table: Table) -> tuple[Trigger, ...]:
     """The three triggers that fence one table."""
     new, old = (table.bucket(keyspace.partition, row) for row in ("NEW", "OLD"))
+    new_outside, old_outside = (table.outside(keyspace.partition, row) for row in ("NEW", "OLD"))
     key = [table.column(name) for name in table.key]
     timing = "AFTER" if any(column.auto_increment or column.generated for column in key) else "BEFORE"
     return (
-        Trigger(table.name, timing, "INSERT", _body(keyspace.name, [new])),
-        Trigger(table.name, timing, "UPDATE", _body(keyspace.name, [old, new])),
+        Trigger(table.name, timing, "INSERT", _body(keyspace.name, [new], new_outside)),
+        Trigger(
+            table.name,
+            timing,
+            "UPDATE",
+            _body(keyspace.name, [old, new], new_outside and f"{new_outside} AND NOT {old_outside}"),
+        ),
         Trigger(table.name, "BEFORE", "DELETE", _body(keyspace.name, [old])),
     )
 
 
-def _body(keyspace: str, buckets: Sequence[str]) -> str:
-    checks = _check(keyspace, buckets[0])
+def _body(keyspace: str, buckets: Sequence[str], outside: str | None = None) -> str:
+    """:param outside: SQL that is true where the write makes a row that no bucket may take, as its key is outside the
+    normalization's alphabet: it would stay where it is when the buckets of its equals move."""
+    checks = "" if outside is None else f"IF {outside} THEN {_refusal_outside(keyspace)} END IF; "
+    checks += _check(keyspace, buckets[0])
     for bucket in buckets[1:]:
         checks += f" IF NOT (({bucket}) <=> shardkit_bucket) THEN {_check(keyspace, bucket)} END IF;"
     # The job's own connections, which write rows by the thousand, get past the first test without a variable declared.
@@ -113,6 +122,17 @@ def _body(keyspace: str, buckets: Sequence[str]) -> str:
         f" DECLARE shardkit_text VARCHAR({MESSAGE_CHARACTERS}) CHARACTER SET ascii COLLATE ascii_bin;"
         " DECLARE CONTINUE HANDLER FOR NOT FOUND SET shardkit_state = NULL;"
         f" {checks} END; END IF"
+    )
+
+
+def _refusal_outside(keyspace: str) -> str:
+    # not in the words of the other refusal, after which the transaction is run again on a newer map
+    text = text_literal(
+        f"shardkit refuses this key: 'normalize' of keyspace {keyspace} does not know a character of it"
+    )
+    return (
+        f"SET shardkit_text = LEFT({text}, {MESSAGE_CHARACTERS});"
+        f" SIGNAL SQLSTATE '{SQLSTATE}' SET MESSAGE_TEXT = shardkit_text, MYSQL_ERRNO = {ERRNO};"
     )
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 
 from shardkit.credentials import CredentialSource
 from shardkit.errors import PreconditionFailed
+from shardkit.normalization import ALPHABET_IN_WORDS
 from shardkit.partition import DirectoryPartition
 from shardkit.rebalance.fence import Owned, describe, read_ownership, triggers_on
 from shardkit.rebalance.plan import Transfer
@@ -151,6 +152,7 @@ def _keys(server: Server, keyspace: Keyspace, table: Table) -> Iterator[str]:
             yield f"{server}: {error.message}"
     if keyspace.partition is None:
         return
+    yield from outside_alphabet_faults(server, keyspace, table)
     key = {name.lower() for name in table.key}
     for index in (table.primary, *(index.columns for index in table.unique)):
         counted = [name for name in index if table.column(name).auto_increment]
@@ -159,6 +161,25 @@ def _keys(server: Server, keyspace: Keyspace, table: Table) -> Iterator[str]:
                 f"{server}: {table.name}.{counted[0]} is AUTO_INCREMENT, so unique only on each shard: two shards give "
                 "the same number; take ids that are unique everywhere ('ids: generated')"
             )
+
+
+def outside_alphabet_faults(server: Server, keyspace: Keyspace, table: Table) -> Iterator[str]:
+    """Rows whose keys the normalization does not know: they do not move, and those that the collation takes for their
+    equals might."""
+    if keyspace.normalize is None:
+        return
+    try:
+        condition = table.outside(keyspace.partition)
+    except PreconditionFailed:
+        return  # of a type that cannot be a key, which has been said
+    if condition is None:
+        return
+    (count,) = server.row(f"SELECT COUNT(*) FROM {quoted(table.name)} WHERE {condition}")
+    if count:
+        yield (
+            f"{server}: {count} rows of {table.name} have keys with characters that 'normalize: {keyspace.normalize}' "
+            f"does not know (it knows {ALPHABET_IN_WORDS}): they are in no bucket; change these keys"
+        )
 
 
 def _foreign_keys(server: Server, names: Sequence[str]) -> Iterator[str]:

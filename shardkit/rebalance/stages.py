@@ -209,6 +209,7 @@ class Stages:
             fence.install(server, self._keyspace, tables, co.wait, patience=co.settings.table_patience)
         reach("prepared.fenced")
         self._refuse_strays(tables)
+        self._refuse_outside_alphabet(tables)
         older = clients.marks((self._from, self._to), co.credentials)
         published = self._change_map(mapchange.name_move)
         reach("prepared.named")
@@ -243,6 +244,13 @@ class Stages:
                     hint="the map has never placed these buckets there: look where the rows come from, delete them "
                     "(as the job does: SET @shardkit_coordinator = 'by hand' in that session), then run this again",
                 )
+
+    def _refuse_outside_alphabet(self, tables: Sequence[Table]) -> None:
+        """Once more, now that the fence refuses further ones: on a single shard, nobody else does."""
+        for server in (self._source, self._target):
+            for table in tables:
+                for fault in preflight.outside_alphabet_faults(server, self._keyspace, table):
+                    raise RebalanceError(fault, job=self._job.id, hint="mend this, then run the same command again")
 
     # --- the map
 

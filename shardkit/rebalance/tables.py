@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
 from shardkit.errors import PreconditionFailed
-from shardkit.partition import WHOLE, Bucket, HashPartition, KeyColumn, KeyType, Partition
+from shardkit.partition import WHOLE, Bucket, HashPartition, KeyColumn, KeyType, Partition, outside_alphabet
 from shardkit.rebalance.servers import Server
 from shardkit.rowtext import Column as Column
 from shardkit.rowtext import RowTexts
@@ -91,6 +91,17 @@ class Table(RowTexts):
             return number
         cases = (f"WHEN {_sql(partition.predicate(columns, [name]))} THEN {text_literal(str(name))}" for name in named)
         return f"CASE {' '.join(cases)} ELSE {number} END"
+
+    def outside(self, partition: Partition | None, row: str = "") -> str | None:
+        """SQL that is true for a row whose key the partition's normalization does not know, so that it is in no bucket,
+        though a read by another key may be meant to find it; None where there can be none.
+
+        :param row: as above.
+        """
+        if partition is None:
+            return None
+        condition = outside_alphabet(self._key_columns(row), partition.normalize)
+        return None if condition is None else f"({_sql(condition)})"
 
 
 def key_kind(table: Table, column: Column) -> KeyType:

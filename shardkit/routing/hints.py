@@ -104,12 +104,12 @@ def _stored(value: Any, name: str, info: TableInfo, occurrences: Sequence[Occurr
         if occurrence.info is not info:
             continue
         column = next((each for each in occurrence.clause.c if each.name == name), None)
-        read = None if column is None else readers.of(column.type)
+        read = None if column is None else readers.of(column.type, info.keyspace.normalize)
         stored = Untrusted("its column's type cannot be a key") if read is None else read(value)
         if isinstance(stored, Untrusted):
             raise MissingKey(
                 f"shardkit_key: the value for {info.name}.{name} says nothing about its bucket: {stored.reason}",
-                hint="give a value of the column's own Python type",
+                hint=stored.hint or "give a value of the column's own Python type",
                 table=info.name,
                 key=info.key,
             )

@@ -29,6 +29,7 @@ from sqlalchemy.sql.elements import (
 from sqlalchemy.sql.lambdas import LambdaElement
 from sqlalchemy.types import TupleType, TypeEngine
 
+from shardkit.normalization import Normalization
 from shardkit.partition import Bucket, KeyType, RangePartition
 from shardkit.routing.anatomy import Slot
 from shardkit.routing.conditions import Allowed, Between, Binds, Condition, Either, IsNull, OneOf, Source, intersection
@@ -48,14 +49,20 @@ MOST_KEYS: Final = 10_000
 class KnownColumn:
     """A column of a table in the map whose lineage is known.
 
-    :param kind: what it stores; columns of one kind that are equal hash to the same bucket.
+    :param kind: what it stores; columns of one kind and one normalization that are equal hash to the same bucket.
     :param name: ``table.column``, for people.
+    :param normalize: what its partition does to it, if it is a string key: equal values are then the same normalized.
     """
 
     term: Term
     type: TypeEngine[Any]
     kind: KeyType
     name: str
+    normalize: Normalization | None = None
+
+    def tied_to(self, other: KnownColumn) -> bool:
+        """Whether the two, where they are equal, hash to the same bucket."""
+        return self.kind is other.kind and self.normalize is other.normalize
 
 
 Resolve: TypeAlias = Callable[[ClauseElement], KnownColumn | None]
@@ -156,7 +163,7 @@ class _Reading:
         if column is None or operator is None:
             return Facts()
         if operator is operators.eq and (second := self.resolve(other)) is not None:
-            return Facts(equal=[(column, second)]) if column.kind is second.kind else Facts()
+            return Facts(equal=[(column, second)]) if column.tied_to(second) else Facts()
         condition = self._condition(column, operator, other)
         if condition is None:
             return Facts()
@@ -167,6 +174,8 @@ class _Reading:
             return IsNull() if isinstance(other, Null) else None
         if operator is operators.is_not_distinct_from and isinstance(other, Null):
             return IsNull()
+        if column.normalize is not None and operator in _RANGES:
+            return Between(None, None)  # the collation's order is not that of the normalized texts: it is not NULL
         if operator is operators.between_op and isinstance(other, ExpressionClauseList):
             low, high = (self._source(column, clause) for clause in other.clauses)
             return Between(low, high) if low and high else None
@@ -222,6 +231,7 @@ def _bare(element: Any) -> Any:
     return element
 
 
+_RANGES: Final = frozenset({operators.between_op, operators.lt, operators.le, operators.gt, operators.ge})
 _MIRRORED: Final[Mapping[Any, Any]] = {
     operators.eq: operators.eq,
     operators.is_not_distinct_from: operators.is_not_distinct_from,
@@ -329,14 +339,18 @@ class KeyPin:
 
 
 class Readers:
-    """The reader of each column type, made once."""
+    """The reader of each column type and normalization, made once."""
 
     def __init__(self, dialect: Dialect) -> None:
         self.dialect = dialect
-        self._made: dict[TypeEngine[Any], Reader | None] = {}
+        self._made: dict[tuple[TypeEngine[Any], Normalization | None], Reader | None] = {}
 
-    def of(self, column_type: TypeEngine[Any]) -> Reader | None:
-        """How values of this type are read; None for a type that cannot be a key."""
-        if column_type not in self._made:
-            self._made[column_type] = reader_of(column_type, self.dialect)
-        return self._made[column_type]
+    def of(self, column_type: TypeEngine[Any], normalize: Normalization | None = None) -> Reader | None:
+        """How values of this type are read; None for a type that cannot be a key.
+
+        :param normalize: what the column's partition does to strings.
+        """
+        made = column_type, normalize
+        if made not in self._made:
+            self._made[made] = reader_of(column_type, self.dialect, normalize)
+        return self._made[made]

@@ -3,6 +3,9 @@
 ``code = 5`` on a VARCHAR matches '5', '05' and '5x'; DATETIME and DECIMAL round on storing; CHAR drops trailing
 blanks. Such a value says nothing about the bucket: it is `Untrusted`, which makes a read ask every shard, and an INSERT
 refused.
+
+Where the partition normalizes keys, the readers of its key columns give normalized texts: two spellings of one key are
+one value to whoever compares what was read. What is sent to the database stays what the application gave.
 """
 
 from __future__ import annotations
@@ -18,16 +21,21 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import NullType, TypeDecorator, TypeEngine
 
+from shardkit.normalization import ALPHABET_IN_WORDS, Normalization, narrow
 from shardkit.partition import KeyType, key_type_of
 
 
 class Untrusted:
-    """Why a value says nothing about the bucket."""
+    """Why a value says nothing about the bucket.
 
-    __slots__ = ("reason",)
+    :param hint: what to do about it, where another value of the same type will not do.
+    """
 
-    def __init__(self, reason: str) -> None:
+    __slots__ = ("hint", "reason")
+
+    def __init__(self, reason: str, hint: str | None = None) -> None:
         self.reason = reason
+        self.hint = hint
 
 
 #: The stored value of a Python value (None for NULL), or `Untrusted`.
@@ -44,21 +52,22 @@ _INTEGER_LIMITS: tuple[tuple[type[TypeEngine[Any]], int], ...] = (
 )
 
 
-def reader_of(column_type: TypeEngine[Any], dialect: Dialect) -> Reader | None:
+def reader_of(column_type: TypeEngine[Any], dialect: Dialect, normalize: Normalization | None = None) -> Reader | None:
     """How values of this column type are read; None for a type that cannot be a key.
 
     :param dialect: whose bind processing counts; an unconnected one will do.
+    :param normalize: what the column's partition does to strings.
     """
     if column_type._has_bind_expression:  # noqa: SLF001 - the only way to see that the server is sent an expression
         return None
     if isinstance(column_type, TypeDecorator):
-        return _decorated(column_type, dialect)
+        return _decorated(column_type, dialect, normalize)
     stored = stored_type(column_type, dialect)
     if stored is not column_type:
-        return reader_of(stored, dialect)
+        return reader_of(stored, dialect, normalize)
     if not _standard(column_type):
         return None
-    return _plain(column_type, dialect)
+    return _plain(column_type, dialect, normalize)
 
 
 def _standard(column_type: TypeEngine[Any]) -> bool:
@@ -67,10 +76,10 @@ def _standard(column_type: TypeEngine[Any]) -> bool:
     return processing.__module__.startswith("sqlalchemy.")
 
 
-def _decorated(column_type: TypeDecorator[Any], dialect: Dialect) -> Reader | None:
+def _decorated(column_type: TypeDecorator[Any], dialect: Dialect, normalize: Normalization | None) -> Reader | None:
     if type(column_type).bind_processor is not TypeDecorator.bind_processor:
         return None  # it does more than process_bind_param()
-    inner = reader_of(column_type.load_dialect_impl(dialect), dialect)
+    inner = reader_of(column_type.load_dialect_impl(dialect), dialect, normalize)
     if inner is None:
         return None
 
@@ -86,14 +95,14 @@ def _decorated(column_type: TypeDecorator[Any], dialect: Dialect) -> Reader | No
     return read
 
 
-def _plain(column_type: TypeEngine[Any], dialect: Dialect) -> Reader | None:
+def _plain(column_type: TypeEngine[Any], dialect: Dialect, normalize: Normalization | None) -> Reader | None:
     if isinstance(column_type, sa.Enum):
-        return _enum(column_type, dialect)
+        return _enum(column_type, dialect, normalize)
     match key_type_of(column_type):
         case KeyType.INTEGER:
             return _integer(column_type, dialect)
         case KeyType.STRING:
-            return _string(column_type, dialect)
+            return _string(column_type, dialect, normalize)
         case KeyType.UUID:
             return _uuid(column_type)
         case KeyType.BYTES:
@@ -144,8 +153,21 @@ def binary_collation(collation: str | None, dialect: Dialect) -> bool:
     return dialect.name != "sqlite" and name.endswith("_bin") and any(word in name for word in _WITHOUT_PADDING)
 
 
-def _string(column_type: TypeEngine[Any], dialect: Dialect) -> Reader | None:
-    if not binary_collation(getattr(column_type, "collation", None), dialect):
+def collation_fits(collation: str | None, dialect: Dialect, normalize: Normalization) -> bool:
+    """Whether a normalization takes for equal whatever the collation does. None (not declared) is left to ``shardkit
+    doctor``; SQLite's own collations only ever ignore the case of ASCII, or trailing blanks."""
+    if collation is None:
+        return True
+    if dialect.name == "sqlite":
+        return collation.lower() in {"binary", "nocase", "rtrim"}
+    return normalize.fits(collation)
+
+
+def _string(column_type: TypeEngine[Any], dialect: Dialect, normalize: Normalization | None) -> Reader | None:
+    collation: str | None = getattr(column_type, "collation", None)
+    if normalize is not None:
+        return _normalized(column_type, collation, dialect, normalize)
+    if not binary_collation(collation, dialect):
         return None
     server = dialect.name != "sqlite"
     length: int | None = getattr(column_type, "length", None)
@@ -163,8 +185,32 @@ def _string(column_type: TypeEngine[Any], dialect: Dialect) -> Reader | None:
     return read
 
 
-def _enum(column_type: sa.Enum, dialect: Dialect) -> Reader | None:
-    stored_as = _string(column_type, dialect)
+def _normalized(
+    column_type: TypeEngine[Any], collation: str | None, dialect: Dialect, normalize: Normalization
+) -> Reader | None:
+    if not collation_fits(collation, dialect, normalize):
+        return None
+    server = dialect.name != "sqlite"
+    length: int | None = getattr(column_type, "length", None)
+    only_ascii = collation is not None and narrow(collation)
+
+    def read(value: Any) -> Any:
+        if type(value) is not str:
+            return None if value is None else _wrong(value, "a string")
+        if server and length is not None and len(value) > length:
+            return Untrusted(f"a string longer than {length} characters")
+        if only_ascii and not value.isascii():
+            return Untrusted(f"{collation} stores ASCII, and not all other characters")
+        try:
+            return normalize.text(value)
+        except TypeError as error:
+            return Untrusted(str(error), f"use keys of {ALPHABET_IN_WORDS}, or a binary collation without padding")
+
+    return read
+
+
+def _enum(column_type: sa.Enum, dialect: Dialect, normalize: Normalization | None) -> Reader | None:
+    stored_as = _string(column_type, dialect, normalize)
     if stored_as is None:
         return None
     names = frozenset(column_type.enums)
@@ -299,15 +345,21 @@ def _same_type(one: TypeEngine[Any], other: TypeEngine[Any]) -> bool:
     return isinstance(key, tuple) and key == other._static_cache_key  # noqa: SLF001
 
 
-def exact_kind(column_type: TypeEngine[Any], dialect: Dialect, *, is_key: bool) -> KeyType | None:
+def exact_kind(
+    column_type: TypeEngine[Any], dialect: Dialect, *, is_key: bool, normalize: Normalization | None = None
+) -> KeyType | None:
     """The kind of a column whose equality means the same bucket; None where equal values may hash apart.
 
     The collation of a string column that is no key is not known to be binary: 'abc' = 'ABC' says nothing there.
+
+    :param normalize: what the partition does to the column, a key, where that is a string.
     """
     stored = stored_type(column_type, dialect)
     kind = key_type_of(stored)
     if kind is KeyType.STRING:
         collation = getattr(stored, "collation", None)
+        if normalize is not None:
+            return kind if collation_fits(collation, dialect, normalize) else None
         known = is_key or dialect.name == "sqlite" or collation is not None
         return kind if known and binary_collation(collation, dialect) else None
     if kind is KeyType.DATETIME and isinstance(stored, sa.TIMESTAMP) and dialect.name != "sqlite":

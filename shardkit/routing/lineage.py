@@ -32,6 +32,7 @@ from sqlalchemy.sql.selectable import (
     Values,
 )
 
+from shardkit.partition import KeyType
 from shardkit.routing.anatomy import Anatomy, SelectParts, Slot
 from shardkit.routing.expressions import Contents, Place, contents_of, is_distinct, raw_clauses
 from shardkit.routing.functions import RANDOM
@@ -106,10 +107,13 @@ class Lineage:
         column = next((each for each in _columns(occurrence.clause) if each.name == name), None)
         if column is None:
             return None
-        kind = exact_kind(column.type, self.dialect, is_key=name in occurrence.info.key)
+        is_key = name in occurrence.info.key
+        normalize = occurrence.info.keyspace.normalize if is_key else None
+        kind = exact_kind(column.type, self.dialect, is_key=is_key, normalize=normalize)
         if kind is None:
             return None
-        return KnownColumn((occurrence.number, name), column.type, kind, f"{occurrence.info.name}.{name}")
+        normalize = normalize if kind is KeyType.STRING else None
+        return KnownColumn((occurrence.number, name), column.type, kind, f"{occurrence.info.name}.{name}", normalize)
 
     # --- queries
 
@@ -282,7 +286,7 @@ class Lineage:
             query.nested.append(nested)
             if inner.member is not None and not nested.limited and not nested.windows:
                 column, output = query.scope.resolve(inner.member), nested.first_output()
-                if column is not None and output is not None and column.kind is output.kind:
+                if column is not None and output is not None and column.tied_to(output):
                     nested.facts.equal.append((column, output))
             if known and inner.place == "and" and not nested.collapses and not nested.branches:
                 facts.add(nested.facts)
@@ -341,7 +345,7 @@ class Lineage:
             for fact in closed.known if known is not None else ():
                 if closed.find(fact.column.term) != closed.find(term):
                     continue
-                read = self.readers.of(fact.column.type)
+                read = self.readers.of(fact.column.type, fact.column.normalize)
                 if read is not None:
                     conditions.append((read, fact.condition))
                     said.append(fact.text)

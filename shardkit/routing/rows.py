@@ -77,7 +77,7 @@ class Rows:
         default = getattr(column, "default", None)
         constant = default.arg if default is not None and default.is_scalar else None
         counted = getattr(table, "autoincrement_column", None) is column and self._readers.dialect.name != "sqlite"
-        reader = self._readers.of(column.type)
+        reader = self._readers.of(column.type, info.keyspace.normalize)
         return KeyColumnOf(column, names, reader, optional, constant, counted)
 
     def place(
@@ -127,10 +127,12 @@ class Rows:
                 info, f"the key {name} is an SQL expression: only the database would know its value", "give a value"
             )
         if key.read is None:
-            raise self._missing(info, f"the type of {name} cannot be a key", "use a type that is stored exactly")
+            exact = "use a type that is stored exactly; a string's collation counts, too (docs/reference/keys.md)"
+            raise self._missing(info, f"the type of {name} cannot be a key", exact)
         stored = key.read(value)
         if isinstance(stored, Untrusted):
-            raise self._missing(info, f"the value for the key {name} may be stored as another: {stored.reason}", _TYPED)
+            what = f"the value for the key {name} may be stored as another: {stored.reason}"
+            raise self._missing(info, what, stored.hint or _TYPED)
         if stored is None and not key.optional:
             raise self._missing(
                 info,

@@ -149,7 +149,7 @@ def _gather(
     waiting, seen = [root], {(root.table, root.identity(root.rows[0]))}
     while waiting:
         each = waiting.pop(0)
-        each.new = [{**row, **_renamed(each.home, row, home, old, new_key)} for row in each.rows]
+        each.new = [{**row, **_renamed(each.home, home, new_key)} for row in each.rows]
         yield each
         for relationship in _relationships(each.mapper):
             if relationship.viewonly or relationship.direction is RelationshipDirection.MANYTOONE:
@@ -164,13 +164,9 @@ def _gather(
                 waiting.append(children)
 
 
-def _renamed(own: Home, row: Mapping[str, Any], home: Home, old: Sequence[Any], new_key: Mapping[str, Any]) -> Any:
-    """The key columns of a row, as they become."""
-    return {
-        part.column: new_key[first.column]
-        for part, first, value in zip(own.key, home.key, old, strict=True)
-        if row[part.column] == value
-    }
+def _renamed(own: Home, home: Home, new_key: Mapping[str, Any]) -> dict[str, Any]:
+    """The key columns of a row, as they become: all rows that were found have the old key, in whatever spelling."""
+    return {part.column: new_key[first.column] for part, first in zip(own.key, home.key, strict=True)}
 
 
 def _children(

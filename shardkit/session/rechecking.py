@@ -53,8 +53,15 @@ def _compare(session: ClusterSession, shard: str, mapper: Mapper[Any], states: S
     )
     rows = session.connection_to_write(shard).execute(query).all()
     found = {tuple(row[: len(primary)]): dict(zip(columns, row[len(primary) :], strict=True)) for row in rows}
+    renamed = not found.keys() <= {_identity(state) for state in states}
     for state in states:
         row = found.get(_identity(state))
+        if row is None and renamed:
+            raise StaleReadError(
+                f"{state.class_.__name__} {_identity(state)} was read from a replica, and on the master of shard "
+                f"{shard} its key may have got another spelling: writing it could undo an acknowledged change",
+                hint="roll back and run the transaction again",
+            )
         if row is None:
             continue  # its UPDATE or DELETE will not find it either, and says so
         for name, loaded in _loaded(state, columns, session.loaded_copies.of(state)).items():

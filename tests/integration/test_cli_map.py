@@ -172,6 +172,21 @@ def test_show_is_readable(shell: Shell, published: ShardMap, cluster: str) -> No
     assert "a      master  mysql://127.0.0.1:1/a" in text
 
 
+def test_show_names_a_normalization(shell: Shell, tmp_path: Path) -> None:
+    file = tmp_path / "map.yaml"
+    file.write_text(
+        """
+format: 1
+cluster: shop
+version: 1
+keyspaces: {k: {partition: {by: hash, buckets: 4, normalize: lower}, tables: {users: name}, placement: {a: 0-3}}}
+shards: {a: {master: "mysql://h/a"}}
+""",
+        encoding="utf-8",
+    )
+    assert "k         hash, normalize: lower        4  users by name" in shell("map", "show", "--map", file).stdout
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [

@@ -68,6 +68,15 @@ class Tag(Base):
     text: Mapped[str] = mapped_column(sa.String(50))
 
 
+class Label(Base):
+    """The database takes its name for the same in whatever case."""
+
+    __tablename__ = "labels"
+    doc_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str] = mapped_column(sa.String(50, collation="NOCASE"), primary_key=True)
+    text: Mapped[str] = mapped_column(sa.String(50))
+
+
 @dataclass
 class Library:
     """One shard with a replica, which nobody fills: both begin with the same rows."""
@@ -94,7 +103,7 @@ def library(tmp_path: Path) -> Iterator[Library]:
             "keyspaces": {
                 "docs": {
                     "partition": {"by": "hash", "buckets": 4},
-                    "tables": {"docs": "id", "kids": "doc_id", "toys": "doc_id", "tags": "doc_id"},
+                    "tables": {"docs": "id", "kids": "doc_id", "toys": "doc_id", "tags": "doc_id", "labels": "doc_id"},
                     "placement": {"shop-0": "0-3"},
                 }
             },
@@ -108,6 +117,7 @@ def library(tmp_path: Path) -> Iterator[Library]:
         for endpoint in (databases.masters["shop-0"], replica):
             databases.execute(endpoint, """INSERT INTO docs VALUES (1, '{"a": 1}', '[1]', 'n')""")
             databases.execute(endpoint, "INSERT INTO kids VALUES (1, 1, 'k')")
+            databases.execute(endpoint, "INSERT INTO labels VALUES (1, 'kim', 'l'), (1, 'lee', 'l')")
             databases.execute(endpoint, "INSERT INTO toys VALUES (1, 1, 1, 't')")
             databases.execute(endpoint, "INSERT INTO tags VALUES (1, 1, 't')")
         written = int(time.time() * 1_000_000)
@@ -129,6 +139,17 @@ def test_a_value_that_is_changed_in_place_is_compared(library: Library) -> None:
         with pytest.raises(StaleReadError, match="data was not yet"):
             session.commit()
     assert library.rows("docs", "data") == [('{"a": 1, "paid": true}',)]
+
+
+def test_a_row_whose_key_has_another_spelling_on_the_master_is_not_written(library: Library) -> None:
+    library.change("UPDATE labels SET name = 'KIM', text = 'theirs' WHERE name = 'kim'")
+    with library.sessions() as session:
+        session.get_one(Label, (1, "lee")).text = "ours"
+        session.commit()
+        session.get_one(Label, (1, "kim")).text = "ours"
+        with pytest.raises(StaleReadError, match="may have got another spelling"):
+            session.commit()
+    assert sorted(library.rows("labels", "name, text")) == [("KIM", "theirs"), ("lee", "ours")]
 
 
 def test_a_value_that_is_flagged_as_changed_is_compared(library: Library) -> None:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy.dialects import mysql
 
+from shardkit.normalization import ALPHABET, Normalization
 from shardkit.partition import (
     Bucket,
     HashPartition,
@@ -28,6 +29,7 @@ from shardkit.partition import (
     RangePartition,
     canonical_text,
     key_type_of,
+    outside_alphabet,
 )
 from shardkit.testing.database import LocalDatabaseServer
 
@@ -308,3 +310,111 @@ def test_a_number_pinned_on_a_text_column_pins_that_text_only(server: sa.Engine,
     keys = [("42",), ("42abc",), ("042",), ("42.0",)]
     rows.check(HashPartition(8, {(42,): "own"}), keys, [["own"], range(8)])
     rows.check(ListPartition({"x": [42]}), keys, [["x"], []])
+
+
+# --- normalized keys ---------------------------------------------------------------------------------------------
+
+LOWER = Normalization.LOWER
+_INSIDE = st.one_of(*(st.characters(min_codepoint=ord(first), max_codepoint=ord(last)) for first, last in ALPHABET))
+#: Kelvin's sign and the dotted I have lower cases in ASCII, the soft hyphen has no weight, two jamo make 가.
+_STRANGERS = st.sampled_from("\u212a\u0130\u00ad\u1100\u1161\u0301\u3000é\t\n\x7fß🛫")
+_SPELLINGS = st.sampled_from(["Kim", "KIM", "kim ", "kim", " kim", "k i m", "서울", "서울 ", "K_m", "[", "^", "]-", ""])
+_TEXTS = st.one_of(
+    _SPELLINGS,
+    st.text(st.one_of(_INSIDE, st.sampled_from("aAzZ [`{@ ")), max_size=30),
+    st.text(st.one_of(_INSIDE, _STRANGERS), max_size=12),
+    st.text(_characters("utf-8"), max_size=12),
+)
+
+
+def _normalized_column(name: str, flavour: str) -> Column:
+    collation = name if flavour in ("mariadb", "mysql") else None
+    return Column(lambda _: sa.String(40, collation=collation), _TEXTS, KeyType.STRING)
+
+
+def _bucket(partition: Partition, key: tuple[Any, ...]) -> Bucket | None:
+    """None for a key outside the alphabet, too: in SQL it has no bucket, and to Python it is none."""
+    try:
+        return partition.bucket_of(key)
+    except TypeError:
+        return None
+
+
+@pytest.mark.parametrize("collation", ["utf8mb4_general_ci", "utf8mb4_unicode_520_ci", "utf8mb4_bin"])
+def test_the_bucket_of_a_normalized_key(collation: str, flavour_and_engine: tuple[str, sa.Engine]) -> None:
+    flavour, engine = flavour_and_engine
+    rows = Rows(engine, f"normalized_{collation}", [_normalized_column(collation, flavour)], flavour)
+
+    @EXAMPLES
+    @given(st.lists(st.one_of(st.none(), _TEXTS), min_size=1, max_size=30), st.integers(1, 5000), st.data())
+    def law(texts: list[str | None], count: int, data: st.DataObject) -> None:
+        keys = [(text,) for text in texts]
+        known = [key for key in keys if _bucket(HashPartition(normalize=LOWER), key) is not None]
+        pinned = data.draw(st.lists(st.sampled_from(known), max_size=3)) if known else []
+        values = list(dict.fromkeys(LOWER.text(text) for (text,) in known if text is not None))
+        hashed = HashPartition(count, dict.fromkeys(pinned, "own"), LOWER)
+        listed = ListPartition({"x": values[::2], "y": [value.upper() + " " for value in values[1::2]]}, LOWER)
+        rows.fill(keys)
+        buckets = [[*range(count // 2), "own"], range(count // 2, count)]
+        conditions = [hashed.predicate(rows.key_columns, some) for some in buckets]
+        conditions += [listed.predicate(rows.key_columns, [name]) for name in ("x", "y")]
+        outside = outside_alphabet(rows.key_columns, LOWER)
+        assert outside is not None
+        number = HashPartition(count, normalize=LOWER).bucket_expression(rows.key_columns)
+        for literal in (False, True):
+            found = rows.ask(number, *conditions, outside, literal=literal)
+            for key, (in_sql, *answers) in zip(keys, found, strict=True):
+                assert in_sql == _bucket(HashPartition(count, normalize=LOWER), key), key
+                here, in_list = _bucket(hashed, key), _bucket(listed, key)
+                wanted = [here in buckets[0], here in buckets[1], in_list == "x", in_list == "y", here is None]
+                assert None not in answers
+                assert [bool(answer) for answer in answers] == wanted, key
+
+    law()
+
+
+def test_the_bucket_of_a_key_with_normalized_parts(flavour_and_engine: tuple[str, sa.Engine]) -> None:
+    """Parts of other types count as without the normalization."""
+    flavour, engine = flavour_and_engine
+    columns = [_normalized_column("utf8mb4_general_ci", flavour), COLUMNS["uuid"], COLUMNS["integer"]]
+    rows = Rows(engine, "normalized_parts", columns, flavour)
+    partition = HashPartition(1000, normalize=LOWER)
+
+    @EXAMPLES
+    @given(st.lists(st.tuples(*(st.one_of(st.none(), column.values) for column in columns)), min_size=1, max_size=20))
+    def law(keys: list[tuple[Any, ...]]) -> None:
+        rows.fill(keys)
+        found = rows.ask(
+            partition.bucket_expression(rows.key_columns), partition.predicate(rows.key_columns, range(1000))
+        )
+        assert [bucket for bucket, _ in found] == [_bucket(partition, key) for key in keys]
+        assert [bool(inside) for _, inside in found] == [_bucket(partition, key) is not None for key in keys]
+
+    law()
+
+
+def test_a_trigger_finds_the_bucket_of_a_normalized_key(server: sa.Engine) -> None:
+    partition = HashPartition(64, {("서울",): "own"}, LOWER)
+    new = [KeyColumn(sa.literal_column("NEW.name"), KeyType.STRING)]
+    number, pinned = (
+        str(expression.compile(server, compile_kwargs={"literal_binds": True}))
+        for expression in (partition.bucket_expression(new), partition.predicate(new, ["own"]))
+    )
+    trigger = "CREATE TRIGGER t2 BEFORE INSERT ON triggered_too FOR EACH ROW SET"
+    names = ["Kim", "KIM ", "kim", "서울", "서울 ", "é", "\u212a", None]
+    with server.begin() as connection:
+        for statement in (
+            "CREATE TABLE triggered_too (name VARCHAR(40) COLLATE utf8mb4_general_ci, bucket INT, pinned INT)",
+            f"{trigger} NEW.bucket={number}, NEW.pinned={pinned}",
+            "SET NAMES latin1",
+            "INSERT INTO triggered_too (name) VALUES "
+            + ", ".join("(NULL)" if name is None else f"(_utf8mb4 x'{name.encode().hex()}')" for name in names),
+            "SET NAMES utf8mb4",
+        ):
+            connection.exec_driver_sql(statement)
+        found = connection.exec_driver_sql("SELECT bucket, pinned FROM triggered_too").all()
+    plain = HashPartition(64, normalize=LOWER)
+    assert [tuple(row) for row in found] == [
+        (_bucket(plain, (name,)), int(name in ("서울", "서울 "))) for name in names
+    ]
+    assert found[0] == found[1] == found[2]

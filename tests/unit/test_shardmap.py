@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from dataclasses import replace
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from shardkit.errors import InvalidShardMap, MissingKey, UnknownTable
 from shardkit.mapdiff import Effect
+from shardkit.normalization import Normalization
 from shardkit.partition import HashPartition, ListPartition
 from shardkit.shardmap import Move, Placement, ShardMap
 from shardkit.topology import Endpoint, ReplicationKind, Role
@@ -291,6 +293,8 @@ def test_a_diff_names_every_kind_of_change(shop: ShardMap) -> None:
         # 42 is in bucket 136, on shop-0, where "own" is too; 1 is on shop-1
         ("by: hash, buckets: 4096", "by: hash, buckets: 4096, exceptions: {42: own}", True),
         ("by: hash, buckets: 4096", "by: hash, buckets: 4096, exceptions: {1: own}", False),
+        ("by: hash, buckets: 4096", "by: hash, buckets: 4096, normalize: lower", False),
+        ("daejeon: [대전, null]}", "daejeon: [대전, null]}, normalize: lower", False),
         ("{seoul: [서울], daegu: [대구]", "{seoul: [서울, 인천], daegu: [대구]", True),
         ("{seoul: [서울], daegu: [대구]", "{seoul: [서울, 대구], daegu: [x]", False),
         ("daejeon: [대전, null]", "daejeon: [대전]", False),
@@ -308,10 +312,49 @@ def test_a_partition_may_change_where_no_row_has_to_move(shop: ShardMap, old: st
     assert len(shop.diff(changed).lines) >= 1
 
 
+def test_a_normalization_is_part_of_the_map(shop: ShardMap) -> None:
+    text = SHOP.replace("by: hash, buckets: 4096", "by: hash, buckets: 4096, normalize: lower")
+    text = text.replace("daejeon: [대전, null]}", "daejeon: [대전, null]}, normalize: lower")
+    normalized = ShardMap.parse(text)
+    assert [normalized.keyspace(name).normalize for name in ("orders", "stores", "members", "billing")] == [
+        Normalization.LOWER,
+        Normalization.LOWER,
+        None,
+        None,
+    ]
+    for again in (ShardMap.parse(normalized.dump()), ShardMap.from_json(normalized.to_json())):
+        assert again == normalized
+    assert not normalized.diff(ShardMap.parse(normalized.dump()))
+    assert normalized.diff(shop).with_effect(Effect.RELOCATES)
+    assert "normalize" not in shop.dump()
+    assert replace(normalized.keyspace("orders"), name="x").normalize is Normalization.LOWER
+
+
 def test_a_map_on_one_shard_may_be_cut_up_anew(shop: ShardMap) -> None:
     one = ShardMap.parse(SHOP.replace("2048-4095", "").replace('shop-1: ""', "shop-1: []").replace("0-2047", "0-4095"))
     other = ShardMap.parse(one.dump().replace("buckets: 4096", "buckets: 64").replace("0-4095", "0-63"))
     assert one.diff(other).with_effect(Effect.RELOCATES) == ()
+    normalized = ShardMap.parse(one.dump().replace("buckets: 4096", "buckets: 4096\n      normalize: lower"))
+    assert one.diff(normalized).with_effect(Effect.RELOCATES) == ()
+    # not while its buckets are on their way to another
+    moves = [Move("7", "orders", (1,), "shop-0", "shop-1")]
+    for changed in (other, normalized):
+        assert changed.keyspace("orders").partition != one.keyspace("orders").partition
+        assert one.with_moves(moves).diff(changed.with_moves(moves)).with_effect(Effect.RELOCATES)
+
+
+@pytest.mark.parametrize(("by", "stay"), [("hash, buckets: 4", True), ("directory, buckets: [x, y], home: a", False)])
+def test_a_normalization_may_come_to_keys_on_one_shard_unless_they_are_filed(by: str, stay: bool) -> None:
+    placement = "0-3" if stay else "x, y"
+    text = f"""
+format: 1
+cluster: c
+keyspaces: {{k: {{partition: {{by: {by}}}, tables: {{t: k}}, placement: {{a: "{placement}"}}}}}}
+shards: {{a: {{master: "mysql://h/a"}}}}
+"""
+    before, after = ShardMap.parse(text), ShardMap.parse(text.replace(by, f"{by}, normalize: lower"))
+    for one, other in ((before, after), (after, before)):
+        assert bool(one.diff(other).with_effect(Effect.RELOCATES)) is not stay
 
 
 def test_a_reference_table_comes_to_a_shard_by_copying(shop: ShardMap) -> None:

@@ -42,6 +42,14 @@ def test_the_map_that_the_faults_are_put_into_is_good() -> None:
 
 NAME = "use letters, digits, '_', '-' and '.', at most 63"
 KINDS = "must be {by: hash, list, range or directory, ...}"
+RANGES_CANNOT = (
+    "line 5: keyspaces.orders.partition.normalize: a range partition cannot normalize: its ranges follow the bytes of the "
+    "texts, another order than the collation's; use hash, list or directory, or a binary collation without padding"
+)
+OUTSIDE = (
+    "line 5: keyspaces.orders.partition.exceptions.é: 'é': the character '\\xe9' is outside what 'normalize: lower' knows "
+    "(printable ASCII, Hangul syllables and CJK ideographs), and a collation may take it for another"
+)
 FAULTS = [
     # structure
     ("format: 1", "format: 2", "line 1: format: this shardkit reads format 1, not 2"),
@@ -368,6 +376,31 @@ FAULTS = [
         "line 10: shards.a.master: must be an endpoint: mysql://host:3306/database, not {'url': 'mysql://h/a', 'weight': 2}",
     ),
     # moves
+    (
+        HASH,
+        "by: hash, buckets: 16, normalize: upper",
+        "line 5: keyspaces.orders.partition.normalize: must be 'lower', or left out, not 'upper'",
+    ),
+    (
+        HASH,
+        "by: hash, buckets: 16, exceptions: {Vip: x, 'VIP ': y}, normalize: lower",
+        "line 5: keyspaces.orders.partition.exceptions.VIP : is the same key as 'Vip' to 'normalize': keep one",
+    ),
+    (
+        HASH,
+        "by: hash, buckets: 16, exceptions: {é: x}, normalize: lower",
+        OUTSIDE,
+    ),
+    (
+        HASH,
+        "by: list, buckets: {x: [seoul], y: [busan, Seoul]}, normalize: lower",
+        "line 5: keyspaces.orders.partition.buckets.y.1: the value 'Seoul' is in bucket 'x' already: keep one",
+    ),
+    (
+        HASH,
+        "by: range, buckets: {x: [null, m], y: [m, null]}, normalize: lower",
+        RANGES_CANNOT,
+    ),
     (
         "shards:",
         "moves: [{job: '1', keyspace: none, buckets: '1', source: a, target: b}]\nshards:",
