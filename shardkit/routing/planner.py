@@ -226,6 +226,14 @@ class Planner:
         prototype: Route = shape.prototype
         return prototype.bound(statement, parameters, keyspace.placement[bucket], bucket)
 
+    def check_load(self, statement: Any, parameters: Parameters, shard: str) -> None:
+        """A SELECT of one object's row, which is known to be on this shard: what it reads along has to stand there.
+
+        :raises RoutingError: where it may read rows of other shards.
+        """
+        select = statement.element if isinstance(statement, FromStatement) else statement
+        self._reads.check_load(select, parameters, shard)
+
     def check_values(
         self, table: sa.Table, values: Mapping[Any, ClauseElement], shard: str, key: Sequence[Any] | None
     ) -> None:

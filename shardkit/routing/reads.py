@@ -63,6 +63,18 @@ class Reads:
                 len({shard for info in shape.infos for shard in info.shards}), sharded.key if sharded else ()
             ) from None
 
+    def check_load(self, statement: Any, parameters: Parameters, shard: str) -> None:
+        """`Planner.check_load`."""
+        shape, binds = self._shapes.of(statement, one_set(parameters))
+        try:
+            check_connection(shape.lineage.functions, shape.tables[0])
+            check_readable(shape.unreadable, self._map, shard, shape.tables[0])
+            if _distinct(shape.pinned(binds)) != (shard,):
+                _ = shape.spread
+        except Refused as refused:
+            info = shape.infos[0]
+            raise refused.over(len(info.shards), info.key) from None
+
     # --- one shard
 
     def _planned(self, route: Route, shape: Shape, binds: Binds, options: RouteOptions) -> Route:

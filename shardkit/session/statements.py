@@ -35,7 +35,16 @@ from shardkit.session.renamed import refuse_shared_schema, schema_map_of
 from shardkit.session.results import WriteResult, empty, merged
 from shardkit.session.scatter import select_from_several
 from shardkit.session.settled import listed, settled
-from shardkit.session.tokens import LOAD_OPTIONS, PARENT_LOAD, as_immutable, existing, identity_of, tokened, with_token
+from shardkit.session.tokens import (
+    LOAD_OPTIONS,
+    PARENT_LOAD,
+    as_immutable,
+    existing,
+    identity_of,
+    is_wide,
+    tokened,
+    with_token,
+)
 from shardkit.session.transacting import Target
 from shardkit.session.transaction import ClusterTransaction, ReplanNeeded
 from shardkit.snapshots import View
@@ -167,6 +176,8 @@ class RoutedSession(IdentitySession):
                     run = self._runner(_first_said("shardkit_deadline", said))
                     max_lag = checked_lag(_first_said("shardkit_max_lag", said))
                 target = Target(existing(view, token), statement._for_update_arg is not None, from_replica, max_lag)
+                if view.map.sole_host is None and (parent is not None or is_wide(view, statement)):
+                    self.looked_up(partial(view.planner.check_load, statement, params, target.shard))
                 return run(statement, params, options, bind_arguments, target, parent, scalar)
             combined = self._merged_options(statement, options)
             if "shardkit_read_from" in combined:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import event, insert, inspect, select, text, update
+from sqlalchemy import event, func, insert, inspect, select, text, update
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 from sqlalchemy.ext.compiler import compiles
@@ -15,10 +16,14 @@ from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
     Session,
+    column_property,
+    foreign,
     joinedload,
     make_transient_to_detached,
     mapped_column,
     relationship,
+    undefer,
+    with_loader_criteria,
 )
 
 import shardkit
@@ -812,3 +817,78 @@ def test_a_new_row_of_a_reference_table_tells_its_primary_key(shop: Shop) -> Non
         assert (many.rowcount, many.last_updated_params()["name"]) == (1, "k")
         with pytest.raises(AttributeError):
             _ = many.other
+
+
+class Reading(DeclarativeBase):
+    """Other classes of the shop's tables."""
+
+
+class Recipient(Reading):
+    """A user with the messages to it, which stand on other shards, and its own, which stand beside it."""
+
+    __table__ = User.__table__
+    received: Mapped[list[Message]] = relationship(
+        Message, primaryjoin=lambda: User.__table__.c.id == foreign(Message.recipient_id), viewonly=True
+    )
+    sent: Mapped[list[Message]] = relationship(
+        Message, primaryjoin=lambda: User.__table__.c.id == foreign(Message.sender_id), viewonly=True
+    )
+    many_received: Mapped[int] = column_property(
+        select(func.count()).where(Message.recipient_id == User.__table__.c.id).scalar_subquery(), deferred=True
+    )
+    many_sent: Mapped[int] = column_property(
+        select(func.count()).where(Message.sender_id == User.__table__.c.id).scalar_subquery(), deferred=True
+    )
+
+
+class Addressee(Reading):
+    """The same, always joined."""
+
+    __table__ = User.__table__
+    received: Mapped[list[Message]] = relationship(
+        Message, primaryjoin=lambda: User.__table__.c.id == foreign(Message.recipient_id), viewonly=True, lazy="joined"
+    )
+
+
+@pytest.fixture
+def messages(shop: Shop, users: dict[str, int]) -> dict[str, int]:
+    """Each user has written to all of them."""
+    with shop.session() as session:
+        for number, (sender, recipient) in enumerate(itertools.product(users.values(), repeat=2), 1):
+            session.add(Message(id=number, sender_id=sender, recipient_id=recipient, text="t"))
+        session.commit()
+    return users
+
+
+TO_OTHERS: dict[str, Callable[[Session, int], Any]] = {
+    "joined by an option": lambda session, user: session.get(Recipient, user, options=[joinedload(Recipient.received)]),
+    "joined by the class": lambda session, user: session.get(Addressee, user),
+    "a column of the class": lambda session, user: session.get_one(Recipient, user).many_received,
+    "a column by an option": lambda session, user: session.get(
+        Recipient, user, options=[undefer(Recipient.many_received)]
+    ),
+    "a column that is refreshed": lambda session, user: session.refresh(
+        session.get_one(Recipient, user), ["many_received"]
+    ),
+    "a criterion": lambda session, user: session.get(
+        Recipient,
+        user,
+        options=[with_loader_criteria(Recipient, Recipient.id.in_(select(Message.recipient_id)))],
+    ),
+}
+
+
+@pytest.mark.parametrize("how", TO_OTHERS)
+def test_an_object_by_its_identity_reads_no_half_tables(shop: Shop, messages: dict[str, int], how: str) -> None:
+    with shop.session() as session, pytest.raises(RoutingError):
+        TO_OTHERS[how](session, messages["shop-1"])
+
+
+def test_an_object_by_its_identity_reads_what_stands_beside_it(shop: Shop, messages: dict[str, int]) -> None:
+    user = messages["shop-1"]
+    with shop.session() as session:
+        options = [joinedload(Recipient.sent), undefer(Recipient.many_sent)]
+        found = session.get_one(Recipient, user, options=options, with_for_update=shop.kind != "sqlite")
+        assert (len(found.sent), found.many_sent) == (3, 3)
+        session.commit()
+        assert (found.name, found.many_sent, len(found.sent), len(found.received)) == (f"u{user}", 3, 3, 3)
