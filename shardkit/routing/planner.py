@@ -234,6 +234,10 @@ class Planner:
         select = statement.element if isinstance(statement, FromStatement) else statement
         self._reads.check_load(select, parameters, shard)
 
+    def loads_beside(self, statement: Any, parameters: Parameters) -> bool:
+        """Whether the rows that ``subqueryload()`` reads stand on the shard of the rows that it reads them for."""
+        return self.shard_map.sole_host is not None or self._reads.loads_beside(statement, parameters)
+
     def check_values(
         self, table: sa.Table, values: Mapping[Any, ClauseElement], shard: str, key: Sequence[Any] | None
     ) -> None:

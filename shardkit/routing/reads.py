@@ -75,6 +75,10 @@ class Reads:
             info = shape.infos[0]
             raise refused.over(len(info.shards), info.key) from None
 
+    def loads_beside(self, statement: Any, parameters: Parameters) -> bool:
+        """`Planner.loads_beside`."""
+        return self._shapes.of(statement, one_set(parameters))[0].loads_beside
+
     # --- one shard
 
     def _planned(self, route: Route, shape: Shape, binds: Binds, options: RouteOptions) -> Route:

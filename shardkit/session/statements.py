@@ -38,6 +38,7 @@ from shardkit.session.settled import listed, settled
 from shardkit.session.tokens import (
     LOAD_OPTIONS,
     PARENT_LOAD,
+    SUBQUERY_LOAD,
     as_immutable,
     existing,
     identity_of,
@@ -192,6 +193,9 @@ class RoutedSession(IdentitySession):
                 named = combined["identity_token"]
                 if view.map.sole_host is None or named in view.map.shards:
                     route_options = replace(route_options, shard=named)
+            if SUBQUERY_LOAD in combined and not view.planner.loads_beside(statement, params):
+                # what was said of the rows that it loads for: related rows may live elsewhere
+                route_options = replace(route_options, shard=None, key=None)
         if view.map.sole_host is None:  # one database looks at them once
             statement, params = settled(statement, params)
         statement, params = self._completed(statement, params, options, view)

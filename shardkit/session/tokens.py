@@ -23,6 +23,8 @@ from shardkit.snapshots import View
 LOAD_OPTIONS = "_sa_orm_load_options"
 #: The execution option on the statements of selectin and other loaders: the context of the statement they belong to.
 PARENT_LOAD = "sa_top_level_orm_context"
+#: The execution option on the statements of ``subqueryload()``, beside all those of the statement they belong to.
+SUBQUERY_LOAD: Any = ("subquery_rewritten_path", None)
 
 
 def tokened(view: View, route: Route) -> bool:

@@ -22,6 +22,7 @@ from sqlalchemy.orm import (
     make_transient_to_detached,
     mapped_column,
     relationship,
+    subqueryload,
     undefer,
     with_loader_criteria,
 )
@@ -892,3 +893,19 @@ def test_an_object_by_its_identity_reads_what_stands_beside_it(shop: Shop, messa
         assert (len(found.sent), found.many_sent) == (3, 3)
         session.commit()
         assert (found.name, found.many_sent, len(found.sent), len(found.received)) == (f"u{user}", 3, 3, 3)
+
+
+@pytest.mark.parametrize("said", ["an option of the ORM's", "shardkit_key"])
+def test_subqueryload_does_not_stay_on_the_shard_of_what_it_loads_for(
+    shop: Shop, messages: dict[str, int], said: str
+) -> None:
+    """Its statements have all the options of the statement that they belong to."""
+    user = messages["shop-1"]
+    mine = select(Message).where(Message.sender_id == user).order_by(Message.id).limit(3)
+    options = {"shardkit_key": {"sender_id": user}} if said == "shardkit_key" else {"populate_existing": True}
+    with shop.session() as session:
+        with pytest.raises(RoutingError):
+            session.scalars(mine.options(subqueryload(Message.recipient)), execution_options=options).all()
+        found = session.scalars(mine.options(subqueryload(Message.sender)), execution_options=options).all()
+        session.expunge_all()
+        assert [each.sender.id for each in found] == [user] * 3
