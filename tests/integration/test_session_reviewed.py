@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from sqlalchemy.orm import (
     joinedload,
     make_transient_to_detached,
     mapped_column,
+    object_session,
     relationship,
     subqueryload,
     undefer,
@@ -909,3 +911,117 @@ def test_subqueryload_does_not_stay_on_the_shard_of_what_it_loads_for(
         found = session.scalars(mine.options(subqueryload(Message.sender)), execution_options=options).all()
         session.expunge_all()
         assert [each.sender.id for each in found] == [user] * 3
+
+
+# --- handlers of mapper events ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def handling(model: Any, name: str, handler: Callable[[Any, Any], Any]) -> Iterator[None]:
+    """:param handler: is given the connection and the object."""
+
+    def handle(_mapper: Any, connection: Any, instance: Any) -> None:
+        handler(connection, instance)
+
+    event.listen(model, name, handle)
+    try:
+        yield
+    finally:
+        event.remove(model, name, handle)
+
+
+def log(owner: int) -> Any:
+    return insert(Message.__table__).values(id=99, sender_id=owner, recipient_id=owner, text="logged")
+
+
+def flush_one(session: Session, model: Any, user: int) -> None:
+    session.add(Country(code="fr", name="n") if model is Country else Order(id=77, user_id=user, item="n"))
+    session.commit()
+
+
+ELSEWHERE: dict[str, tuple[Any, Callable[[Any, int], Any]]] = {
+    "a row of another shard": (Order, lambda connection, other: connection.execute(log(other))),
+    "a row beside each copy": (Country, lambda connection, other: connection.execute(log(other))),
+    "one copy of a row": (
+        Order,
+        lambda connection, _: connection.execute(insert(Country.__table__).values(code="xx", name="x")),
+    ),
+    "rows of all shards": (Order, lambda connection, _: connection.execute(update(Message.__table__).values(text="t"))),
+    "a count of half a table": (
+        Order,
+        lambda connection, _: connection.scalar(select(func.count()).select_from(Message.__table__)),
+    ),
+    "a count beside each copy": (
+        Country,
+        lambda connection, _: connection.scalar(select(func.count()).select_from(Message.__table__)),
+    ),
+    "raw SQL for another shard": (
+        Order,
+        lambda connection, other: connection.execute(
+            text("INSERT INTO messages (id, sender_id, recipient_id, text) VALUES (99, :owner, 1, 't')"),
+            {"owner": other},
+        ),
+    ),
+    "raw SQL beside each copy": (Country, lambda connection, _: connection.execute(text("DELETE FROM messages"))),
+    "a driver's SQL beside each copy": (
+        Country,
+        lambda connection, _: connection.exec_driver_sql("DELETE FROM messages"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_a_handlers_statement_that_is_not_for_its_connection_is_refused(
+    shop: Shop, messages: dict[str, int], what: str
+) -> None:
+    model, execute = ELSEWHERE[what]
+    cluster = shop.open(shop.map(), metadata=Message.metadata)
+    before = shop.where("messages", "id, text")
+    with (
+        shardkit.sessionmaker(cluster, transactions="best_effort")() as session,
+        handling(model, "after_insert", lambda connection, _: execute(connection, messages["shop-2"])),
+        pytest.raises(RoutingError),
+    ):
+        flush_one(session, model, messages["shop-1"])
+    assert shop.where("messages", "id, text") == before
+    assert shop.where("countries", "code") == {key: ["kr"] for key in SHARDS}
+
+
+def test_a_handlers_statement_for_its_connection_runs(shop: Shop, messages: dict[str, int]) -> None:
+    user = messages["shop-1"]
+    found = []
+
+    def handle(connection: Any, order: Order) -> None:
+        connection.execute(log(order.user_id))
+        mine = select(func.count()).where(Message.sender_id == order.user_id)
+        found.append((connection.scalar(mine), connection.scalars(select(Country.name)).all()))
+        with connection.begin_nested():
+            connection.execute(text("UPDATE users SET name = 'counted' WHERE id = :id"), {"id": order.user_id})
+        found.append(connection.scalar(select(func.length("four"))))
+
+    with shop.session() as session, handling(Order, "after_insert", handle):
+        flush_one(session, Order, user)
+        with handling(
+            Country,
+            "after_insert",
+            lambda connection, _: connection.execute(update(Country).where(Country.code == "kr").values(name="Corea")),
+        ):
+            flush_one(session, Country, user)
+    assert found == [(4, ["Korea"]), 4]
+    assert shop.rows("shop-1", "users", "name") == [("counted",)]
+    assert shop.where("countries", "name") == {key: ["Corea", "n"] for key in SHARDS}
+
+
+def test_a_handler_finds_every_shard_through_the_session(shop: Shop, messages: dict[str, int]) -> None:
+    other = messages["shop-2"]
+
+    def handle(_connection: Any, instance: Any) -> None:
+        session = object_session(instance)
+        assert session is not None
+        instance.name = str(session.scalar(select(func.count(Message.id))))
+        session.execute(log(other))
+
+    with shop.session() as session, handling(Country, "before_insert", handle):
+        flush_one(session, Country, other)
+    assert shop.where("countries", "name") == {key: ["9", "Korea"] for key in SHARDS}
+    assert [99 in ids for ids in shop.where("messages").values()] == [False, False, True]
