@@ -339,12 +339,15 @@ class RoutedSession(IdentitySession):
 
     @contextmanager
     def _carrying(self, target: Target) -> Iterator[None]:
-        """Bulk operations ask for their bind again, without the arguments that they were called with."""
+        """Bulk operations ask for their bind again, without the arguments that they were called with. In an event of a
+        flush they are no part of it, and would not know what to do with its way of choosing connections."""
         before, self._carried = self._carried, target
+        chooser, self.connection_callable = self.connection_callable, None
         try:
             yield
         finally:
             self._carried = before
+            self.connection_callable = chooser
 
     def _run_on_several(
         self,

@@ -1025,3 +1025,24 @@ def test_a_handler_finds_every_shard_through_the_session(shop: Shop, messages: d
         flush_one(session, Country, other)
     assert shop.where("countries", "name") == {key: ["9", "Korea"] for key in SHARDS}
     assert [99 in ids for ids in shop.where("messages").values()] == [False, False, True]
+
+
+BULK: dict[str, Callable[[Session, list[dict[str, Any]]], Any]] = {
+    "insert": lambda session, rows: session.execute(insert(Message), rows),
+    "mappings": lambda session, rows: session.bulk_insert_mappings(Message, rows),
+    "objects": lambda session, rows: session.bulk_save_objects([Message(**row) for row in rows]),
+}
+
+
+@pytest.mark.parametrize("how", BULK)
+@pytest.mark.parametrize("when", ["before_flush", "after_flush", "after_flush_postexec"])
+def test_rows_are_inserted_in_bulk_in_an_event_of_a_flush(
+    shop: Shop, users: dict[str, int], when: str, how: str
+) -> None:
+    rows = [{"id": user, "sender_id": user, "recipient_id": user, "text": "logged"} for user in users.values()]
+    with shop.session() as session:
+        event.listen(session, when, lambda session, *_: BULK[how](session, rows), once=True)
+        session.add(Order(id=77, user_id=users["shop-0"], item="i"))
+        session.commit()
+    assert shop.where("messages") == {shard: [user] for shard, user in users.items()}
+    assert 77 in shop.where("orders")["shop-0"]
