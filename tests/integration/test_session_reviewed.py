@@ -24,6 +24,7 @@ from sqlalchemy.orm import (
     mapped_column,
     object_session,
     relationship,
+    selectinload,
     subqueryload,
     undefer,
     with_loader_criteria,
@@ -1046,3 +1047,11 @@ def test_rows_are_inserted_in_bulk_in_an_event_of_a_flush(
         session.commit()
     assert shop.where("messages") == {shard: [user] for shard, user in users.items()}
     assert 77 in shop.where("orders")["shop-0"]
+
+
+def test_selectinload_over_several_shards_goes_on_with_joined_collections(shop: Shop, messages: dict[str, int]) -> None:
+    loaders = selectinload(Message.recipient).joinedload(User.orders)
+    with shop.session() as session:
+        found = session.scalars(select(Message).options(loaders).order_by(Message.id)).all()
+        session.expunge_all()
+        assert [[order.id for order in each.recipient.orders] for each in found] == [[1], [2], [3]] * 3
