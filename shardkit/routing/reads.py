@@ -206,6 +206,7 @@ class Reads:
             return found
         if shape.locking:
             raise Refused(RoutingError, "FOR UPDATE over several shards", "pin it to one key, or to one shard")
+        self._check_collections(shape)
         warning = check_policy(shape, options, len(where.shards))
         plan = self._merge(statement, shape, wide, binds, given)
         found = replace(found, merge=plan, warning=warning)
@@ -214,6 +215,19 @@ class Reads:
             own = self._own_rows(plan.statement, statement, given, where.shards, moves[0].job)
             found = replace(found, shard_statements=_per_shard(own, route.parameters))
         return found
+
+    def _check_collections(self, shape: Shape) -> None:
+        """:raises Refused: for an object of a reference table with a collection of which each shard has a part."""
+        tables = self._map.tables
+        for each in shape.lineage.collections:
+            owner, member = (tables.get(str(of.local_table)) for of in (each.parent, each.mapper))
+            if owner is not None and owner.kind == "reference" and (member is None or member.kind != "reference"):
+                raise Refused(
+                    RoutingError,
+                    f"a joined eager load of {each}: each shard has a part of the collection",
+                    "use selectinload()",
+                    table=owner.name,
+                )
 
     def _merge(
         self, statement: Any, shape: Shape, wide: Shape, binds: Binds, given: Mapping[str, Any] | None

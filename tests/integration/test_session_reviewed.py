@@ -18,6 +18,7 @@ from sqlalchemy.orm import (
     Mapped,
     Session,
     column_property,
+    contains_eager,
     foreign,
     joinedload,
     make_transient_to_detached,
@@ -1055,3 +1056,28 @@ def test_selectinload_over_several_shards_goes_on_with_joined_collections(shop: 
         found = session.scalars(select(Message).options(loaders).order_by(Message.id)).all()
         session.expunge_all()
         assert [[order.id for order in each.recipient.orders] for each in found] == [[1], [2], [3]] * 3
+
+
+class Market(Reading):
+    """A country, which every shard has, with its orders, of which each has some."""
+
+    __table__ = Country.__table__
+    orders: Mapped[list[Order]] = relationship(
+        Order, primaryjoin=lambda: Country.__table__.c.code == foreign(Order.country_code), viewonly=True
+    )
+
+
+def test_a_collection_of_a_reference_row_is_whole(shop: Shop, users: dict[str, int]) -> None:
+    joined = select(Market).join(Market.orders)
+    with shop.session() as session:
+        for statement in (
+            joined.options(contains_eager(Market.orders)),
+            joined.where(Order.user_id.in_([users["shop-0"], users["shop-1"]])).options(contains_eager(Market.orders)),
+            select(Market).options(joinedload(Market.orders, innerjoin=True)),
+        ):
+            with pytest.raises(RoutingError, match=r"each shard has a part of the collection"):
+                session.scalars(statement).unique().all()
+        mine = joined.where(Order.user_id == users["shop-1"]).options(contains_eager(Market.orders))
+        assert [order.id for order in session.scalars(mine).unique().one().orders] == [2]
+        session.expunge_all()
+        assert len(session.scalars(select(Market).options(selectinload(Market.orders))).one().orders) == 3
