@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
@@ -185,6 +186,7 @@ class Reads:
         given = one_set(route.parameters)
         if isinstance(statement, CompoundSelect) and statement.keyword.name in {"UNION", "UNION_ALL"}:
             statement = as_select(statement)
+        statement = _in_order_of_loader(statement)
         shape, binds = self._shapes.of(statement, given)
         # LIMIT is ours to cut after the merge; with it an ORM statement may hide its tables in a subquery
         whole = _without_limit(statement)
@@ -296,6 +298,21 @@ def _without_limit(statement: Any) -> Any:
     if isinstance(statement, sa.Select) and statement._has_row_limiting_clause:  # noqa: SLF001 - no public reader
         return statement.limit(None).offset(None)
     return statement
+
+
+def _in_order_of_loader(statement: Any) -> Any:
+    """subqueryload(), and selectinload() by a join, add the order of their relationship when they are compiled: too
+    late for what is merged by it."""
+    every = getattr(statement, "_compile_state_funcs", ())
+    adding = [each for each in every if each[0].__name__ == "_setup_outermost_orderby"]
+    if not adding:
+        return statement
+    noted = SimpleNamespace(eager_order_by=())
+    for add, _ in adding:
+        add(noted)
+    ordered = statement.order_by(*noted.eager_order_by)
+    ordered._compile_state_funcs = tuple(each for each in every if each not in adding)  # noqa: SLF001 - once is enough
+    return ordered
 
 
 def _per_shard(statements: Any, parameters: Parameters) -> dict[str, ShardStatement]:

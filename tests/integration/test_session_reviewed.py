@@ -20,7 +20,9 @@ from sqlalchemy.orm import (
     column_property,
     contains_eager,
     foreign,
+    immediateload,
     joinedload,
+    lazyload,
     make_transient_to_detached,
     mapped_column,
     object_session,
@@ -1063,7 +1065,10 @@ class Market(Reading):
 
     __table__ = Country.__table__
     orders: Mapped[list[Order]] = relationship(
-        Order, primaryjoin=lambda: Country.__table__.c.code == foreign(Order.country_code), viewonly=True
+        Order,
+        primaryjoin=lambda: Country.__table__.c.code == foreign(Order.country_code),
+        viewonly=True,
+        order_by=lambda: Order.id.desc(),
     )
 
 
@@ -1081,3 +1086,17 @@ def test_a_collection_of_a_reference_row_is_whole(shop: Shop, users: dict[str, i
         assert [order.id for order in session.scalars(mine).unique().one().orders] == [2]
         session.expunge_all()
         assert len(session.scalars(select(Market).options(selectinload(Market.orders))).one().orders) == 3
+
+
+@pytest.mark.parametrize("loader", [subqueryload, selectinload, lazyload, immediateload])
+def test_a_collection_from_several_shards_is_in_the_order_of_its_relationship(
+    shop: Shop, users: dict[str, int], loader: Any
+) -> None:
+    with shop.session() as session:
+        session.add_all(
+            Order(id=number, user_id=user, item="i", country_code="kr")
+            for number, user in zip(range(10, 22), itertools.cycle(users.values()), strict=False)
+        )
+        session.commit()
+        market = session.scalars(select(Market).options(loader(Market.orders))).one()
+        assert [order.id for order in market.orders] == [*range(21, 9, -1), 3, 2, 1]
