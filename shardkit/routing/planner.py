@@ -238,10 +238,6 @@ class Planner:
         """Whether the rows that ``subqueryload()`` reads stand on the shard of the rows that it reads them for."""
         return self.shard_map.sole_host is not None or self._reads.loads_beside(statement, parameters)
 
-    def names_no_table(self, statement: Any) -> bool:
-        """Whether a SELECT is about no rows at all, and can be read."""
-        return isinstance(statement, sa.Select) and self._reads.names_no_table(statement)
-
     def check_values(
         self, table: sa.Table, values: Mapping[Any, ClauseElement], shard: str, key: Sequence[Any] | None
     ) -> None:

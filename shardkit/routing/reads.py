@@ -80,11 +80,6 @@ class Reads:
         """`Planner.loads_beside`."""
         return self._shapes.of(statement, one_set(parameters))[0].loads_beside
 
-    def names_no_table(self, statement: Any) -> bool:
-        """`Planner.names_no_table`."""
-        shape, _ = self._shapes.of(statement, None)
-        return not shape.tables and not shape.unreadable
-
     # --- one shard
 
     def _planned(self, route: Route, shape: Shape, binds: Binds, options: RouteOptions) -> Route:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection, Table
+from sqlalchemy.engine import CursorResult
 from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.base import PassiveFlag
@@ -16,7 +17,6 @@ from sqlalchemy.sql.elements import ClauseElement
 
 from shardkit.errors import KeyChange, MissingKey, StaleShardMap
 from shardkit.routing.rows import attribute_of
-from shardkit.session.handed import ReplicatedConnection, ShardConnection, check_handed
 from shardkit.session.homes import Home, check_generated, home_of
 from shardkit.session.renamed import refuse_shared_schema, schema_map_of
 from shardkit.session.shared import changed_values, missing_values, touched_values
@@ -305,10 +305,7 @@ class Flush:
         try:
             found = self._connections[shard]
         except KeyError:
-            found = self._session.connection_to_write(shard)
-            if self._view.map.sole_host is None:
-                found = ShardConnection.over(found, partial(check_handed, self._session, self._entries, (shard,)))
-            self._connections[shard] = found
+            found = self._connections[shard] = self._session.connection_to_write(shard)
         return found
 
     def _replicated(self, home: Home, state: InstanceState[Any]) -> ReplicatedConnection:
@@ -320,10 +317,9 @@ class Flush:
         table = home.info.name
         if table not in self._replications:
             self._session.admit_writes(home.info.shards)
-            connections = {shard: self._session.connection_to_write(shard) for shard in home.info.shards}
+            connections = {shard: self._connection(shard) for shard in home.info.shards}
             self.refuse_shared_schema(home, connections)
-            check = partial(check_handed, self._session, self._entries, home.info.shards)
-            self._replications[table] = ReplicatedConnection(list(connections.values()), check)
+            self._replications[table] = ReplicatedConnection(list(connections.values()))
         return self._replications[table]
 
     def refuse_shared_schema(self, home: Home, connections: Mapping[str, Connection]) -> None:
@@ -353,6 +349,20 @@ class Flush:
                     key=[part.column for part in home.key],
                     hint="set keys before the flush, in a constructor or in before_flush, not in before_insert",
                 )
+
+
+class ReplicatedConnection:
+    """What a flush writes a reference table's rows on: every statement is sent to all shards; the first one answers."""
+
+    def __init__(self, connections: Sequence[Connection]) -> None:
+        self._connections = tuple(connections)
+
+    def execute(self, *args: Any, **options: Any) -> CursorResult[Any]:
+        """As `sqlalchemy.Connection.execute`, on every shard."""
+        return [connection.execute(*args, **options) for connection in self._connections][0]  # noqa: RUF015 - all run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connections[0], name)
 
 
 def _is_changed(state: InstanceState[Any]) -> bool:

@@ -281,31 +281,3 @@ def test_objects_can_be_given_another_identity_token(engine: sa.Engine) -> None:
         session.identity_map.replace(state)
         assert session.get(Parent, 1, identity_token="shop-1") is parent
         assert parent in session
-
-
-def test_what_a_flush_executes_has_the_cache_of_its_class(engine: sa.Engine) -> None:
-    """That is how `shardkit.session.handed` knows it from what event handlers execute on the same connection."""
-    cached = []
-
-    @sa.event.listens_for(engine, "before_execute")
-    def note(
-        _connection: object, element: sa.Executable, _many: object, _one: object, options: dict[str, object]
-    ) -> None:
-        if isinstance(element, sa.Insert | sa.Update | sa.Delete):
-            cached.append("compiled_cache" in options)
-
-    with Session(engine) as session:
-        given = Parent(id=1, name="n")
-        session.add(given)
-        session.flush()
-        given.name = "m"
-        session.flush()
-        session.delete(given)
-        session.commit()
-    assert cached == [True] * 3
-    assert list(inspect.signature(sa.Connection._execute_clauseelement).parameters) == [
-        "self",
-        "elem",
-        "distilled_parameters",
-        "execution_options",
-    ]
