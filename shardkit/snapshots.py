@@ -26,9 +26,10 @@ class View:
     :ivar cores: kept by clusters: the engines of this map's endpoints. They come with the map, so that nobody has a new
         map and an old master.
     :ivar tokens: kept by sessions: whether objects of these tables carry their shard in their identity.
+    :ivar wide: kept by sessions: whether loading one object of a mapped class may read other rows along with its own.
     """
 
-    __slots__ = ("cores", "homes", "map", "only", "planner", "tokens")
+    __slots__ = ("cores", "homes", "map", "only", "planner", "tokens", "wide")
 
     def __init__(self, shard_map: ShardMap, dialect_name: str, tables: Tables = no_tables) -> None:
         self.map = shard_map
@@ -36,6 +37,7 @@ class View:
         self.only = shard_map.only
         self.homes: dict[Any, Any] = {}
         self.tokens: dict[tuple[str, ...], bool] = {}
+        self.wide: dict[Any, bool] = {}
         self.cores: dict[Any, Any] = {}
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import RelationshipProperty
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.cache_key import CacheKey
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -63,6 +64,7 @@ class Anatomy:
     :param froms: for UPDATE and DELETE, the tables besides the target.
     :param slots: bound parameter -> where its value is found.
     :param repeats: joined collections repeat the rows of an entity.
+    :param collections: the relationships whose collections are made of joined rows.
     :param params: values given to ``statement.params()``, of a statement that has no cache key.
     :param tables: the name of every table rendered in a FROM, once an occurrence.
     """
@@ -72,6 +74,7 @@ class Anatomy:
     slots: Mapping[BindParameter[Any], Slot]
     params: Mapping[str, Any]
     repeats: bool
+    collections: tuple[RelationshipProperty[Any], ...]
     tables: Sequence[str]
     _selects: Mapping[int, Sequence[SelectParts]] = field(repr=False)
     _kept: Sequence[object] = field(repr=False)  # keeps the ids above from being used again
@@ -176,10 +179,22 @@ def anatomy_of(
         slots=slots,
         params=dict(compiler._collected_params) if compiler._collect_params else {},  # noqa: SLF001 - where the compiler keeps what params() was given
         repeats=bool(getattr(state, "multi_row_eager_loaders", False)),
+        collections=_collections(getattr(state, "attributes", None) or {}),
         tables=compiler.kept_tables,
         _selects=compiler.kept_selects,
         _kept=compiler.kept_originals,
     )
+
+
+def _collections(attributes: Mapping[Any, Any]) -> tuple[RelationshipProperty[Any], ...]:
+    """:param attributes: what the ORM's compilation has noted, by kind and path."""
+    paths = (key[1] for key in attributes if isinstance(key, tuple) and key[0] in _EAGER)
+    last = ([each for each in path if isinstance(each, RelationshipProperty)][-1:] for path in paths)
+    return tuple(dict.fromkeys(each for some in last for each in some if each.uselist))
+
+
+#: joinedload() and contains_eager() of an alias, and contains_eager() of the class itself.
+_EAGER = frozenset({"eager_row_processor", "user_defined_eager_row_processor"})
 
 
 def _places(compiler: SQLCompiler, cache_key: CacheKey) -> Mapping[BindParameter[Any], int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
@@ -89,9 +89,12 @@ class Feed:
 
         :raises RoutingError: when they are too many.
         """
-        values: dict[Any, None] = {}
+        values: dict[Any, Any] = {}
         for number, value in enumerate(found):
-            values[value] = None
+            try:
+                values[value] = value
+            except TypeError:  # a type of the application's makes lists, say: each counts for itself
+                values[_Row(number)] = value
             if self.single and number:
                 raise RoutingError(
                     f"a subquery that runs first ({self.purpose}) gave more than one row",
@@ -102,7 +105,13 @@ class Feed:
                     f"a subquery that runs first ({self.purpose}) gave more than {MOST_VALUES:,} values",
                     hint="narrow it, or tie it to the statement around it by their keys, so that it runs on each shard",
                 )
-        return list(values)
+        return list(values.values())
+
+
+class _Row(NamedTuple):
+    """Stands for a value that cannot be told from others by its hash."""
+
+    number: int
 
 
 @dataclass(frozen=True)

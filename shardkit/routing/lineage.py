@@ -86,6 +86,7 @@ class Lineage:
         self.slots: Mapping[BindParameter[Any], Slot] = anatomy.slots
         self.params: Mapping[str, Any] = anatomy.params
         self.repeats = anatomy.repeats
+        self.collections = anatomy.collections
         self.dialect = dialect
         self.readers = readers
         self._anatomy = anatomy

@@ -257,6 +257,18 @@ class Planner:
             reasons=shape.reasons,
         )
 
+    def check_load(self, statement: Any, parameters: Parameters, shard: str) -> None:
+        """A SELECT of one object's row, which is known to be on this shard: what it reads along has to stand there.
+
+        :raises RoutingError: where it may read rows of other shards.
+        """
+        select = statement.element if isinstance(statement, FromStatement) else statement
+        self._reads.check_load(select, parameters, shard)
+
+    def loads_beside(self, statement: Any, parameters: Parameters) -> bool:
+        """Whether the rows that ``subqueryload()`` reads stand on the shard of the rows that it reads them for."""
+        return self.shard_map.sole_host is not None or self._reads.loads_beside(statement, parameters)
+
     def check_values(
         self, table: sa.Table, values: Mapping[Any, ClauseElement], shard: str, key: Sequence[Any] | None
     ) -> None:

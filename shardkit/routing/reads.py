@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import sqlalchemy as sa
@@ -62,6 +63,22 @@ class Reads:
             raise refused.over(
                 len({shard for info in shape.infos for shard in info.shards}), sharded.key if sharded else ()
             ) from None
+
+    def check_load(self, statement: Any, parameters: Parameters, shard: str) -> None:
+        """`Planner.check_load`."""
+        shape, binds = self._shapes.of(statement, one_set(parameters))
+        try:
+            check_connection(shape.lineage.functions, shape.tables[0])
+            check_readable(shape.unreadable, self._map, shard, shape.tables[0])
+            if _distinct(shape.pinned(binds)) != (shard,):
+                _ = shape.spread
+        except Refused as refused:
+            info = shape.infos[0]
+            raise refused.over(len(info.shards), info.key) from None
+
+    def loads_beside(self, statement: Any, parameters: Parameters) -> bool:
+        """`Planner.loads_beside`."""
+        return self._shapes.of(statement, one_set(parameters))[0].loads_beside
 
     # --- one shard
 
@@ -164,6 +181,7 @@ class Reads:
         given = one_set(route.parameters)
         if isinstance(statement, CompoundSelect) and statement.keyword.name in {"UNION", "UNION_ALL"}:
             statement = as_select(statement)
+        statement = _in_order_of_loader(statement)
         shape, binds = self._shapes.of(statement, given)
         # LIMIT is ours to cut after the merge; with it an ORM statement may hide its tables in a subquery
         whole = _without_limit(statement)
@@ -185,6 +203,7 @@ class Reads:
             return found
         if shape.locking:
             raise Refused(RoutingError, "FOR UPDATE over several shards", "pin it to one key, or to one shard")
+        self._check_collections(shape)
         warning = check_policy(shape, options, len(where.shards))
         plan = self._merge(statement, shape, wide, binds, given)
         found = replace(found, merge=plan, warning=warning)
@@ -193,6 +212,19 @@ class Reads:
             own = self._own_rows(plan.statement, statement, given, where.shards, moves[0].job)
             found = replace(found, shard_statements=_per_shard(own, route.parameters))
         return found
+
+    def _check_collections(self, shape: Shape) -> None:
+        """:raises Refused: for an object of a reference table with a collection of which each shard has a part."""
+        tables = self._map.tables
+        for each in shape.lineage.collections:
+            owner, member = (tables.get(str(of.local_table)) for of in (each.parent, each.mapper))
+            if owner is not None and owner.kind == "reference" and (member is None or member.kind != "reference"):
+                raise Refused(
+                    RoutingError,
+                    f"a joined eager load of {each}: each shard has a part of the collection",
+                    "use selectinload()",
+                    table=owner.name,
+                )
 
     def _merge(
         self, statement: Any, shape: Shape, wide: Shape, binds: Binds, given: Mapping[str, Any] | None
@@ -261,6 +293,21 @@ def _without_limit(statement: Any) -> Any:
     if isinstance(statement, sa.Select) and statement._has_row_limiting_clause:  # noqa: SLF001 - no public reader
         return statement.limit(None).offset(None)
     return statement
+
+
+def _in_order_of_loader(statement: Any) -> Any:
+    """subqueryload(), and selectinload() by a join, add the order of their relationship when they are compiled: too
+    late for what is merged by it."""
+    every = getattr(statement, "_compile_state_funcs", ())
+    adding = [each for each in every if each[0].__name__ == "_setup_outermost_orderby"]
+    if not adding:
+        return statement
+    noted = SimpleNamespace(eager_order_by=())
+    for add, _ in adding:
+        add(noted)
+    ordered = statement.order_by(*noted.eager_order_by)
+    ordered._compile_state_funcs = tuple(each for each in every if each not in adding)  # noqa: SLF001 - once is enough
+    return ordered
 
 
 def _per_shard(statements: Any, parameters: Parameters) -> dict[str, ShardStatement]:

@@ -148,6 +148,15 @@ class Shape:
         return self._spread
 
     @cached_property
+    def loads_beside(self) -> bool:
+        """Whether the rows that are loaded for those of a subquery stand on the same shard as these."""
+        try:
+            spread_of(self.lineage, self.query, as_they_come=True)
+        except Refused:
+            return False
+        return not self.unreadable
+
+    @cached_property
     def keyed_groups(self) -> bool:
         """Whether no group stands on two shards."""
         spread = self.spread

@@ -56,12 +56,14 @@ class Refused(Exception):
         return self.error(self.message, hint=self.hint, table=self.table, key=key, shards=shards)
 
 
-def spread_of(lineage: Lineage, query: Query) -> Spread:
+def spread_of(lineage: Lineage, query: Query, *, as_they_come: bool = False) -> Spread:
     """Where the rows of a query's FROM list stand, its subqueries checked; its own LIMIT, GROUP BY, ... not regarded.
 
+    :param as_they_come: whether the rows of subqueries in FROM are meant as one shard has them, whatever it has made
+        of them.
     :raises Refused: when the shards' own answers do not add up to it.
     """
-    return _Spreading(lineage).rows(query)
+    return _Spreading(lineage, as_they_come=as_they_come).rows(query)
 
 
 def keyed_groups(lineage: Lineage, query: Query, spread: Parted) -> bool:
@@ -80,8 +82,9 @@ def keyed_windows(lineage: Lineage, query: Query, spread: Parted) -> bool:
 
 
 class _Spreading:
-    def __init__(self, lineage: Lineage) -> None:
+    def __init__(self, lineage: Lineage, *, as_they_come: bool = False) -> None:
         self._lineage = lineage
+        self._as_they_come = as_they_come
 
     # --- queries
 
@@ -134,6 +137,8 @@ class _Spreading:
     def _derived(self, query: Query) -> Spread:
         """A subquery in FROM: its result has to be the sum of the shards' results before anything is done to it."""
         found = self.rows(query)
+        if self._as_they_come:
+            return found
         if isinstance(found, Everywhere):
             _settled(query, found)
             return found

@@ -75,6 +75,8 @@ def _check_alike(selects: Sequence[Any], place: int) -> None:
     for column in columns:
         refuse_clock(column)
     types = [column.type for column in columns]
+    if any(each._has_column_expression for each in types):  # noqa: SLF001 - the only way to see that another value is selected
+        raise _refused("a union that is sorted or made distinct by a column whose type selects an expression of it")
     exact = all(isinstance(each, sa.Integer | sa.Numeric) and not isinstance(each, sa.Float) for each in types)
     texts = all(isinstance(each, sa.String) and not isinstance(each, sa.Enum) for each in types)
     if texts:

@@ -58,7 +58,12 @@ def merged(
         rows = map(itemgetter(0), rows)
     if told["filtered"] and not first._yield_per:  # noqa: SLF001
         rows = _whole(rows)
-    answer = MergedResult(_metadata(first, plan.visible, statement), rows, _source_supports_scalars=bare)
+    answer = MergedResult(
+        _metadata(first, plan.visible, statement),
+        rows,
+        _source_supports_scalars=bare,
+        context=getattr(first, "context", None),  # selectinload() asks it whether rows have to be made unique()
+    )
     answer.missing_shards = missing
     answer._attributes = first._attributes.union(told)  # noqa: SLF001 - what Query looks at
     answer._unique_filter_state = unique  # noqa: SLF001

@@ -39,9 +39,11 @@ from shardkit.session.settled import listed, settled
 from shardkit.session.tokens import (
     LOAD_OPTIONS,
     PARENT_LOAD,
+    SUBQUERY_LOAD,
     as_immutable,
     existing,
     identity_of,
+    is_wide,
     load_options_of,
     tokened,
     tokened_rows,
@@ -183,6 +185,8 @@ class RoutedSession(IdentitySession):
                     run = self._runner(_first_said("shardkit_deadline", said))
                     max_lag = checked_lag(_first_said("shardkit_max_lag", said))
                 target = Target(existing(view, token), statement._for_update_arg is not None, from_replica, max_lag)
+                if view.map.sole_host is None and (parent is not None or is_wide(view, statement)):
+                    self.looked_up(partial(view.planner.check_load, statement, params, target.shard))
                 return run(statement, params, options, bind_arguments, target, parent, scalar)
             combined = self._merged_options(statement, options)
             if "shardkit_read_from" in combined:
@@ -197,6 +201,9 @@ class RoutedSession(IdentitySession):
                 named = combined["identity_token"]
                 if view.map.sole_host is None or named in view.map.shards:
                     route_options = replace(route_options, shard=named)
+            if SUBQUERY_LOAD in combined and not view.planner.loads_beside(statement, params):
+                # what was said of the rows that it loads for: related rows may live elsewhere
+                route_options = replace(route_options, shard=None, key=None)
         elif type(statement) is Select and (keyed := self._keyed(view, statement, params)) is not None:
             target = Target(keyed.shard, keyed.shape.locking, from_replica)
             if statement._propagate_attrs and tokened_rows(view, keyed.shape.tables):
@@ -351,12 +358,15 @@ class RoutedSession(IdentitySession):
 
     @contextmanager
     def _carrying(self, target: Target) -> Iterator[None]:
-        """Bulk operations ask for their bind again, without the arguments that they were called with."""
+        """Bulk operations ask for their bind again, without the arguments that they were called with. In an event of a
+        flush they are no part of it, and would not know what to do with its way of choosing connections."""
         before, self._carried = self._carried, target
+        chooser, self.connection_callable = self.connection_callable, None
         try:
             yield
         finally:
             self._carried = before
+            self.connection_callable = chooser
 
     def _run_on_several(
         self,

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy.orm import FromStatement, Session, loading
+from sqlalchemy.orm import FromStatement, Mapper, Session, loading
 from sqlalchemy.orm.context import QueryContext
+from sqlalchemy.sql.schema import Column
 from sqlalchemy.util import immutabledict
 
 from shardkit.errors import StaleShardMap
+from shardkit.routing.expressions import may_select
 from shardkit.routing.route import Route, StatementKind
 from shardkit.snapshots import View
 
@@ -21,6 +23,8 @@ from shardkit.snapshots import View
 LOAD_OPTIONS = "_sa_orm_load_options"
 #: The execution option on the statements of selectin and other loaders: the context of the statement they belong to.
 PARENT_LOAD = "sa_top_level_orm_context"
+#: The execution option on the statements of ``subqueryload()``, beside all those of the statement they belong to.
+SUBQUERY_LOAD: Any = ("subquery_rewritten_path", None)
 
 
 def tokened(view: View, route: Route) -> bool:
@@ -73,6 +77,25 @@ def identity_of(options: Mapping[str, Any]) -> Any:
     if load._identity_token is None and state is not None and state.key is not None:
         return state.key[2]  # the rest of an object that is loaded in part, such as a joined subclass's own columns
     return load._identity_token
+
+
+def is_wide(view: View, statement: Any) -> bool:
+    """Whether a load by identity may read other rows along with the object's own: by joined eager loads, or by
+    subqueries among its columns and conditions."""
+    if statement._with_options:
+        return True
+    mapper = statement._propagate_attrs["plugin_subject"].mapper
+    try:
+        return view.wide[mapper]
+    except KeyError:
+        answer = view.wide[mapper] = any(map(_loads_more, mapper.self_and_descendants))
+        return answer
+
+
+def _loads_more(mapper: Mapper[Any]) -> bool:
+    columns = [column for attribute in mapper.column_attrs for column in attribute.columns]
+    made = [each for each in (*columns, mapper.polymorphic_on) if each is not None and not isinstance(each, Column)]
+    return any(each.lazy in {"joined", False} for each in mapper.relationships) or any(map(may_select, made))
 
 
 def existing(view: View, shard: Any) -> str:

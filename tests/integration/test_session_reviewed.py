@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import event, insert, inspect, select, text, update
+from sqlalchemy import event, func, insert, inspect, select, text, update
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
 from sqlalchemy.ext.compiler import compiles
@@ -15,10 +17,20 @@ from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
     Session,
+    column_property,
+    contains_eager,
+    foreign,
+    immediateload,
     joinedload,
+    lazyload,
     make_transient_to_detached,
     mapped_column,
+    object_session,
     relationship,
+    selectinload,
+    subqueryload,
+    undefer,
+    with_loader_criteria,
 )
 
 import shardkit
@@ -813,3 +825,206 @@ def test_a_new_row_of_a_reference_table_tells_its_primary_key(shop: Shop) -> Non
         assert (many.rowcount, many.last_updated_params()["name"]) == (1, "k")
         with pytest.raises(AttributeError):
             _ = many.other
+
+
+class Reading(DeclarativeBase):
+    """Other classes of the shop's tables."""
+
+
+class Recipient(Reading):
+    """A user with the messages to it, which stand on other shards, and its own, which stand beside it."""
+
+    __table__ = User.__table__
+    received: Mapped[list[Message]] = relationship(
+        Message, primaryjoin=lambda: User.__table__.c.id == foreign(Message.recipient_id), viewonly=True
+    )
+    sent: Mapped[list[Message]] = relationship(
+        Message, primaryjoin=lambda: User.__table__.c.id == foreign(Message.sender_id), viewonly=True
+    )
+    many_received: Mapped[int] = column_property(
+        select(func.count()).where(Message.recipient_id == User.__table__.c.id).scalar_subquery(), deferred=True
+    )
+    many_sent: Mapped[int] = column_property(
+        select(func.count()).where(Message.sender_id == User.__table__.c.id).scalar_subquery(), deferred=True
+    )
+
+
+class Addressee(Reading):
+    """The same, always joined."""
+
+    __table__ = User.__table__
+    received: Mapped[list[Message]] = relationship(
+        Message, primaryjoin=lambda: User.__table__.c.id == foreign(Message.recipient_id), viewonly=True, lazy="joined"
+    )
+
+
+@pytest.fixture
+def messages(shop: Shop, users: dict[str, int]) -> dict[str, int]:
+    """Each user has written to all of them."""
+    with shop.session() as session:
+        for number, (sender, recipient) in enumerate(itertools.product(users.values(), repeat=2), 1):
+            session.add(Message(id=number, sender_id=sender, recipient_id=recipient, text="t"))
+        session.commit()
+    return users
+
+
+TO_OTHERS: dict[str, Callable[[Session, int], Any]] = {
+    "joined by an option": lambda session, user: session.get(Recipient, user, options=[joinedload(Recipient.received)]),
+    "joined by the class": lambda session, user: session.get(Addressee, user),
+    "a column of the class": lambda session, user: session.get_one(Recipient, user).many_received,
+    "a column by an option": lambda session, user: session.get(
+        Recipient, user, options=[undefer(Recipient.many_received)]
+    ),
+    "a column that is refreshed": lambda session, user: session.refresh(
+        session.get_one(Recipient, user), ["many_received"]
+    ),
+    "a criterion": lambda session, user: session.get(
+        Recipient,
+        user,
+        options=[with_loader_criteria(Recipient, Recipient.id.in_(select(Message.recipient_id)))],
+    ),
+}
+
+
+@pytest.mark.parametrize("how", TO_OTHERS)
+def test_an_object_by_its_identity_reads_no_half_tables(shop: Shop, messages: dict[str, int], how: str) -> None:
+    with shop.session() as session, pytest.raises(RoutingError):
+        TO_OTHERS[how](session, messages["shop-1"])
+
+
+def test_an_object_by_its_identity_reads_what_stands_beside_it(shop: Shop, messages: dict[str, int]) -> None:
+    user = messages["shop-1"]
+    with shop.session() as session:
+        options = [joinedload(Recipient.sent), undefer(Recipient.many_sent)]
+        found = session.get_one(Recipient, user, options=options, with_for_update=shop.kind != "sqlite")
+        assert (len(found.sent), found.many_sent) == (3, 3)
+        session.commit()
+        assert (found.name, found.many_sent, len(found.sent), len(found.received)) == (f"u{user}", 3, 3, 3)
+
+
+@pytest.mark.parametrize("said", ["an option of the ORM's", "shardkit_key"])
+def test_subqueryload_does_not_stay_on_the_shard_of_what_it_loads_for(
+    shop: Shop, messages: dict[str, int], said: str
+) -> None:
+    """Its statements have all the options of the statement that they belong to."""
+    user = messages["shop-1"]
+    mine = select(Message).where(Message.sender_id == user).order_by(Message.id).limit(3)
+    options = {"shardkit_key": {"sender_id": user}} if said == "shardkit_key" else {"populate_existing": True}
+    with shop.session() as session:
+        with pytest.raises(RoutingError):
+            session.scalars(mine.options(subqueryload(Message.recipient)), execution_options=options).all()
+        found = session.scalars(mine.options(subqueryload(Message.sender)), execution_options=options).all()
+        session.expunge_all()
+        assert [each.sender.id for each in found] == [user] * 3
+
+
+# --- handlers of mapper events ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def handling(model: Any, name: str, handler: Callable[[Any, Any], Any]) -> Iterator[None]:
+    """:param handler: is given the connection and the object."""
+
+    def handle(_mapper: Any, connection: Any, instance: Any) -> None:
+        handler(connection, instance)
+
+    event.listen(model, name, handle)
+    try:
+        yield
+    finally:
+        event.remove(model, name, handle)
+
+
+def log(owner: int) -> Any:
+    return insert(Message.__table__).values(id=99, sender_id=owner, recipient_id=owner, text="logged")
+
+
+def flush_one(session: Session, model: Any, user: int) -> None:
+    session.add(Country(code="fr", name="n") if model is Country else Order(id=77, user_id=user, item="n"))
+    session.commit()
+
+
+def test_a_handler_finds_every_shard_through_the_session(shop: Shop, messages: dict[str, int]) -> None:
+    other = messages["shop-2"]
+
+    def handle(_connection: Any, instance: Any) -> None:
+        session = object_session(instance)
+        assert session is not None
+        instance.name = str(session.scalar(select(func.count(Message.id))))
+        session.execute(log(other))
+
+    with shop.session() as session, handling(Country, "before_insert", handle):
+        flush_one(session, Country, other)
+    assert shop.where("countries", "name") == {key: ["9", "Korea"] for key in SHARDS}
+    assert [99 in ids for ids in shop.where("messages").values()] == [False, False, True]
+
+
+BULK: dict[str, Callable[[Session, list[dict[str, Any]]], Any]] = {
+    "insert": lambda session, rows: session.execute(insert(Message), rows),
+    "mappings": lambda session, rows: session.bulk_insert_mappings(Message, rows),
+    "objects": lambda session, rows: session.bulk_save_objects([Message(**row) for row in rows]),
+}
+
+
+@pytest.mark.parametrize("how", BULK)
+@pytest.mark.parametrize("when", ["before_flush", "after_flush", "after_flush_postexec"])
+def test_rows_are_inserted_in_bulk_in_an_event_of_a_flush(
+    shop: Shop, users: dict[str, int], when: str, how: str
+) -> None:
+    rows = [{"id": user, "sender_id": user, "recipient_id": user, "text": "logged"} for user in users.values()]
+    with shop.session() as session:
+        event.listen(session, when, lambda session, *_: BULK[how](session, rows), once=True)
+        session.add(Order(id=77, user_id=users["shop-0"], item="i"))
+        session.commit()
+    assert shop.where("messages") == {shard: [user] for shard, user in users.items()}
+    assert 77 in shop.where("orders")["shop-0"]
+
+
+def test_selectinload_over_several_shards_goes_on_with_joined_collections(shop: Shop, messages: dict[str, int]) -> None:
+    loaders = selectinload(Message.recipient).joinedload(User.orders)
+    with shop.session() as session:
+        found = session.scalars(select(Message).options(loaders).order_by(Message.id)).all()
+        session.expunge_all()
+        assert [[order.id for order in each.recipient.orders] for each in found] == [[1], [2], [3]] * 3
+
+
+class Market(Reading):
+    """A country, which every shard has, with its orders, of which each has some."""
+
+    __table__ = Country.__table__
+    orders: Mapped[list[Order]] = relationship(
+        Order,
+        primaryjoin=lambda: Country.__table__.c.code == foreign(Order.country_code),
+        viewonly=True,
+        order_by=lambda: Order.id.desc(),
+    )
+
+
+def test_a_collection_of_a_reference_row_is_whole(shop: Shop, users: dict[str, int]) -> None:
+    joined = select(Market).join(Market.orders)
+    with shop.session() as session:
+        for statement in (
+            joined.options(contains_eager(Market.orders)),
+            joined.where(Order.user_id.in_([users["shop-0"], users["shop-1"]])).options(contains_eager(Market.orders)),
+            select(Market).options(joinedload(Market.orders, innerjoin=True)),
+        ):
+            with pytest.raises(RoutingError, match=r"each shard has a part of the collection"):
+                session.scalars(statement).unique().all()
+        mine = joined.where(Order.user_id == users["shop-1"]).options(contains_eager(Market.orders))
+        assert [order.id for order in session.scalars(mine).unique().one().orders] == [2]
+        session.expunge_all()
+        assert len(session.scalars(select(Market).options(selectinload(Market.orders))).one().orders) == 3
+
+
+@pytest.mark.parametrize("loader", [subqueryload, selectinload, lazyload, immediateload])
+def test_a_collection_from_several_shards_is_in_the_order_of_its_relationship(
+    shop: Shop, users: dict[str, int], loader: Any
+) -> None:
+    with shop.session() as session:
+        session.add_all(
+            Order(id=number, user_id=user, item="i", country_code="kr")
+            for number, user in zip(range(10, 22), itertools.cycle(users.values()), strict=False)
+        )
+        session.commit()
+        market = session.scalars(select(Market).options(loader(Market.orders))).one()
+        assert [order.id for order in market.orders] == [*range(21, 9, -1), 3, 2, 1]

@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import joinedload
+from sqlalchemy.types import TypeDecorator
 
 from shardkit.errors import RoutingError
 from shardkit.routing.anatomy import dialect_of
@@ -182,6 +183,46 @@ REFUSED["ORDER BY a subquery that no key ties"] = sa.select(u.id).order_by(
     sa.select(sa.func.count()).where(o.giver == u.age).scalar_subquery(), u.id
 )
 ANSWERED["a number that is too large for an integer"] = sa.select(sa.func.count(u.id) * 2**60, -sa.func.count(u.id))
+
+
+class Words(TypeDecorator[list[str]]):
+    """A list, which has no hash."""
+
+    impl = sa.String(20)
+    cache_ok = True
+
+    def process_bind_param(self, value: list[str] | None, dialect: Any) -> str | None:  # noqa: ARG002 - the signature
+        return None if value is None else " ".join(value)
+
+    def process_result_value(self, value: str | None, dialect: Any) -> list[str] | None:  # noqa: ARG002 - the signature
+        return None if value is None else value.split()
+
+
+class Negated(TypeDecorator[int]):
+    """Selects an expression of its column."""
+
+    impl = sa.Integer
+    cache_ok = True
+
+    def column_expression(self, column: Any) -> Any:
+        return -column
+
+
+typed = sa.Table(
+    "users",
+    sa.MetaData(),
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", Words),
+    sa.Column("age", Negated),
+)
+others = typed.alias()
+ANSWERED["IN a subquery of lists"] = sa.select(typed.c.id).where(
+    typed.c.name.in_(sa.select(others.c.name).where(others.c.id < 5))
+)
+ANSWERED["a union of what a type selects"] = sa.union_all(sa.select(typed.c.age), sa.select(typed.c.age))
+REFUSED["a sorted union of what a type selects"] = sa.union_all(
+    sa.select(typed.c.age, typed.c.id), sa.select(typed.c.age, typed.c.id)
+).order_by("age", "id")
 
 
 @pytest.mark.parametrize("name", ANSWERED)
