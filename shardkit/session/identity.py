@@ -58,7 +58,7 @@ class IdentitySession(FilingSession):
         return known
 
     def _get_impl(self, entity: Any, primary_key_identity: Any, db_load_fn: Any, **options: Any) -> Any:
-        if self._from_replica and self._outermost().written:
+        if self._from_replica and self._outermost().has_written:
             with self.reading_masters():
                 return self._get_impl(entity, primary_key_identity, db_load_fn, **options)
         if db_load_fn is loading._load_on_pk_identity:

@@ -133,7 +133,7 @@ class RoutedSession(IdentitySession):
         parent: ORMExecuteState | None,
         scalar: bool,
     ) -> Any:
-        if params:
+        if params and LOAD_OPTIONS not in options:  # else a loader's, of values that objects have
             params = listed(params)
         try:
             return self._plan_and_run(statement, params, options, bind_arguments, parent, scalar)

@@ -84,11 +84,11 @@ def is_wide(view: View, statement: Any) -> bool:
     subqueries among its columns and conditions."""
     if statement._with_options:
         return True
-    mapper = statement._propagate_attrs["plugin_subject"].mapper
+    subject = statement._propagate_attrs["plugin_subject"]
     try:
-        return view.wide[mapper]
+        return view.wide[subject]
     except KeyError:
-        answer = view.wide[mapper] = any(map(_loads_more, mapper.self_and_descendants))
+        answer = view.wide[subject] = any(map(_loads_more, subject.mapper.self_and_descendants))
         return answer
 
 

@@ -125,6 +125,11 @@ class ClusterTransaction(RoutedTransaction):
         """The shards written to so far."""
         return tuple(self._written)
 
+    @property
+    def has_written(self) -> bool:
+        """Whether it has written to any shard so far."""
+        return bool(self._written)
+
     def shards_in_use(self) -> frozenset[str]:
         """The shards that this transaction talks to already."""
         return frozenset(self._shard_of.values())
