@@ -67,7 +67,7 @@ class RoutedTransaction(SessionTransaction):
     def connection(self, bindkey: Any, execution_options: Any = None, **options: Any) -> Any:
         """What a flush writes the rows of many-to-many tables on: it asks by the class that they lead to."""
         flush = cast("TransactingSession", self.session).flush_at_work
-        if flush is not None and flush.over_several:
+        if flush is not None and flush.over_several and self.session.connection_callable is not None:
             return flush.association
         return super().connection(bindkey, execution_options, **options)
 
