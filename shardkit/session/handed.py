@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, SelectBase, TextClause
+from sqlalchemy import Connection, SelectBase, TextClause, Update
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.sql.dml import UpdateBase
 
@@ -26,7 +26,16 @@ class AssociationConnection:
 
     def execute(self, statement: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
         """As `sqlalchemy.Connection.execute`, over shards."""
+        if isinstance(statement, Update):
+            rows = _changes(rows)
         return self._session.execute_in_flush(statement, rows)
+
+
+def _changes(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """What follows a primary key that has changed: SQLAlchemy sets all columns of the row between, also those that stay
+    as they are. The shard key may be among these."""
+    same = {name for name in rows[0] if all(f"old_{name}" in row and row[name] == row[f"old_{name}"] for row in rows)}
+    return [{name: value for name, value in row.items() if name not in same} for row in rows]
 
 
 class HandedConnection(Connection):
