@@ -200,7 +200,8 @@ class Flush:
         """SQLAlchemy's ``connection_callable``: the connection to write this object on."""
         state: InstanceState[Any] = mapper.class_manager.state_getter()(instance)
         home = home_of(self._view, state.mapper)
-        if state.key is not None and _stays(home, state):  # opened by who uses it all the same
+        deleted = self._session._deleted  # noqa: SLF001 - the public one makes a set of objects each time
+        if state.key is not None and state not in deleted and _stays(home, state):  # opened by who uses it all the same
             placing = self._session if self.over_several else None
             if placing is not None and home.tokened and _is_watched(state.mapper):
                 self._rows.update(dict.fromkeys(_rows_of(state), self._shard_of_persistent(home, state)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.orm import Session, object_session
 
+import shardkit
 from shardkit.errors import RoutingError
 from tests.integration.conftest import Shop
 from tests.integration.shop import SHARDS, Country, Invoice, Order, User
@@ -241,3 +244,22 @@ def test_a_handler_changes_rows_without_their_keys(shop: Shop, session: Session,
         session.add(Order(id=7, user_id=ids[1], item=""))
         session.commit()
     assert names(shop) == ["new"] * 3
+
+
+def test_handlers_under_asyncio(shop: Shop, ids: list[int]) -> None:
+    def change(_mapper: Any, connection: Any, order: Order) -> None:
+        order.item = str(connection.scalar(sa.select(sa.func.count()).select_from(users)))
+        connection.execute(
+            users.update().where(users.c.id == ids[(ids.index(order.user_id) + 1) % 3]).values(name="new")
+        )
+
+    async def work() -> None:
+        sessions = partial(shardkit.async_sessionmaker, transactions="best_effort")
+        async with shop.open(shop.map()) as cluster, sessions(cluster)() as own:
+            own.add_all([Order(id=number, user_id=number) for number in ids])
+            await own.commit()
+
+    with handling(Order, "before_insert", change):
+        asyncio.run(work())
+    assert names(shop) == ["new"] * 3
+    assert shop.where("orders", "item") == {shard: ["3"] for shard in SHARDS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -177,6 +178,30 @@ def test_a_reader_who_is_deleted_takes_them_along(shop: Shop, session: Session, 
         session.delete(reader)
     session.commit()
     assert shop.where("reader_topics", "topic_id") == {shard: [] for shard in SHARDS}
+
+
+def test_readers_of_one_shard_are_deleted_at_once(shop: Shop, session: Session, readers: dict[str, Reader]) -> None:
+    """Also those who were taken out of their relationships before."""
+    more = [Reader(id=number, topics=readers[SHARDS[0]].topics) for number in shop.users_on(SHARDS[0], 5)[1:]]
+    session.add_all(more)
+    session.commit()
+    sent: list[Any] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.startswith("DELETE FROM readers"):
+            sent.append(parameters)
+
+    with session.no_autoflush:
+        for reader in more:
+            reader.topics.clear()
+            session.delete(reader)
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    try:
+        session.commit()
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
+    assert [len(parameters) for parameters in sent] == [4]
+    assert shop.rows(SHARDS[0], "readers", "id") == [(readers[SHARDS[0]].id,)]
 
 
 def test_a_reference_table_between_reference_tables(shop: Shop, session: Session, readers: dict[str, Reader]) -> None:
