@@ -83,6 +83,13 @@ class HandedConnection(Connection):
         """As `sqlalchemy.Connection.scalars`."""
         return self.execute(statement, parameters, execution_options=execution_options).scalars()
 
+    def execution_options(self, **options: Any) -> Any:
+        """As `sqlalchemy.Connection.execution_options`: of this connection, from now on."""
+        own: dict[str, Any] = object.__getattribute__(self, "__dict__")
+        for connection in own["connections"]().values():
+            connection.execution_options(**options)
+        return self
+
     def begin_nested(self) -> Any:
         """As `sqlalchemy.Connection.begin_nested`.
 
@@ -108,4 +115,4 @@ class HandedConnection(Connection):
 
 
 _PLACED = (SelectBase, UpdateBase, TextClause)
-_OWN = frozenset({"execute", "scalar", "scalars", "begin_nested", "_first"})
+_OWN = frozenset({"execute", "scalar", "scalars", "begin_nested", "execution_options", "_first"})

@@ -100,7 +100,8 @@ def test_a_handler_writes_reference_tables_everywhere(shop: Shop, session: Sessi
 def test_a_handler_reads_all_rows(session: Session, ids: list[int]) -> None:
     def count(_mapper: Any, connection: Any, order: Order) -> None:
         number = connection.scalar(sa.select(sa.func.count()).select_from(users))
-        other = connection.execute(sa.select(User.name).where(User.id == ids[0])).scalar()
+        with_options = connection.execution_options(compiled=1)
+        other = with_options.execute(sa.select(User.name).where(User.id == ids[0])).scalar()
         order.item = f"{number} {other}"
 
     with handling(Order, "before_insert", count):
