@@ -235,7 +235,7 @@ class Flush:
 
     def shard_of_row(self, statement: Any, parameters: Any) -> str | None:
         """The shard of the one row that a statement names by its primary key, where an object in the flush has it."""
-        table = statement.table if isinstance(statement, UpdateBase) else _only_table(statement)
+        table = statement.table if isinstance(statement, UpdateBase) else only_table(statement)
         if not self._rows or not isinstance(table, Table) or isinstance(statement, Insert):
             return None
         table = table._deannotate(clone=False)  # noqa: SLF001 - ORM annotations, which have no public way off
@@ -434,9 +434,10 @@ def _rows_of(state: InstanceState[Any]) -> Iterator[tuple[Table, Row]]:
                 yield table, tuple(state.dict[str(name)] for name in names)
 
 
-def _only_table(statement: Any) -> Any:
+def only_table(statement: Any) -> Any:
+    """The table that a SELECT reads, where it is one and no alias of it."""
     froms = statement.get_final_froms() if isinstance(statement, Select) else ()
-    return froms[0] if len(froms) == 1 else None
+    return froms[0] if len(froms) == 1 and isinstance(froms[0], Table) else None
 
 
 def _named_values(condition: Any, table: Table, parameters: Mapping[str, Any]) -> dict[str, Any]:

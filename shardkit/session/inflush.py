@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Connection, TextClause
+from sqlalchemy import Column, Connection, Insert, TextClause
 from sqlalchemy.util import EMPTY_DICT
 
 from shardkit.errors import RoutingError, ScatterRefused, ShardkitError, UnknownTable
 from shardkit.routing.route import Route, RouteOptions
 from shardkit.routing.texts import writes_rows
+from shardkit.session.flush import only_table
 from shardkit.session.renamed import refuse_shared_schema, schema_map_of
 from shardkit.session.settled import listed, settled
 from shardkit.session.statements import RoutedSession, combined_write
@@ -55,8 +56,12 @@ class InFlushSession(RoutedSession):
                 statement, parameters, everywhere
             )
         except (RoutingError, UnknownTable) as error:
-            known = isinstance(error, RoutingError) and not isinstance(statement, TextClause)
-            if own is None or known:
+            if own is None:
+                raise
+            shard = self._shard_of_copies(statement, parameters, options)
+            if shard is not None:
+                return self.connection_to_write(shard).execute(statement, parameters, execution_options=options)
+            if isinstance(error, RoutingError) and not isinstance(statement, TextClause):
                 raise
             return self._execute_beside(statement, parameters, options, own(), error)
         if not route.writes and not route.locking:
@@ -98,6 +103,28 @@ class InFlushSession(RoutedSession):
         if shard is None:
             return None
         return self._route_in_flush(statement, parameters, {**options, "shardkit_shard": shard})
+
+    def _shard_of_copies(self, statement: Any, parameters: Any, options: Mapping[str, Any]) -> str | None:
+        """The shard of an INSERT that copies rows with their keys, as histories do: copies belong beside their rows."""
+        select: Any = statement.select if isinstance(statement, Insert) else None
+        source = only_table(select)
+        if source is None or statement._post_values_clause is not None or statement._prefixes:
+            return None
+        known = self._outermost().view.map.tables
+        into, out_of = (known.get(table.fullname) for table in (statement.table, source))
+        if into is None or out_of is None or not into.key or into.keyspace.name != out_of.keyspace.name:
+            return None
+        names = {column.key: column.name for column in statement.table.c}
+        given = [names.get(getattr(name, "key", name)) for name in statement._select_names]
+        copied = dict(zip(given, select.selected_columns, strict=False))
+        for own, theirs in zip(into.key, out_of.key, strict=True):
+            column = copied.get(own)
+            if not isinstance(column, Column) or column.name != theirs or column.table.fullname != source.fullname:
+                return None
+        route = self._route_in_flush(select, parameters, options)
+        if len(route.shards) != 1:
+            route = self._route_beside(select, parameters, options) or route
+        return route.shards[0] if len(route.shards) == 1 else None
 
     def _read_in_flush(self, route: Route, options: Mapping[str, Any]) -> Any:
         with self.reading_masters():

@@ -14,7 +14,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session, object_session
 
 import shardkit
-from shardkit.errors import RoutingError
+from shardkit.errors import MissingKey, RoutingError
 from tests.integration.conftest import Shop
 from tests.integration.shop import SHARDS, Country, Invoice, Order, User
 
@@ -233,6 +233,25 @@ def test_a_handler_names_the_row_of_its_object_by_the_primary_key_alone(
         assert session.get_transaction().written == (SHARDS[1],)  # type: ignore[union-attr]
         session.commit()
     assert session.scalars(sa.select(Order.item)).all() == ["new"]
+
+
+def test_a_handler_copies_the_row_of_its_object(shop: Shop, session: Session, ids: list[int]) -> None:
+    """As histories are written; the copy has the key of its row. Copies with other keys are refused."""
+    number, item = sa.literal(100), sa.literal("copy")
+    columns = ["id", "user_id", "item", "amount"]
+
+    def copy(_mapper: Any, connection: Any, order: Order) -> None:
+        rows = sa.select(orders.c.id + number, orders.c.user_id, item, orders.c.amount).where(orders.c.id == order.id)
+        assert connection.execute(orders.insert().from_select(columns, rows)).rowcount == 1
+        by_key = sa.select(users.c.id + 200, users.c.id, item, 1).where(users.c.id == order.user_id)
+        assert connection.execute(orders.insert().from_select(columns, by_key)).rowcount == 1
+        with pytest.raises(MissingKey):
+            connection.execute(orders.insert().from_select(columns, rows.with_only_columns(1, orders.c.id, item, 1)))
+
+    with handling(Order, "after_insert", copy):
+        session.add(Order(id=1, user_id=ids[1], item="book"))
+        session.commit()
+    assert shop.where("orders", "user_id") == {SHARDS[0]: [], SHARDS[1]: [ids[1]] * 3, SHARDS[2]: []}
 
 
 def test_a_handler_changes_rows_without_their_keys(shop: Shop, session: Session, ids: list[int]) -> None:
