@@ -70,7 +70,7 @@ class Rows:
                 table=info.name,
                 key=info.key,
             )
-        attribute = attribute_of(mapper, column)
+        attribute = attribute_of(mapper, _copied_into(mapper, column))
         # the ORM knows rows by attribute: what only a column is called is left out of them, or is another attribute
         names = (column.key if attribute is None else attribute,)
         optional = bool(getattr(column, "nullable", True)) and not getattr(column, "primary_key", False)
@@ -162,6 +162,15 @@ def _given(key: KeyColumnOf, row: Mapping[Any, Any]) -> Any:
         if isinstance(given, sa.ColumnElement) and getattr(given, "key", None) == key.column.key:
             return value
     return _ABSENT
+
+
+def _copied_into(mapper: Any, column: Any) -> Any:
+    """The column of a parent class's table whose value the ORM writes into this one of a joined subclass; or itself."""
+    for each in () if mapper is None else mapper.iterate_to_root():
+        for parent, own in each._inherits_equated_pairs or ():  # noqa: SLF001 - no public reader
+            if own is column:
+                return _copied_into(mapper, parent)
+    return column
 
 
 def attribute_of(mapper: Any, column: Any) -> str | None:

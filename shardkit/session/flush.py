@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from sqlalchemy import Connection, Table
-from sqlalchemy.engine import CursorResult
+from sqlalchemy import Column, Connection, Insert, Select, Table
 from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.base import PassiveFlag
 from sqlalchemy.orm.interfaces import RelationshipDirection
-from sqlalchemy.sql.elements import ClauseElement
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.dml import UpdateBase
+from sqlalchemy.sql.elements import BinaryExpression, BindParameter, BooleanClauseList, ClauseElement
 
 from shardkit.errors import KeyChange, MissingKey, StaleShardMap
 from shardkit.routing.rows import attribute_of
+from shardkit.session.handed import AssociationConnection, HandedConnection
 from shardkit.session.homes import Home, check_generated, home_of
 from shardkit.session.renamed import refuse_shared_schema, schema_map_of
 from shardkit.session.shared import changed_values, missing_values, touched_values
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from shardkit.session.session import ClusterSession
 
 T = TypeVar("T")
+#: The values of a primary key, in the table's order.
+Row: TypeAlias = tuple[Any, ...]
 
 
 class Flush:
@@ -42,7 +46,9 @@ class Flush:
         self._view = view
         self.association = AssociationConnection(session)
         self._connections: dict[str, Connection] = {}
-        self._replications: dict[str, ReplicatedConnection] = {}  # by reference table
+        self._replications: dict[str, HandedConnection] = {}  # by reference table
+        self._handed: dict[str, HandedConnection] = {}  # by shard
+        self._rows: dict[tuple[Table, Row], str] = {}  # those that handlers of events are told of, with their shards
         self.touched: dict[str, None] = {}
         self.unchanged: list[InstanceState[Any]] = []
         self._given: Sequence[InstanceState[Any]] = ()
@@ -194,13 +200,27 @@ class Flush:
         """SQLAlchemy's ``connection_callable``: the connection to write this object on."""
         state: InstanceState[Any] = mapper.class_manager.state_getter()(instance)
         home = home_of(self._view, state.mapper)
-        if state.key is not None and _stays(home, state):
-            return LateConnection(lambda: self._connection_to_write(home, state))
-        return self._connection_to_write(home, state)
-
-    def _connection_to_write(self, home: Home, state: InstanceState[Any]) -> Any:
+        deleted = self._session._deleted  # noqa: SLF001 - the public one makes a set of objects each time
+        if state.key is not None and state not in deleted and _stays(home, state):  # opened by who uses it all the same
+            placing = self._session if self.over_several else None
+            if placing is not None and home.tokened and _is_watched(state.mapper):
+                self._rows.update(dict.fromkeys(_rows_of(state), self._shard_of_persistent(home, state)))
+            return HandedConnection(placing, lambda: self._connections_to_write(home, state))
         if home.replicated:
             return self._replicated(home, state)
+        connections = self._connections_to_write(home, state)
+        ((shard, connection),) = connections.items()
+        if not self.over_several or not _is_watched(state.mapper):
+            return connection
+        self._rows.update(dict.fromkeys(_rows_of(state), shard))
+        if shard not in self._handed:
+            self._handed[shard] = HandedConnection(self._session, lambda: connections)
+        return self._handed[shard]
+
+    def _connections_to_write(self, home: Home, state: InstanceState[Any]) -> Mapping[str, Connection]:
+        """Those that an object is written on, by shard."""
+        if home.replicated:
+            return self._connections_to_all(home, state)
         if state.key is not None:
             home.refuse_key_change(state)
             shard = self._shard_of_persistent(home, state)
@@ -211,7 +231,19 @@ class Flush:
                 state.identity_token = placed
             shard = placed or home.info.shards[0]
         self._check_expressions(home, state, shard)
-        return self._connection(shard)
+        return {shard: self._connection(shard)}
+
+    def shard_of_row(self, statement: Any, parameters: Any) -> str | None:
+        """The shard of the one row that a statement names by its primary key, where an object in the flush has it."""
+        table = statement.table if isinstance(statement, UpdateBase) else only_table(statement)
+        if not self._rows or not isinstance(table, Table) or isinstance(statement, Insert):
+            return None
+        table = table._deannotate(clone=False)  # noqa: SLF001 - ORM annotations, which have no public way off
+        named = _named_values(statement.whereclause, table, parameters if isinstance(parameters, Mapping) else {})
+        keys = [column.name for column in table.primary_key]
+        if not set(keys) <= named.keys():
+            return None
+        return self._rows.get((table, tuple(named[name] for name in keys)))
 
     def check_item(
         self, home: Home, mapper: Mapper[Any], item: Any, shard: str, *, is_state: bool, update: bool
@@ -322,19 +354,21 @@ class Flush:
             found = self._connections[shard] = self._session.connection_to_write(shard)
         return found
 
-    def _replicated(self, home: Home, state: InstanceState[Any]) -> ReplicatedConnection:
+    def _replicated(self, home: Home, state: InstanceState[Any]) -> HandedConnection:
+        connections = self._connections_to_all(home, state)
+        return self._replications.setdefault(home.info.name, HandedConnection(self._session, lambda: connections))
+
+    def _connections_to_all(self, home: Home, state: InstanceState[Any]) -> Mapping[str, Connection]:
         if state.key is None:
             self._fill(home, state)
             _require_identity(home, state.mapper, state.dict)
         else:
             _complete_change(home, state)
-        table = home.info.name
-        if table not in self._replications:
-            self._session.admit_writes(home.info.shards)
-            connections = {shard: self._connection(shard) for shard in home.info.shards}
+        self._session.admit_writes(home.info.shards)
+        connections = {shard: self._connection(shard) for shard in home.info.shards}
+        if home.info.name not in self._replications:
             self.refuse_shared_schema(home, connections)
-            self._replications[table] = ReplicatedConnection(list(connections.values()))
-        return self._replications[table]
+        return connections
 
     def refuse_shared_schema(self, home: Home, connections: Mapping[str, Connection]) -> None:
         """:raises RoutingError: where rows of a reference table would be written several times into one database."""
@@ -365,41 +399,6 @@ class Flush:
                 )
 
 
-class AssociationConnection:
-    """What a flush writes the rows of many-to-many tables on: each goes where its key says, since no object does."""
-
-    def __init__(self, session: ClusterSession) -> None:
-        self._session = session
-
-    def execute(self, statement: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
-        """As `sqlalchemy.Connection.execute`, over shards."""
-        return self._session.route_rows(statement, rows)
-
-
-class LateConnection:
-    """The connection of an object that a flush goes through and does not write: opened by who uses it all the same."""
-
-    def __init__(self, connection: Callable[[], Any]) -> None:
-        self._connection = connection
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._connection(), name)
-
-
-class ReplicatedConnection:
-    """What a flush writes a reference table's rows on: every statement is sent to all shards; the first one answers."""
-
-    def __init__(self, connections: Sequence[Connection]) -> None:
-        self._connections = tuple(connections)
-
-    def execute(self, *args: Any, **options: Any) -> CursorResult[Any]:
-        """As `sqlalchemy.Connection.execute`, on every shard."""
-        return [connection.execute(*args, **options) for connection in self._connections][0]  # noqa: RUF015 - all run
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._connections[0], name)
-
-
 def _is_changed(state: InstanceState[Any]) -> bool:
     """Whether an object has anything to flush; True where that is not plain to see."""
     columns, now = state.mapper.column_attrs, state.dict
@@ -412,6 +411,48 @@ def _is_changed(state: InstanceState[Any]) -> bool:
         except TypeError:
             return True
     return not state.committed_state or bool(state.__dict__.get("_pending_mutations"))
+
+
+def _is_watched(mapper: Mapper[Any]) -> bool:
+    """Whether handlers of events are given the connection that its objects are written on."""
+    events = mapper.dispatch
+    return bool(
+        events.before_insert
+        or events.after_insert
+        or events.before_update
+        or events.after_update
+        or events.before_delete
+        or events.after_delete
+    )
+
+
+def _rows_of(state: InstanceState[Any]) -> Iterator[tuple[Table, Row]]:
+    for table in state.mapper.tables:
+        if isinstance(table, Table):
+            names = [attribute_of(state.mapper, column) for column in table.primary_key]
+            if all(state.dict.get(str(name)) is not None for name in names):
+                yield table, tuple(state.dict[str(name)] for name in names)
+
+
+def only_table(statement: Any) -> Any:
+    """The table that a SELECT reads, where it is one and no alias of it."""
+    froms = statement.get_final_froms() if isinstance(statement, Select) else ()
+    return froms[0] if len(froms) == 1 and isinstance(froms[0], Table) else None
+
+
+def _named_values(condition: Any, table: Table, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a table that a condition says equal to a value, whatever else it says."""
+    if isinstance(condition, BooleanClauseList) and condition.operator is operators.and_:
+        parts = [_named_values(each, table, parameters) for each in condition.clauses]
+        return {name: value for part in parts for name, value in part.items()}
+    if not isinstance(condition, BinaryExpression) or condition.operator is not operators.eq:
+        return {}
+    column, value = condition.left, condition.right
+    if not isinstance(column, Column) or not isinstance(value, BindParameter) or column.name not in table.c:
+        return {}
+    if column.table._deannotate(clone=False) is not table:  # noqa: SLF001 - as above
+        return {}
+    return {column.name: parameters.get(value.key, value.effective_value)}
 
 
 def _stays(home: Home, state: InstanceState[Any]) -> bool:

@@ -20,13 +20,13 @@ from sqlalchemy.orm import InstanceState
 from shardkit.errors import StaleReadError
 from shardkit.session.flush import Flush
 from shardkit.session.homes import home_of
+from shardkit.session.inflush import InFlushSession
 from shardkit.session.moving import move
 from shardkit.session.rechecking import recheck
-from shardkit.session.statements import RoutedSession
 from shardkit.session.transacting import Target
 
 
-class ClusterSession(RoutedSession):
+class ClusterSession(InFlushSession):
     """A `sqlalchemy.orm.Session` whose statements and objects go to the shards of their keys.
 
     Made by `shardkit.sessionmaker`, which documents the options.

@@ -147,10 +147,6 @@ class RoutedSession(IdentitySession):
             # nothing of its answer has been given away: another replica gives it, or the master
             return self._plan_and_run(statement, params, options, bind_arguments, parent, scalar)
 
-    def route_rows(self, statement: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
-        """Execute a statement of a flush for each of these rows, on the shards of their keys."""
-        return self._route(statement, rows, EMPTY_DICT, None, None, scalar=False)
-
     def _left_lost_replicas(self) -> bool:
         """Whether this transaction has just lost a replica, and may go on elsewhere."""
         root = self._root
@@ -435,7 +431,7 @@ class RoutedSession(IdentitySession):
                 if results:  # one database would have undone the whole statement: this part of it cannot be
                     self._deactivate()
                 raise
-        return _combined_write(route, results)
+        return combined_write(route, results)
 
     # --- binds
 
@@ -542,7 +538,7 @@ def _replica(read_from: str) -> bool:
     return read_from == "replica"
 
 
-def _combined_write(route: Route, results: Sequence[Result[Any]]) -> WriteResult:
+def combined_write(route: Route, results: Sequence[Result[Any]]) -> WriteResult:
     for replayed in results[1:] if route.replicated else ():
         replayed.close()
     counts = [getattr(result, "rowcount", -1) for result in results]

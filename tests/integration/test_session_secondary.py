@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -31,6 +32,7 @@ def _number(name: str, *, key: bool = True) -> sa.Column[int]:
 
 reader_topics = sa.Table("reader_topics", Library.metadata, _number("reader_id"), _number("topic_id"))
 topic_moods = sa.Table("topic_moods", Library.metadata, _number("topic_id"), _number("mood_id"))
+shelf_topics = sa.Table("shelf_topics", Library.metadata, _number("reader_id"), _number("number"), _number("topic_id"))
 strays = sa.Table("strays", Library.metadata, _number("reader_id"), _number("mood_id"), _number("home", key=False))
 
 
@@ -71,10 +73,25 @@ class Reader(Library):
     )
 
 
+class Shelf(Library):
+    """Sharded by its reader; the primary key holds more than that."""
+
+    __tablename__ = "shelves"
+    reader_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    topics: Mapped[list[Topic]] = relationship(
+        secondary=shelf_topics,
+        primaryjoin="and_(Shelf.reader_id == shelf_topics.c.reader_id, Shelf.number == shelf_topics.c.number)",
+        secondaryjoin="Topic.id == shelf_topics.c.topic_id",
+        passive_updates=False,
+    )
+
+
 def library_map(shop: Shop) -> ShardMap:
     document = shop_document({shard: {"master": master.url} for shard, master in shop.masters.items()})
     orders = document["keyspaces"]["orders"]
     orders["tables"] |= {"readers": "id", "reader_topics": "reader_id", "strays": "home"}
+    orders["tables"] |= {"shelves": "reader_id", "shelf_topics": "reader_id"}
     orders["reference"] += ["topics", "moods", "topic_moods"]
     return ShardMap.parse(document)
 
@@ -163,6 +180,30 @@ def test_a_reader_who_is_deleted_takes_them_along(shop: Shop, session: Session, 
     assert shop.where("reader_topics", "topic_id") == {shard: [] for shard in SHARDS}
 
 
+def test_readers_of_one_shard_are_deleted_at_once(shop: Shop, session: Session, readers: dict[str, Reader]) -> None:
+    """Also those who were taken out of their relationships before."""
+    more = [Reader(id=number, topics=readers[SHARDS[0]].topics) for number in shop.users_on(SHARDS[0], 5)[1:]]
+    session.add_all(more)
+    session.commit()
+    sent: list[Any] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.startswith("DELETE FROM readers"):
+            sent.append(parameters)
+
+    with session.no_autoflush:
+        for reader in more:
+            reader.topics.clear()
+            session.delete(reader)
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    try:
+        session.commit()
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
+    assert [len(parameters) for parameters in sent] == [4]
+    assert shop.rows(SHARDS[0], "readers", "id") == [(readers[SHARDS[0]].id,)]
+
+
 def test_a_reference_table_between_reference_tables(shop: Shop, session: Session, readers: dict[str, Reader]) -> None:
     topic = session.get_one(Topic, 1)
     topic.moods = list(session.scalars(sa.select(Mood)))
@@ -230,3 +271,21 @@ def test_under_asyncio(shop: Shop, session: Session, readers: dict[str, Reader])
 
     asyncio.run(work())
     assert shop.where("reader_topics", "topic_id") == {shard: [1, 2, 3, 7] for shard in SHARDS}
+
+
+def test_a_primary_key_that_changes_beside_the_shard_key(
+    shop: Shop, session: Session, readers: dict[str, Reader]
+) -> None:
+    """The ORM then sets all columns of the rows between, the key among them."""
+    shelves = [Shelf(reader_id=reader.id, number=1, topics=reader.topics) for reader in readers.values()]
+    session.add_all(shelves)
+    session.commit()
+    for shelf in shelves:
+        shelf.number = 2
+    session.commit()
+    assert shop.where("shelf_topics", "reader_id, number, topic_id") == {
+        shard: [(reader.id, 2, topic) for topic in (1, 2, 3)] for shard, reader in readers.items()
+    }
+    shelves[0].reader_id = shelves[1].reader_id
+    with pytest.raises(KeyChange):
+        session.flush()

@@ -494,3 +494,28 @@ def test_the_key_zero_is_refused_where_the_server_would_count_it_up(shop: Shop) 
         place = planner.place(table, {"id": 0})
         assert place is not None
         assert place == shop.map.locate("users", [0])
+
+
+class Staff(DeclarativeBase):
+    """Joined inheritance, whose second table has its key under a name of its own."""
+
+
+class Person(Staff):
+    """The first table."""
+
+    __tablename__ = "users"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Manager(Person):
+    """The second table."""
+
+    __tablename__ = "orders"
+    person: Mapped[int] = mapped_column("user_id", sa.ForeignKey("users.id"), primary_key=True)
+
+
+def test_a_joined_subclass_takes_its_key_from_the_first_table() -> None:
+    """As the ORM does, also where its own attribute is not given, or is given something else."""
+    planner = Planner(shop_map(), dialect_name="sqlite")
+    for row in ({"id": 5}, {"id": 5, "person": 6}):
+        assert planner.plan(sa.insert(Manager), [row]).shards == (shop_map().locate("users", [5]).shard,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import sqlalchemy as sa
@@ -16,6 +17,7 @@ from sqlalchemy.orm import (
     joinedload,
     loading,
     mapped_column,
+    persistence,
     relationship,
 )
 from sqlalchemy.orm import session as sa_session
@@ -163,6 +165,20 @@ def test_a_flush_asks_for_the_connection_of_each_object_before_it_reads_its_valu
         session.flush()
         assert session.execute(sa.text("SELECT id FROM parents")).scalar_one() == 77
         assert session.execute(sa.text("SELECT parent_id FROM children")).scalar_one() == 77
+
+
+def test_statements_of_a_flush_come_with_a_compiled_cache() -> None:
+    """By which `HandedConnection` tells them from those of event handlers."""
+    calls = re.findall(r"connection\.execute\((.*?)\n\s+\)\n", inspect.getsource(persistence), flags=re.DOTALL)
+    assert len(calls) == inspect.getsource(persistence).count("connection.execute(")
+    assert all("execution_options=execution_options" in call for call in calls)
+    for function in (
+        persistence._emit_update_statements,
+        persistence._emit_post_update_statements,
+        persistence._emit_delete_statements,
+        persistence._emit_insert_statements,
+    ):
+        assert '{"compiled_cache": base_mapper._compiled_cache}' in inspect.getsource(function)
 
 
 def test_new_objects_are_written_in_the_order_of_insert_order(engine: sa.Engine) -> None:
