@@ -49,12 +49,10 @@ class InFlushSession(RoutedSession):
             if own is not None and not route.writes and route.scattered:
                 route = self._route_beside(statement, parameters, options) or route
         except ScatterRefused:
-            if own is None or "shardkit_scatter" in options:
+            beside = None if own is None else self._route_beside(statement, parameters, options)
+            if beside is None:
                 raise
-            everywhere = {**options, "shardkit_scatter": True}  # as a plain connection would: on all rows
-            route = self._route_beside(statement, parameters, options) or self._route_in_flush(
-                statement, parameters, everywhere
-            )
+            route = beside
         except (RoutingError, UnknownTable) as error:
             if own is None:
                 raise

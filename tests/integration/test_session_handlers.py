@@ -14,7 +14,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session, object_session
 
 import shardkit
-from shardkit.errors import MissingKey, RoutingError
+from shardkit.errors import MissingKey, RoutingError, ScatterRefused
 from tests.integration.conftest import Shop
 from tests.integration.shop import SHARDS, Country, Invoice, Order, User
 
@@ -254,14 +254,21 @@ def test_a_handler_copies_the_row_of_its_object(shop: Shop, session: Session, id
     assert shop.where("orders", "user_id") == {SHARDS[0]: [], SHARDS[1]: [ids[1]] * 3, SHARDS[2]: []}
 
 
-def test_a_handler_changes_rows_without_their_keys(shop: Shop, session: Session, ids: list[int]) -> None:
-    """Wherever they are: a connection to one database would find all of them."""
+def test_a_handler_changes_rows_without_their_keys_on_its_word(shop: Shop, session: Session, ids: list[int]) -> None:
+    """As with a session: a change of all shards is asked for."""
+    everywhere = users.update().values(name="new").where(users.c.name == "old")
 
-    def change(_mapper: Any, connection: Any, _order: Order) -> None:
-        assert connection.execute(users.update().values(name="new").where(users.c.name == "old")).rowcount == 3
+    def change(_mapper: Any, connection: Any, order: Order) -> None:
+        scatter = order.item == "everywhere"
+        assert connection.execute(everywhere, execution_options={"shardkit_scatter": scatter}).rowcount == 3
 
     with handling(Order, "after_insert", change):
         session.add(Order(id=7, user_id=ids[1], item=""))
+        with pytest.raises(ScatterRefused):
+            session.commit()
+        session.rollback()
+        assert names(shop) == ["old"] * 3
+        session.add(Order(id=7, user_id=ids[1], item="everywhere"))
         session.commit()
     assert names(shop) == ["new"] * 3
 
