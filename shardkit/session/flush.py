@@ -21,7 +21,7 @@ from shardkit.routing.rows import attribute_of
 from shardkit.session.handed import AssociationConnection, HandedConnection
 from shardkit.session.homes import Home, check_generated, home_of
 from shardkit.session.renamed import refuse_shared_schema, schema_map_of
-from shardkit.session.shared import changed_values, missing_values, touched_values
+from shardkit.session.shared import changed_values, missing_values, touched_values, touches
 from shardkit.snapshots import View
 
 if TYPE_CHECKING:
@@ -457,7 +457,7 @@ def _named_values(condition: Any, table: Table, parameters: Mapping[str, Any]) -
 
 def _stays(home: Home, state: InstanceState[Any]) -> bool:
     """Whether the row of an object in the flush is not written, unless a handler of events changes it."""
-    if home.replicated and state.mapper.dispatch.before_update:
+    if home.replicated and state.mapper.dispatch.before_update and touches(state.mapper):
         return False  # what it changes has to be completed before it is sent
     return _lends_only(state) or not _is_changed(state)
 

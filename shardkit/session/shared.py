@@ -63,6 +63,14 @@ def touched_values(mapper: Mapper[Any], info: TableInfo, changed: Mapping[str, A
     return found
 
 
+def touches(mapper: Mapper[Any]) -> bool:
+    """Whether an UPDATE may set columns besides those that it is given, each shard by itself."""
+    return any(
+        changed_by_server(column) or (column.onupdate is not None and not column.onupdate.is_scalar)
+        for column, _ in _columns(mapper)
+    )
+
+
 def changed_values(state: InstanceState[Any]) -> dict[str, Any]:
     """The attributes of an object that an UPDATE would set, with their new values."""
     columns: Collection[str] = state.mapper.column_attrs.keys()

@@ -41,6 +41,7 @@ class Topic(Library):
 
     __tablename__ = "topics"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str] = mapped_column(default="")
     moods: Mapped[list[Mood]] = relationship(
         secondary=topic_moods,
         primaryjoin="Topic.id == topic_moods.c.topic_id",
@@ -248,6 +249,33 @@ def test_they_count_as_written(cluster: Cluster, session: Session, readers: dict
         other.topics.pop()
         with pytest.raises(SecondShardWritten):
             single.flush()
+
+
+@pytest.mark.parametrize("renames", [False, True])
+def test_a_watched_topic_is_written_where_its_handler_changes_it(
+    shop: Shop, cluster: Cluster, session: Session, readers: dict[str, Reader], renames: bool
+) -> None:
+    """And not because a handler might."""
+
+    def before_update(_mapper: Any, _connection: Any, topic: Topic) -> None:
+        if renames:
+            topic.name = "read"
+
+    reader = readers[SHARDS[1]]
+    reader.topics = []
+    session.commit()
+    reader_id = reader.id
+    session.close()
+    sa.event.listen(Topic, "before_update", before_update)
+    try:
+        with shardkit.sessionmaker(cluster, transactions="best_effort" if renames else "single")() as own:
+            loaded = own.get_one(Reader, reader_id)
+            loaded.topics.append(own.get_one(Topic, 1))
+            own.commit()
+    finally:
+        sa.event.remove(Topic, "before_update", before_update)
+    assert shop.where("reader_topics", "topic_id")[SHARDS[1]] == [1]
+    assert shop.where("topics", "name") == {shard: ["", "", "read" if renames else ""] for shard in SHARDS}
 
 
 def test_a_primary_key_that_changes_is_refused(session: Session, readers: dict[str, Reader]) -> None:
