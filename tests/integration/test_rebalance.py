@@ -472,7 +472,7 @@ def test_a_connection_made_while_the_map_is_published_is_not_overlooked(
                     count()
 
         monkeypatch.setattr(stages, "reach", lambda point: count() if point == moment else None)
-        actions = {State.VERIFYING: count_again, state: lose_the_store}
+        actions: dict[State, Callable[[], object]] = {State.VERIFYING: count_again, state: lose_the_store}
         shop.apply(plan, observer=At(actions))
         sessions = shardkit.sessionmaker(stale[0], read_from="master")
         with sessions() as session, pytest.raises((StaleShardMap, sa.exc.OperationalError)):
