@@ -65,9 +65,12 @@ class Normalization(StrEnum):
         return collation.lower() in COLLATIONS
 
 
-def narrow(collation: str) -> bool:
-    """Whether of the alphabet only ASCII can be stored with this collation: its character set has no more."""
-    return collation.lower().startswith(("ascii_", "latin1_"))
+def narrow(name: str) -> bool:
+    """Whether of the alphabet only ASCII can be stored: the character set has no more.
+
+    :param name: of a collation, or of a character set.
+    """
+    return name.lower().partition("_")[0] in {"ascii", "latin1"}
 
 
 class _Lower(FunctionElement[str]):

@@ -2,7 +2,7 @@
 
 Every process tells the map's store the oldest version that its open transactions use. A process that has lost the
 store is not heard of there; therefore the shards raise the version that they take (`shardkit_map_version`, which
-`shardkit.engines` reads on every new connection) and connections from before are closed.
+`shardkit.engines` reads on every new connection) and connections from before that are closed.
 """
 
 from __future__ import annotations

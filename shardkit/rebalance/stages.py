@@ -210,10 +210,9 @@ class Stages:
         reach("prepared.fenced")
         self._refuse_strays(tables)
         self._refuse_outside_alphabet(tables)
-        older = clients.marks((self._from, self._to), co.credentials)
         published = self._change_map(mapchange.name_move)
         reach("prepared.named")
-        self._settle(published.version, (self._source, self._target), older)
+        self._settle(published.version, (self._source, self._target))
         co.save(replace(self._job, moving_version=published.version))
 
     def _make_tables(self, tables: Sequence[Table]) -> None:
@@ -266,16 +265,16 @@ class Stages:
             except MapConflict:
                 self._co.wait(0.05)
 
-    def _settle(self, version: int, masters: Sequence[Server], older: Sequence[clients.Mark]) -> None:
-        """Have every process on this version, or without a connection to these shards from before it."""
+    def _settle(self, version: int, masters: Sequence[Server]) -> None:
+        """Have every process on this version, or without a connection to these shards that could do with less."""
         co = self._co
+        shards = [shard for shard in (self._from, self._to) if any(master.shard == shard.name for master in masters)]
         for master in masters:
             self._patiently(partial(clients.raise_version, master, version), "the map version's row")
-        for shard in (self._from, self._to):
-            if any(master.shard == shard.name for master in masters):
-                self._wait_for_replicas(
-                    shard, "SELECT 1 FROM shardkit_map_version WHERE min_map_version >= %s", version
-                )
+        for shard in shards:
+            self._wait_for_replicas(shard, "SELECT 1 FROM shardkit_map_version WHERE min_map_version >= %s", version)
+        # not before: a connection reads the version when it is made, and one made until now has read the last one
+        older = clients.marks(shards, co.credentials)
         clients.wait_for_clients(
             co.store, version, patience=co.settings.client_patience, wait=co.wait, job=self._job.id
         )
@@ -390,10 +389,9 @@ class Stages:
     def _publish(self) -> None:
         """The new map reaches everybody before the first write to the target: till then, old maps read all there is."""
         co, job = self._co, self._job
-        older = clients.marks((self._from,), co.credentials)
         published = self._change_map(mapchange.place_on_target)
         reach("published.named")
-        self._settle(published.version, (self._source,), older)
+        self._settle(published.version, (self._source,))
         co.save(replace(self._job, published_version=published.version))
         faults = list(preflight.reference_faults(self._source, self._target, self._keyspace))
         if faults:

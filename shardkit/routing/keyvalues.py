@@ -192,7 +192,8 @@ def _normalized(
         return None
     server = dialect.name != "sqlite"
     length: int | None = getattr(column_type, "length", None)
-    only_ascii = collation is not None and narrow(collation)
+    declared: str | None = collation or getattr(column_type, "charset", None)
+    only_ascii = declared is not None and narrow(declared)
 
     def read(value: Any) -> Any:
         if type(value) is not str:
@@ -200,7 +201,7 @@ def _normalized(
         if server and length is not None and len(value) > length:
             return Untrusted(f"a string longer than {length} characters")
         if only_ascii and not value.isascii():
-            return Untrusted(f"{collation} stores ASCII, and not all other characters")
+            return Untrusted(f"{declared} stores ASCII, and not all other characters")
         try:
             return normalize.text(value)
         except TypeError as error:

@@ -196,7 +196,8 @@ def _children(
 
 def _in_order(everything: Sequence[_Rows]) -> Sequence[_Rows]:
     """The rows in batches, those that others point at first: servers check foreign keys row by row."""
-    links = [_links(each) for each in everything]
+    keys = {each.table: [part.column for part in each.home.key] for each in everything}
+    links = [_links(each, keys) for each in everything]
     pointed_at: dict[Any, dict[tuple[Any, ...], list[tuple[int, int]]]] = {
         (table, there): {} for found in links for table, there, _ in found
     }
@@ -230,14 +231,23 @@ def _in_order(everything: Sequence[_Rows]) -> Sequence[_Rows]:
     return batches
 
 
-def _links(each: _Rows) -> list[tuple[Any, tuple[str, ...], tuple[str, ...]]]:
-    """What rows point at: the table, its columns and theirs, of foreign keys and of what they were found by."""
+def _links(each: _Rows, keys: Mapping[Any, Sequence[str]]) -> list[tuple[Any, tuple[str, ...], tuple[str, ...]]]:
+    """What rows point at: the table, its columns and theirs, of foreign keys and of what they were found by. Not the
+    shard key: all of them have one, and may spell it in several ways.
+
+    :param keys: the shard keys' columns of the tables whose rows move.
+    """
     found = [
         (one.referred_table, [(element.column.name, element.parent.name) for element in one.elements])
         for one in each.table.foreign_key_constraints
     ]
     found += [each.owners] if each.owners else []
-    return [(table, tuple(there for there, _ in pairs), tuple(here for _, here in pairs)) for table, pairs in found]
+    links = []
+    for table, pairs in found:
+        same = set(zip(keys.get(table, ()), keys[each.table], strict=False))
+        rest = [pair for pair in pairs if pair not in same]
+        links.append((table, tuple(there for there, _ in rest), tuple(here for _, here in rest)))
+    return links
 
 
 def _tied_by_key(relationship: Any, parent: Home, child: Home) -> bool:

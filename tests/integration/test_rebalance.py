@@ -21,7 +21,7 @@ from shardkit.cluster import Cluster, create_cluster
 from shardkit.credentials import fixed
 from shardkit.errors import BucketClosed, PreconditionFailed, RebalanceError, StaleShardMap
 from shardkit.mapstore import MapStore, MemoryMapStore
-from shardkit.rebalance import Job, Progress, Settings, State, apply_plan, cancel_job, copy, plan_move
+from shardkit.rebalance import Job, Progress, Settings, State, apply_plan, cancel_job, copy, plan_move, stages
 from shardkit.rebalance import MoveBuckets as Move
 from shardkit.rebalance.copy import Chunk, Copy, Key, read_chunk
 from shardkit.rebalance.cutover import Lease
@@ -444,6 +444,40 @@ def test_a_client_that_never_hears_of_the_move_is_refused_and_never_wrong(shop: 
         with sessions() as session, pytest.raises(StaleShardMap):
             session.get_one(User, user)
     assert shop.misplaced() == []
+
+
+@pytest.mark.parametrize(
+    ("state", "moment"), [(State.PREPARED, "prepared.named"), (State.PUBLISHED, "published.named")]
+)
+def test_a_connection_made_while_the_map_is_published_is_not_overlooked(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, state: State, moment: str
+) -> None:
+    """By a process that has lost the store: when the next map is out already, and the shards do not ask for it yet."""
+    plan = shop.plan()
+    user = shop.users_in(plan.transfers[0].buckets)[0]
+    counted: list[int] = []
+    with ExitStack() as stack:
+        stale: list[Cluster] = []
+
+        def lose_the_store() -> None:
+            stale.append(stack.enter_context(cluster_of(shop, MemoryMapStore(shop.map))))  # type: ignore[arg-type]
+
+        def count() -> None:
+            with shardkit.sessionmaker(stale[0], read_from="master")() as session:
+                counted.append(session.scalars(select(func.count()).select_from(User)).one())
+
+        def count_again() -> None:
+            if stale:
+                with suppress(StaleShardMap, sa.exc.OperationalError):
+                    count()
+
+        monkeypatch.setattr(stages, "reach", lambda point: count() if point == moment else None)
+        actions: dict[State, Callable[[], object]] = {State.VERIFYING: count_again, state: lose_the_store}
+        shop.apply(plan, observer=At(actions))
+        sessions = shardkit.sessionmaker(stale[0], read_from="master")
+        with sessions() as session, pytest.raises((StaleShardMap, sa.exc.OperationalError)):
+            session.execute(sa.update(User).where(User.id == user).values(name="lost"))
+    assert set(counted) == {USERS}
 
 
 def test_a_process_that_stays_behind_is_named_and_the_job_waits(coordinated_shop: Shop) -> None:

@@ -426,6 +426,77 @@ def test_moving(database_server: LocalDatabaseServer, collation: str | None, new
             assert (session.get(world.Person, "Kim") is None) == (new != "kIM")
 
 
+@pytest.mark.parametrize("new", ["kIM", "New"])
+def test_moving_rows_that_point_at_each_other_in_other_spellings(
+    database_server: LocalDatabaseServer, new: str
+) -> None:
+    """They go and come in the order that their foreign keys ask for: a toy before its pet, and after it."""
+    name = sa.String(20, collation="utf8mb4_general_ci")
+    mapped = registry()
+    people = sa.Table("people", mapped.metadata, sa.Column("name", name, primary_key=True))
+    pets, toys = (
+        sa.Table(
+            table,
+            mapped.metadata,
+            sa.Column("owner", name, primary_key=True),
+            sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+            sa.Column("pet", sa.Integer),
+        )
+        for table in ("pets", "toys")
+    )
+    pets.append_constraint(sa.ForeignKeyConstraint(["owner"], ["people.name"]))
+    toys.append_constraint(sa.ForeignKeyConstraint(["owner", "pet"], ["pets.owner", "pets.id"]))
+
+    class Person:
+        pass
+
+    class Pet:
+        pass
+
+    class Toy:
+        pass
+
+    mapped.map_imperatively(Pet, pets)
+    mapped.map_imperatively(Toy, toys)
+    ties = {table: people.c.name == foreign(table.c.owner) for table in (pets, toys)}
+    collections = {
+        "a": relationship(Toy, primaryjoin=ties[toys]),  # found before the pets
+        "b": relationship(Pet, primaryjoin=ties[pets]),
+    }
+    mapped.map_imperatively(Person, people, properties=collections)
+    names = {shard: f"spelled_{next(_numbers)}_{os.getpid()}" for shard in SHARDS[:2]}
+    for database in names.values():
+        database_server.execute(f"CREATE DATABASE {database}")
+    document = {
+        "format": 1,
+        "cluster": "spelled",
+        "keyspaces": {
+            "people": {
+                "partition": {"by": "list", "buckets": {"a": ["kim"], "b": ["new"]}, "normalize": "lower"},
+                "tables": {"people": "name", "pets": "owner", "toys": "owner"},
+                "placement": {"shard-0": ["a"], "shard-1": ["b"]},
+            }
+        },
+        "shards": {shard: {"master": database_server.endpoint(names[shard]).url} for shard in names},
+    }
+    with shardkit.create_cluster(
+        ShardMap.parse(document), credentials=database_server.credentials, driver=driver(), metadata=mapped.metadata
+    ) as cluster:
+        cluster.create_all(mapped.metadata)
+        sessions = shardkit.sessionmaker(cluster, transactions="best_effort")
+        with sessions() as session:
+            session.execute(insert(people).values(name="Kim"))
+            session.execute(insert(pets).values(owner="KIM", id=1))
+            session.execute(insert(toys).values(owner="kim", id=1, pet=1))
+            session.move(session.get_one(Person, "kIm"), new)
+            session.commit()
+        with sessions() as session:
+            assert session.execute(select(pets.c.owner, pets.c.id)).all() == [(new, 1)]
+            assert session.execute(select(toys.c.owner, toys.c.pet)).all() == [(new, 1)]
+    for database in names.values():
+        database_server.execute(f"DROP DATABASE {database}")
+
+
 def test_without_the_normalization_rows_are_lost(database_server: LocalDatabaseServer) -> None:
     """What all of this is for; and these tests would see it."""
     for world in _world(database_server, "hash", None, normalize=False):

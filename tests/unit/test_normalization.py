@@ -126,9 +126,11 @@ def test_what_is_read_is_normalized() -> None:
     assert number(5) == 5
 
 
-def test_what_a_character_set_lacks_is_not_trusted() -> None:
-    read = reader_of(mysql.VARCHAR(10, collation="latin1_swedish_ci"), dialect_of("mysql"), LOWER)
+@pytest.mark.parametrize("declared", [{"collation": "latin1_swedish_ci"}, {"charset": "latin1"}, {"charset": "ascii"}])
+def test_what_a_character_set_lacks_is_not_trusted(declared: dict[str, str]) -> None:
+    read = reader_of(mysql.VARCHAR(10, **declared), dialect_of("mysql"), LOWER)
     assert read is not None
+    assert read("KIM") == "kim"
     assert isinstance(read("서울"), Untrusted)
 
 
