@@ -188,8 +188,8 @@ def open_pair(spec: HopSpec, credentials: CredentialSource, patience: float = PA
 def count_rows(database: Database, table: Table) -> Counter[str]:
     """How often each row of a table without key is there, by its text: the first characters of it, and its checksum."""
     found = database.rows(
-        f"SELECT MIN(LEFT({table.row_expression}, 100)), LEFT(SHA2({table.row_expression}, 256), 8) AS checksum, "
-        f"COUNT(*) FROM {quoted(table.name)} GROUP BY checksum"
+        f"SELECT MIN(LEFT({table.row_expression}, 100)), LEFT(SHA2({table.row_expression}, 256), 8), COUNT(*) "
+        f"FROM {quoted(table.name)} GROUP BY 2"  # a name could be that of a column of the table, which would be taken
     )
     return Counter({f"{_text(text)} ({checksum})": int(times) for text, checksum, times in found})
 

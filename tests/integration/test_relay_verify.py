@@ -311,3 +311,15 @@ def test_on_the_command_line(chain: Chain, tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert [each["hop"] for each in found["hops"]] == [chain.specs[0].name]
     assert list(found["refused"]) == [chain.specs[1].name]
+
+
+def test_a_column_that_has_a_name_of_the_comparisons_own(pair: Chain) -> None:
+    """GROUP BY takes a column before an alias."""
+    pair.sql(
+        "CREATE TABLE loose (id INT, part INT, checksum INT)",
+        "INSERT INTO loose VALUES (1, 1, 1), (2, 1, 1), (3, 1, 1)",
+    )
+    pair.run(pair.hop(0))
+    pair.settle()
+    unlogged(pair, "UPDATE loose SET id = 9 WHERE id = 2")
+    assert [kind for _, kind, _ in found(compare(pair))] == ["extra", "missing"]
