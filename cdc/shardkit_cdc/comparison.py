@@ -85,6 +85,7 @@ class Verdict:
     :param undecided: tables, or rows, that changed too fast to be compared, or since the hop stopped.
     :param stopped: of a hop that stands still; None where the target follows.
     :param left_out: tables and columns that cannot be compared between two families, and why.
+    :param tables_left_out: names of the tables among them.
     """
 
     hop: str
@@ -95,6 +96,7 @@ class Verdict:
     differences: list[Difference] = field(default_factory=list)
     undecided: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    tables_left_out: list[str] = field(default_factory=list)
 
 
 class TooFast(Exception):
