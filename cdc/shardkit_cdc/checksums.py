@@ -57,8 +57,8 @@ def group_digests(database: Database, table: Table, where: str) -> dict[int, int
     return {
         int(group): int(total or 0)
         for group, total in database.rows(
-            f"SELECT {_group(table)} AS part, SUM({table.checksum}) FROM {quoted(table.name)} FORCE INDEX (PRIMARY) "
-            f"WHERE {where} GROUP BY part"
+            f"SELECT {_group(table)}, SUM({table.checksum}) FROM {quoted(table.name)} FORCE INDEX (PRIMARY) "
+            f"WHERE {where} GROUP BY 1"  # a name could be that of a column of the table, which would be taken
         )
     }
 

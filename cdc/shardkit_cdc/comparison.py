@@ -85,6 +85,7 @@ class Verdict:
     :param undecided: tables, or rows, that changed too fast to be compared, or since the hop stopped.
     :param stopped: of a hop that stands still; None where the target follows.
     :param left_out: tables and columns that cannot be compared between two families, and why.
+    :param tables_left_out: names of the tables among them.
     """
 
     hop: str
@@ -95,6 +96,7 @@ class Verdict:
     differences: list[Difference] = field(default_factory=list)
     undecided: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    tables_left_out: list[str] = field(default_factory=list)
 
 
 class TooFast(Exception):
@@ -188,8 +190,8 @@ def open_pair(spec: HopSpec, credentials: CredentialSource, patience: float = PA
 def count_rows(database: Database, table: Table) -> Counter[str]:
     """How often each row of a table without key is there, by its text: the first characters of it, and its checksum."""
     found = database.rows(
-        f"SELECT MIN(LEFT({table.row_expression}, 100)), LEFT(SHA2({table.row_expression}, 256), 8) AS checksum, "
-        f"COUNT(*) FROM {quoted(table.name)} GROUP BY checksum"
+        f"SELECT MIN(LEFT({table.row_expression}, 100)), LEFT(SHA2({table.row_expression}, 256), 8), COUNT(*) "
+        f"FROM {quoted(table.name)} GROUP BY 2"  # a name could be that of a column of the table, which would be taken
     )
     return Counter({f"{_text(text)} ({checksum})": int(times) for text, checksum, times in found})
 

@@ -50,6 +50,7 @@ class Matched:
         with the primary key; in ``tables`` they are left out.
     :param faults: tables that are there on one side only, or of another shape.
     :param left_out: tables and columns that cannot be compared, and why.
+    :param tables_left_out: names of the tables among them.
     """
 
     tables: dict[str, Table]
@@ -57,6 +58,7 @@ class Matched:
     computed: dict[str, Table] = field(default_factory=dict)
     faults: list[Difference] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    tables_left_out: list[str] = field(default_factory=list)
 
 
 def compared_tables(database: Database) -> dict[str, Table]:
@@ -95,13 +97,21 @@ def match(source: Database, target: Database, ours: Mapping[str, Table], theirs:
     return matched
 
 
+def computed_columns(table: Table) -> str:
+    """The columns that the target computes, for people.
+
+    :param table: as in `Matched.computed`.
+    """
+    in_key = {name.lower() for name in table.primary}
+    return f"{table.name}.{', '.join(column.name for column in table.columns if column.name.lower() not in in_key)}"
+
+
 def other_values(table: Table) -> str:
     """What there is to say of columns that the target has computed, and which are not the source's.
 
     :param table: as in `Matched.computed`.
     """
-    names = ", ".join(column.name for column in table.columns if column.name not in table.primary)
-    return f"{table.name}.{names}: the target computes other values than the source, or rows changed meanwhile"
+    return f"{computed_columns(table)}: the target computes other values than the source"
 
 
 # --- between families
@@ -174,6 +184,7 @@ class _Families:
         name = ours.name
         if "SYSTEM VERSIONED" in {ours.kind, theirs.kind}:
             matched.left_out.append(f"{name} keeps its history (SYSTEM VERSIONING), which only MariaDB has")
+            matched.tables_left_out.append(name)
             return
         columns, theirs_by_place = (
             read_columns(side.connection, side.endpoint.database, name, collations)
@@ -197,6 +208,7 @@ class _Families:
         key_reason = next(filter(None, (_key_reason(each, reasons[each.name]) for each in in_key)), "")
         if key_reason:
             matched.left_out.append(f"{name}: {key_reason}")
+            matched.tables_left_out.append(name)
             return
         matched.left_out.extend(f"{name}.{column}: {reason}" for column, reason in reasons.items() if reason)
         alike = _AlikeTable(
@@ -229,6 +241,8 @@ def _alike(column: TargetColumn, source: Database) -> Column:
 
 def _column_fault(ours: TargetColumn, theirs: TargetColumn) -> str:
     """How a column differs between the two; empty where the SQL path writes the one as the other."""
+    if theirs.computed and not ours.computed:
+        return f"{ours.name} is generated on the target, and not on the source"
     logged, other = as_logged(ours), as_logged(theirs)
     if logged is None or other is None:
         return ""

@@ -197,6 +197,7 @@ class _Seed:
         remade: tuple[str, ...] = ()
         if found.rows_only:
             copied = self._copy_rows(snapshot, target, tables)
+            schema_copy.raise_counters(target, definitions, {table.name for table in tables if not table.own})
         else:
             copied, remade = self._copy_all(snapshot, target, tables, definitions, found)
         self._finish(target, facts, snapshot.position, history)

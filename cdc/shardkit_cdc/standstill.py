@@ -38,7 +38,7 @@ from shardkit_cdc.comparison import (
 )
 from shardkit_cdc.connection import SCHEMA_CHANGED, code_of
 from shardkit_cdc.database import Database
-from shardkit_cdc.matching import Matched, compared_tables, match, other_values
+from shardkit_cdc.matching import Matched, compared_tables, computed_columns, match, other_values
 from shardkit_cdc.payload import unpacked
 from shardkit_cdc.position import HopRow
 from shardkit_cdc.retention import SEED_HINT, kept_log, position_lost
@@ -192,10 +192,17 @@ class _Comparison:
         touched = self._still.read_log(tables)
         self._verdict.differences += matched.faults
         self._verdict.left_out += matched.left_out
+        self._verdict.tables_left_out += matched.tables_left_out
         for table in tables.values():
             self._decide(table, found[table.name], touched)
         differing = {each.table for each in self._verdict.differences}
-        self._verdict.left_out += [other_values(table) for table in computed if table.name not in differing]
+        for table in (table for table in computed if table.name not in differing):
+            if table.name in touched.keys or table.name in touched.whole:
+                self._verdict.undecided.append(
+                    f"{computed_columns(table)}: the rows have changed on the source since the hop stopped"
+                )
+            else:
+                self._verdict.left_out.append(other_values(table))
         if self._still.gone_on:
             raise PreconditionFailed(
                 f"hop {self._still.spec.name} has gone on while its ends were compared", hint="compare again"

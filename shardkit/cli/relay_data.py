@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import rich_click as click
@@ -13,11 +15,13 @@ from shardkit.cli.progress import Progress, Task
 if TYPE_CHECKING:
     from shardkit.errors import ShardkitError
     from shardkit.shardmap import ShardMap
-    from shardkit_cdc.comparison import Verdict
+    from shardkit_cdc.comparison import Difference, Verdict
     from shardkit_cdc.relay import HopSpec
     from shardkit_cdc.seed import Found
 
 _BYTES = 1 << 20
+#: Differences of one hop that people are shown one by one.
+_SHOWN = 20
 
 
 @click.command()
@@ -180,9 +184,10 @@ class _Bars:
 def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, yes: bool) -> int:
     """Compare every staging database and replica with the server that its relay reads, while both work.
 
-    Names the rows that are missing, extra or different. A hop that stands still is compared as of where it stands. Exit
-    code 3 when there are any differences, and they were not repaired; 1 when rows could not be compared, 4 when a hop
-    could not be.
+    Names the rows that are missing, extra or different: the first 20 of a hop; all of them with --json. A hop that
+    stands still is compared as of where it stands. Exit code 3 when there are any differences, and they were not
+    repaired; 1 when rows or tables could not be compared, 4 when a hop could not be. Columns that never can be, between
+    MariaDB and MySQL, are named only.
     """
     from shardkit.credentials import from_environment
     from shardkit.errors import ShardkitError
@@ -207,7 +212,7 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
             out.confirm(
                 f"Make {len(verdict.differences)} rows of {spec.target} like those of {spec.source}?",
                 yes=yes,
-                plan=[str(each) for each in verdict.differences],
+                plan=_shown(verdict.differences),
             )
             # At once: what follows this target gets the rows through its log, and is compared after that.
             repaired += (
@@ -232,9 +237,14 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
             because = f" ({each.stopped.error})" if each.stopped.error else ""
             where = each.stopped.position or "the beginning"
             out.warning(f"{each.hop} stands still at {where}, and was compared as of there{because}")
-        for difference in each.differences:
+        for difference in _shown(each.differences):
             out.line(f"{each.hop}: {difference}", style="red")
-        for what in each.undecided:
+        if len(each.undecided) > _SHOWN:
+            out.warning(
+                f"{each.hop}: {count(len(each.undecided))} rows or tables could not be compared, the first {_SHOWN} "
+                "are named (--json has all)"
+            )
+        for what in each.undecided[:_SHOWN]:
             out.warning(
                 f"{each.hop}: {what}" if each.stopped else f"{each.hop}: {what} changed too fast to be compared"
             )
@@ -252,7 +262,14 @@ def verify(out: Output, map_source: str, shards: tuple[str, ...], repair: bool, 
         return 3
     if refused:
         return max(error.exit_code for error in refused.values())
-    return 1 if any(each.undecided or each.left_out for each in verdicts) else 0
+    return 1 if any(each.undecided or each.tables_left_out for each in verdicts) else 0
+
+
+def _shown(differences: Sequence[Difference]) -> list[str]:
+    """The first differences of a hop, and of each table how many more there are."""
+    more = Counter(each.table for each in differences[_SHOWN:])
+    rest = [f"{table}: {count(number)} more (--json has all)" for table, number in more.items()]
+    return [*map(str, differences[:_SHOWN]), *rest]
 
 
 def _compare(out: Output, spec: HopSpec) -> Verdict:

@@ -421,6 +421,18 @@ def test_a_replica_of_a_staging_database_that_nobody_filled(chain: Chain) -> Non
 shardkit = partial(relay_command, seconds=120)
 
 
+def test_rows_of_a_table_with_a_column_that_has_a_name_of_the_comparisons_own(pair: Chain) -> None:
+    """GROUP BY takes a column before an alias."""
+    pair.sql(
+        "CREATE TABLE t (id INT PRIMARY KEY, part INT, checksum INT, n INT)",
+        "INSERT INTO t VALUES " + ", ".join(f"({number}, 1, 1, {number})" for number in range(300)),
+    )
+    fill(pair)
+    pair.sql("SET sql_log_bin = 0", "UPDATE t SET n = -1 WHERE id % 9 = 0", server=pair.last)
+    fill(pair)
+    assert pair.last.execute("SELECT COUNT(*) FROM t WHERE n <> id", database=pair.database) == [(0,)]
+
+
 def map_file(chain: Chain, path: Path) -> str:
     master, staging, *replicas = [server.endpoint(chain.database).url for server in chain.servers]
     document = {

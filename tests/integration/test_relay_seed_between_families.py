@@ -80,6 +80,17 @@ def test_what_is_equal_is_kept_and_the_rest_becomes_the_snapshot(abroad: Chain) 
     assert abroad.last.execute("SELECT COUNT(*) FROM moves", database=abroad.database) == [(1,)]
 
 
+def test_numbers_go_on_behind_those_that_the_source_gave(abroad: Chain) -> None:
+    """A promoted target would else give those of deleted rows once more."""
+    table = "CREATE TABLE t (id INT AUTO_INCREMENT PRIMARY KEY, n INT)"
+    abroad.sql(table, "INSERT INTO t (n) VALUES (1), (2), (3)", "DELETE FROM t WHERE id > 1")
+    abroad.sql(table, server=abroad.last)
+    for _ in range(2):
+        fill(abroad)
+        abroad.sql("INSERT INTO t (n) VALUES (4)", server=abroad.last)
+        assert abroad.last.execute("SELECT MAX(id) FROM t", database=abroad.database)[0][0] >= 4
+
+
 def test_every_type_is_what_it_was(abroad: Chain) -> None:
     # MariaDB's JSON is a LONGTEXT, which MySQL's JSON is not.
     columns = [each for each in COLUMNS if abroad.flavour is Flavour.MYSQL or " JSON" not in each[0]]

@@ -311,3 +311,32 @@ def test_on_the_command_line(chain: Chain, tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert [each["hop"] for each in found["hops"]] == [chain.specs[0].name]
     assert list(found["refused"]) == [chain.specs[1].name]
+
+
+def test_a_column_that_has_a_name_of_the_comparisons_own(pair: Chain) -> None:
+    """GROUP BY takes a column before an alias."""
+    pair.sql(
+        "CREATE TABLE loose (id INT, part INT, checksum INT)",
+        "INSERT INTO loose VALUES (1, 1, 1), (2, 1, 1), (3, 1, 1)",
+    )
+    pair.run(pair.hop(0))
+    pair.settle()
+    unlogged(pair, "UPDATE loose SET id = 9 WHERE id = 2")
+    assert [kind for _, kind, _ in found(compare(pair))] == ["extra", "missing"]
+
+
+def test_people_are_shown_the_first_differences(pair: Chain, tmp_path: Path) -> None:
+    numbers = ", ".join(f"({number})" for number in range(1500))
+    for name in ("a", "b"):
+        pair.sql(f"CREATE TABLE {name} (id INT PRIMARY KEY)", f"INSERT INTO {name} VALUES {numbers}")
+    pair.run(pair.hop(0))
+    pair.settle()
+    unlogged(pair, "DELETE FROM a WHERE id < 1200", "DELETE FROM b WHERE id < 7")
+    words = ("verify", "--map", map_file(pair, tmp_path / "map.yaml"))
+    done = shardkit(*words)
+    assert done.returncode == 3
+    hop = pair.specs[0].name
+    lines = [line for line in done.stdout.splitlines() if line.startswith(f"{hop}: ")]
+    assert len(lines) == 22
+    assert lines[-2:] == [f"{hop}: a: 1,180 more (--json has all)", f"{hop}: b: 7 more (--json has all)"]
+    assert len(json.loads(shardkit(*words, "--json").stdout)["hops"][0]["differences"]) == 1207

@@ -12,11 +12,15 @@ import pytest
 
 from shardkit.errors import Drift, MissingServer, PreconditionFailed
 from shardkit.gtid import Flavour
+from shardkit.rowtext import Digest
 from shardkit.testing.database import LocalDatabaseServer
+from shardkit_cdc.checksums import digest
 from shardkit_cdc.comparison import Difference, Verdict
+from shardkit_cdc.database import Database
 from shardkit_cdc.repair import repair, repair_at
+from shardkit_cdc.tables import Table
 from tests.integration.test_relay_replay import COLUMNS, GENERATED
-from tests.integration.test_relay_seed import bank, load, map_file, shardkit
+from tests.integration.test_relay_seed import bank, fill, load, map_file, shardkit
 from tests.integration.test_relay_verify import MEDDLED, MEDDLING, compare, found, unlogged
 from tests.relay_chain import Chain
 from tests.relay_fixtures import chain_over, servers
@@ -330,6 +334,68 @@ def test_what_cannot_be_compared_is_named(abroad: Chain, tmp_path: Path) -> None
     still = compare(abroad, patience=0.5)
     assert still.stopped is not None
     assert "computed.share, m: the target computes other values" in still.left_out[-1]
+
+
+def test_columns_that_never_can_be_compared_are_no_failure(
+    abroad: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But those that rows changing all the time have hidden are, and so is a whole table."""
+    abroad.run(abroad.hop(0))
+    abroad.settle()
+    for server in abroad.servers:
+        uuid = "UUID" if server.flavour == "mariadb" else "BINARY(16)"
+        unlogged_on(
+            abroad,
+            server,
+            f"CREATE TABLE tokens (id INT PRIMARY KEY, token {uuid})",
+            "CREATE TABLE computed (id INT PRIMARY KEY, n INT, share DECIMAL(9,6) AS (n / 3), m DOUBLE AS (n / 7))",
+        )
+    abroad.sql(
+        "INSERT INTO computed (id, n) VALUES (1, 1), (2, 2), (3, 3)",
+        "CREATE TABLE other (id INT PRIMARY KEY, word VARCHAR(9) AS ('source'))",
+        "INSERT INTO other (id) VALUES (1), (2), (3)",
+    )
+    abroad.settle()
+    unlogged(abroad, "ALTER TABLE other DROP word, ADD word VARCHAR(9) AS (IF(id = 2, 'target', 'source'))")
+    words = ("verify", "--map", map_file(abroad, tmp_path / "map.yaml"))
+    done = shardkit(*words)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "tokens.token: uuid is a type of one family only" in said
+    assert "not compared: other.word: the target computes other values than the source" in said
+    unlogged(abroad, "DELETE FROM other WHERE id = 1")
+    assert shardkit(*words).returncode == 3
+    unlogged(abroad, "INSERT INTO other (id) VALUES (1)")
+
+    def changing(database: Database, table: Table, where: str) -> Digest:
+        read = digest(database, table, where)
+        if table.name == "other":
+            abroad.sql("UPDATE other SET id = id + 1 WHERE id >= 3")
+        return read
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shardkit_cdc.verify.digest", changing)
+        verdict = compare(abroad)
+    assert found(verdict) == []
+    assert [each for each in verdict.left_out if each.startswith("other")] == []
+    assert "other.word" in verdict.undecided
+    for server in abroad.servers:
+        unlogged_on(abroad, server, "CREATE TABLE measured (f FLOAT PRIMARY KEY)")
+    assert compare(abroad).tables_left_out == ["measured"]
+    assert shardkit(*words).returncode == 1
+
+
+def test_a_column_that_the_target_alone_computes_is_another_one(abroad: Chain) -> None:
+    abroad.run(abroad.hop(0))
+    abroad.settle()
+    unlogged_on(abroad, abroad.master, "CREATE TABLE t (id INT PRIMARY KEY, n INT, m INT)")
+    unlogged_on(abroad, abroad.last, "CREATE TABLE t (id INT PRIMARY KEY, n INT, m INT AS (n + 1))")
+    abroad.sql("INSERT INTO t VALUES (1, 1, 77)")
+    abroad.settle()
+    assert found(compare(abroad)) == [("t", "table", "m is generated on the target, and not on the source")]
+    abroad.stop()
+    with pytest.raises(PreconditionFailed, match="m is generated on the target, and not on the source"):
+        fill(abroad)
 
 
 def test_tables_that_differ_themselves(abroad: Chain) -> None:
