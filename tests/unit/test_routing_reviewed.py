@@ -225,6 +225,32 @@ REFUSED["a sorted union of what a type selects"] = sa.union_all(
 ).order_by("age", "id")
 
 
+codes = sa.select(Country.code)
+REFUSED |= {
+    "IN a union of reference rows that LIMIT cuts": sa.select(u.id).where(
+        u.country.in_(sa.union_all(codes, codes).limit(1))
+    ),
+    "a union of reference rows with a random value": sa.select(u.id).join(
+        (some := sa.union(codes.where(sa.func.random() > 0), codes).subquery()), some.c.code == u.country
+    ),
+    "a union of reference rows of which one part is cut": sa.select(u.id).join(
+        (few := sa.union(sa.select(codes.limit(1).subquery()), codes.where(Country.code == "no")).subquery()),
+        few.c.code == u.country,
+    ),
+}
+ANSWERED |= {
+    "IN a union of reference rows that LIMIT cuts in order": sa.select(u.id).where(
+        u.country.in_(sa.union_all(codes, codes).order_by("code").limit(3))
+    ),
+    "a window function with a frame, by the key": sa.select(
+        o.id, total(o.amount).over(partition_by=o.user_id, order_by=o.id, rows=(-1, 1))
+    ),
+    "a window function with a frame, on one shard": sa.select(
+        o.id, total(o.amount).over(order_by=o.id, rows=(None, 0))
+    ).where(o.user_id == 3),
+}
+
+
 @pytest.mark.parametrize("name", ANSWERED)
 def test_answered_as_one_database_does(shop: Shop, name: str) -> None:
     statement = ANSWERED[name]
