@@ -225,6 +225,15 @@ REFUSED["a sorted union of what a type selects"] = sa.union_all(
 ).order_by("age", "id")
 
 
+from_id, listed_ids = sa.bindparam("least", 3), sa.bindparam("ids", [1, 2], expanding=True)
+ANSWERED |= {
+    "a union's parameter said with params()": sa.union(
+        sa.select(u.id).where(u.id > from_id), sa.select(o.user_id).where(o.user_id > from_id).params(least=4)
+    ).params(least=9),
+    "a union's list said with params()": sa.union_all(
+        sa.select(u.id).where(u.id.in_(listed_ids)), sa.select(u.id).where(u.id == 3)
+    ).params(ids=[3, 7, 8]),
+}
 codes = sa.select(Country.code)
 REFUSED |= {
     "IN a union of reference rows that LIMIT cuts": sa.select(u.id).where(
