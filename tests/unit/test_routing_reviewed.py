@@ -234,6 +234,7 @@ ANSWERED |= {
         sa.select(u.id).where(u.id.in_(listed_ids)), sa.select(u.id).where(u.id == 3)
     ).params(ids=[3, 7, 8]),
 }
+ANSWERED["groups of an entity"] = sa.select(u, count(o.id), total(o.amount) - 1).join(u.orders).group_by(u)
 codes = sa.select(Country.code)
 REFUSED |= {
     "IN a union of reference rows that LIMIT cuts": sa.select(u.id).where(
