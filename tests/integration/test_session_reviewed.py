@@ -1060,6 +1060,15 @@ def test_params_say_where_a_statement_goes(shop: Shop, users: dict[str, int], ma
             assert session.scalars(made(here, other)).all() == [here]
 
 
+def test_params_say_where_a_row_is_inserted(sqlite_shop: Shop) -> None:
+    here, elsewhere = (sqlite_shop.users_on(shard, 1)[0] for shard in ("shop-0", "shop-1"))
+    row = insert(User).values(id=sa.bindparam("new", elsewhere), name="a").returning(User)
+    with sqlite_shop.session() as session:
+        assert session.scalars(select(User).from_statement(row).params(new=here)).one().id == here
+        session.commit()
+    assert sqlite_shop.where("users") == {"shop-0": [here], "shop-1": [], "shop-2": []}
+
+
 def test_a_union_flows_in_parts_of_the_size_that_it_asks_for(shop: Shop, users: dict[str, int]) -> None:
     both = sa.union_all(select(User.id), select(Order.user_id)).execution_options(yield_per=2)
     with shop.session() as session:
