@@ -29,6 +29,7 @@ from sqlalchemy.sql.elements import (
     ExpressionClauseList,
     Extract,
     False_,
+    FrameClause,
     FunctionFilter,
     Grouping,
     Label,
@@ -122,7 +123,7 @@ def _raw_texts(value: ClauseElement) -> Iterator[str]:
                 yield text
 
 
-_LEAVES = (BindParameter, Null, True_, False_, TypeClause, CollationClause)
+_LEAVES = (BindParameter, Null, True_, False_, TypeClause, CollationClause, FrameClause)
 _CONTAINERS = (
     AggregateOrderBy,
     Case,

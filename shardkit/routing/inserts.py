@@ -112,7 +112,9 @@ class Inserts:
         """What the INSERT selects has to stand on the shard that it writes."""
         made_up = _defaults_by_sql(statement, tables, sets)
         whole = [statement.select] if statement._select_names else []  # noqa: SLF001 - no public reader
-        self.check_values([*_expressions_in(statement), *made_up], info, shard, whole, sets[0] if sets else None)
+        self.check_values(
+            [*_expressions_in(statement), *made_up], info, shard, whole, _said(statement, sets[0] if sets else None)
+        )
 
     def check_values(
         self,
@@ -158,12 +160,16 @@ class Inserts:
         info = self._map.table(tables[0].fullname)
         multi = _multi_rows(statement, tables[0])
         if multi:
-            places = [self._place(tables, row, Binds(sets[0] if sets else None, ()), mapper) for row in multi]
+            places = [
+                self._place(tables, row, Binds(_said(statement, sets[0] if sets else None), ()), mapper)
+                for row in multi
+            ]
         else:
             base = _single_row(statement)
             fixed = _fixed(base, mapper)
             places = [
-                self._place(tables, {**base, **_without(row, fixed)}, Binds(row, ()), mapper) for row in sets or ({},)
+                self._place(tables, {**base, **_without(row, fixed)}, Binds(_said(statement, row), ()), mapper)
+                for row in sets or ({},)
             ]
         by_shard: dict[str, list[int]] = {}
         for number, place in enumerate(places):
@@ -494,6 +500,12 @@ def _returned_expressions(statement: sa.Insert) -> Iterator[ClauseElement]:
     for each in statement._returning:  # noqa: SLF001 - no public reader
         if not isinstance(each, sa.FromClause):
             yield each
+
+
+def _said(statement: sa.Insert, given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The values of parameters: also those that ``params()`` has said of a ``select().from_statement()`` around it."""
+    said: Mapping[str, Any] = statement._params  # noqa: SLF001 - no public reader
+    return {**said, **(given or {})} if said else given
 
 
 def _single_row(statement: sa.Insert) -> Mapping[Any, Any]:

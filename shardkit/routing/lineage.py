@@ -48,6 +48,7 @@ from shardkit.routing.queries import (
     Query,
     Scope,
     TableNode,
+    each_of,
     plain,
 )
 from shardkit.shardmap import ShardMap
@@ -135,7 +136,8 @@ class Lineage:
         for clause in parts.froms:
             query.nodes.append(self._node(clause, query, facts, query.context))
         self._expressions(query, parts.select._where_criteria, facts, "and", predicate=True)  # noqa: SLF001 - no public reader
-        query.grouped_by = tuple(query.scope.resolve(_unreferenced(each)) for each in parts.select._group_by_clauses)  # noqa: SLF001
+        groups = (each for clause in parts.select._group_by_clauses for each in each_of(clause))  # noqa: SLF001
+        query.grouped_by = tuple(query.scope.resolve(_unreferenced(each)) for each in groups)
         query.windows = tuple(tuple(query.scope.resolve(each) for each in partition) for partition in windows)
         self._expressions(query, (column for _, column in parts.columns), facts, "value")
         for clauses in _other_clauses(parts.select):

@@ -16,6 +16,7 @@ from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.lambdas import LambdaElement
 from sqlalchemy.sql.selectable import CompoundSelect
+from sqlalchemy.util import immutabledict
 
 from shardkit.errors import CrossShardJoin, KeyChange, MissingKey, RoutingError, ScatterRefused, UnknownTable
 from shardkit.partition import WHOLE, Bucket
@@ -123,7 +124,7 @@ class Planner:
 
     def _of_entities(self, statement: FromStatement[Any], parameters: Parameters, options: RouteOptions) -> Route:
         """``select(...).from_statement(...)`` of no raw SQL: where the statement inside runs, if that is one shard."""
-        route = self._plan(statement.element, parameters, options)
+        route = self._plan(_inside(statement), parameters, options)
         if route.first is not None or route.merge is not None or route.shard_statements or len(route.shards) > 1:
             raise RoutingError(
                 f"from_statement() of a statement that is not for one shard alone ({', '.join(route.tables)})",
@@ -262,7 +263,7 @@ class Planner:
 
         :raises RoutingError: where it may read rows of other shards.
         """
-        select = statement.element if isinstance(statement, FromStatement) else statement
+        select = _inside(statement) if isinstance(statement, FromStatement) else statement
         self._reads.check_load(select, parameters, shard)
 
     def loads_beside(self, statement: Any, parameters: Parameters) -> bool:
@@ -321,6 +322,15 @@ class Planner:
 
 
 _ONE = ("the cluster has one shard",)
+
+
+def _inside(statement: FromStatement[Any]) -> Any:
+    """The statement in ``from_statement()``: what ``params()`` has said of the one around it holds for it."""
+    inside: Any = statement.element
+    if statement._params:  # noqa: SLF001 - no public reader
+        inside = inside._generate()  # noqa: SLF001 - an update() has no params() of its own
+        inside._params = immutabledict({**inside._params, **statement._params})  # noqa: SLF001
+    return inside
 
 
 def _spread_out(shard_map: ShardMap) -> ShardMap:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from sqlalchemy.sql.elements import ClauseElement, ColumnClause, Grouping, Label
+from sqlalchemy.sql.elements import ClauseElement, ClauseList, ColumnClause, Grouping, Label
 from sqlalchemy.sql.selectable import FromClause
 
 from shardkit.routing.anatomy import SelectParts
@@ -170,6 +170,13 @@ def plain(clause: FromClause) -> FromClause:
     """A FROM clause without ORM annotations."""
     bare: FromClause = clause._deannotate(clone=False)  # noqa: SLF001 - ORM annotations, which have no public way off
     return bare
+
+
+def each_of(clause: Any) -> Sequence[Any]:
+    """The elements of GROUP BY: SQLAlchemy puts those of a mapped class into a list of their own."""
+    if isinstance(clause, ClauseList):
+        return [each for inner in clause.clauses for each in each_of(inner)]
+    return [clause]
 
 
 def limited_tables(query: Query) -> list[Occurrence]:

@@ -19,7 +19,6 @@ from sqlalchemy.sql.elements import (
     BindParameter,
     BooleanClauseList,
     ClauseElement,
-    ClauseList,
     ColumnClause,
     ColumnElement,
     TypeCoerce,
@@ -35,7 +34,7 @@ from shardkit.routing.functions import RANDOM
 from shardkit.routing.grouping import Grouping, Sorted, least, refuse_clock, refused
 from shardkit.routing.merge import MergePlan
 from shardkit.routing.naming import Names
-from shardkit.routing.queries import Occurrence, Query
+from shardkit.routing.queries import Occurrence, Query, each_of
 from shardkit.routing.shapes import Shape
 from shardkit.routing.sorting import Comparison, SortKey, bare, raw, row_column, sort_column
 
@@ -279,7 +278,7 @@ class _Splitting:
 
     @cached_property
     def _names(self) -> Names:
-        groups = [_unreferenced(each) for clause in self.statement._group_by_clauses for each in _each_of(clause)]  # noqa: SLF001 - no public reader
+        groups = [_unreferenced(each) for clause in self.statement._group_by_clauses for each in each_of(clause)]  # noqa: SLF001 - no public reader
         parts = self.context.query.parts  # a Select of the ORM does not always know its own FROM list
         return Names(() if parts is None else parts.froms, _columns_of(self.statement), groups)
 
@@ -308,7 +307,7 @@ class _Splitting:
 
     def _grouped(self, limit: int | None, offset: int) -> MergePlan:
         statement = self.statement
-        groups = [self._group(each) for clause in statement._group_by_clauses for each in _each_of(clause)]  # noqa: SLF001 - no public reader
+        groups = [self._group(each) for clause in statement._group_by_clauses for each in each_of(clause)]  # noqa: SLF001 - no public reader
         context = self.context
 
         def is_key(element: ClauseElement) -> bool:
@@ -349,13 +348,6 @@ class _Collected(NamedTuple):
     order: tuple[SortKey, ...]
     own: list[Any]
     tests: list[Formula]
-
-
-def _each_of(clause: Any) -> Sequence[Any]:
-    """The elements of GROUP BY: SQLAlchemy puts some of them into a list of their own."""
-    if isinstance(clause, ClauseList):
-        return [each for inner in clause.clauses for each in _each_of(inner)]
-    return [clause]
 
 
 def _same_column(one: Any, other: Any) -> bool:

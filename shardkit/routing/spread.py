@@ -111,8 +111,9 @@ class _Spreading:
                 table=sharded.info.name,
             )
         found: Spread = Everywhere()
-        for occurrence in _occurrences(query):
-            found = self._inner(found, _of_table(occurrence), ())
+        parts = [self._derived(branch) for branch in query.branches] or map(_of_table, _occurrences(query))
+        for part in parts:
+            found = self._inner(found, part, ())
         return found
 
     def _union(self, query: Query) -> Spread:
@@ -256,6 +257,9 @@ class _Spreading:
                 self._nested(branch, outer)
             if nested.recursive:
                 self._only_reference(nested, "a recursive CTE")
+            read = {occurrence.info.name: occurrence.info.kind for occurrence in _occurrences(nested)}
+            if set(read.values()) == {"reference"}:
+                _settled(nested, Everywhere(names=tuple(read)))
             return
         inner = self.rows(nested)
         if isinstance(inner, Everywhere):

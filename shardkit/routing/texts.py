@@ -19,6 +19,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import FromStatement
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.sql.base import Executable
+from sqlalchemy.sql.elements import BindParameter
 
 from shardkit.errors import KeyChange, MissingKey, RoutingError
 from shardkit.partition import Bucket
@@ -64,8 +65,7 @@ class Texts:
         element = _raw(statement)
         raw = None
         if element is not None:
-            binds = element._bindparams  # noqa: SLF001 - no public reader
-            raw = read_raw(element.text, binds, self._map, self._tables, self._dialect)
+            raw = read_raw(element.text, _binds_of(statement, element), self._map, self._tables, self._dialect)
         if options.shard is not None or options.key is not None:
             return self._hinted(route, raw, options)
         if raw is not None and element is not None:
@@ -346,6 +346,20 @@ def _raw(statement: Any) -> sa.TextClause | None:
             return element
         element = getattr(element, "element", None)
     return None
+
+
+def _binds_of(statement: Any, text: sa.TextClause) -> Mapping[str, BindParameter[Any]]:
+    """The parameters of raw SQL, with the values that ``params()`` has given them."""
+    said: dict[str, Any] = {}
+    outer = statement
+    while outer is not None:
+        said = {**getattr(outer, "_params", {}), **said}
+        outer = None if outer is text else outer.element
+    binds: Mapping[str, Any] = text._bindparams  # noqa: SLF001 - no public reader
+    return {
+        name: bind._with_value(said[name], maintain_key=True, required=False) if name in said else bind  # noqa: SLF001 - what bindparams() does
+        for name, bind in binds.items()
+    }
 
 
 def _table_of(statement: Any) -> sa.Table | None:

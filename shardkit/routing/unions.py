@@ -36,6 +36,7 @@ def as_select(statement: CompoundSelect[Any]) -> sa.Select[Any]:
     select = sa.select(*(c if c.key == name else c.label(name) for c, name in zip(shown, names, strict=True)))
     select = select.order_by(*order)
     select._limit_clause, select._offset_clause = statement._limit_clause, statement._offset_clause  # noqa: SLF001 - as they are
+    select._params, select._execution_options = statement._params, statement._execution_options  # noqa: SLF001 - as they are
     return select if every else select.distinct()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from time import monotonic
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Executable, Insert, Result, Select
@@ -56,7 +57,9 @@ from shardkit.snapshots import View
 #: The bind argument that says where a statement goes, once that is decided.
 TARGET = "shardkit_target"
 #: What is said of a statement and holds for the subqueries that run before it.
-_OF_SUBQUERIES = ("shardkit_read_from", "shardkit_max_lag", "shardkit_scatter", "autoflush")
+_OF_SUBQUERIES = ("shardkit_read_from", "shardkit_max_lag", "shardkit_scatter", "autoflush", "schema_translate_map")
+#: Seconds that a statement has left whose time is over: it is answered that it is late.
+_NO_TIME = 0.001
 #: What is said of a statement and holds for the loaders of its objects' relationships.
 _OF_LOADERS = ("shardkit_read_from", "shardkit_max_lag", "shardkit_scatter")
 _ORM_SELECT: Any = CompileState.plugins["orm", "select"]
@@ -216,8 +219,8 @@ class RoutedSession(IdentitySession):
             plan = partial(view.planner.plan, statement, params, route_options)
             route = self.looked_up(plan, new=writes_rows(statement))
         if route.first is not None:
-            statement = self._fed(route.first, params, self._merged_options(statement, options))
-            return self._route(statement, params, options, bind_arguments, parent, scalar)
+            statement, left = self._fed(route.first, params, self._merged_options(statement, options))
+            return self._route(statement, params, {**options, **left}, bind_arguments, parent, scalar)
         if len(route.shards) != 1 or route.merge is not None:
             answer = self._run_on_several(route, view, options, bind_arguments, parent, (from_replica, max_lag))
             return answer.scalar() if scalar else answer
@@ -321,14 +324,21 @@ class RoutedSession(IdentitySession):
             _scalar_result=scalar,
         )
 
-    def _fed(self, feeding: Feeding, params: Any, options: Mapping[str, Any]) -> Any:
-        """The statement, once its subqueries have been read. They see what this transaction has written."""
+    def _fed(self, feeding: Feeding, params: Any, options: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+        """The statement, once its subqueries have been read, and the option for the time that is left to it. They see
+        what this transaction has written."""
         inherited = {name: options[name] for name in _OF_SUBQUERIES if name in options}
+        seconds = checked_seconds(options.get("shardkit_deadline"))
+        until = None if seconds is None else monotonic() + seconds
+
+        def left() -> Mapping[str, Any]:
+            return {} if until is None else {"shardkit_deadline": max(until - monotonic(), _NO_TIME)}
+
         answers = []
         for feed in feeding.feeds:
-            with self._route(feed.statement, params, inherited, None, None, scalar=False) as result:
+            with self._route(feed.statement, params, {**inherited, **left()}, None, None, scalar=False) as result:
                 answers.append(feed.values_of(result.scalars()))
-        return feeding.fed(answers)
+        return feeding.fed(answers), left()
 
     @property
     def _binds_by_itself(self) -> bool:

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 import shardkit
 from shardkit.errors import DeadlineExceeded, RoutingError
 from tests.integration.conftest import DistantShop, Shop
-from tests.integration.shop import SHARDS, User
+from tests.integration.shop import SHARDS, Message, User
 
 SOON = {"shardkit_deadline": 0.5}
 
@@ -94,6 +94,17 @@ def test_a_read_of_one_shard_has_a_deadline_too(server_shop: Shop, users: list[i
             session.rollback()
             assert waiting(server_shop) == []
         assert session.get_one(User, number, execution_options=SOON).id == number
+
+
+def test_a_subquery_that_runs_first_has_the_time_of_its_statement(server_shop: Shop, users: list[int]) -> None:
+    statement = sa.select(Message).where(Message.recipient_id.in_(sa.select(User.id).where(User.age > 1)))
+    with server_shop.session() as session:
+        with locked(server_shop, "shop-1"):
+            with at_most(5), pytest.raises(DeadlineExceeded):
+                session.scalars(statement, execution_options=SOON)
+            assert waiting(server_shop) == []
+        session.rollback()
+        assert session.scalars(statement, execution_options=SOON).all() == []
 
 
 def test_a_statement_that_does_not_mind_being_killed(server_shop: Shop) -> None:

@@ -1028,3 +1028,49 @@ def test_a_collection_from_several_shards_is_in_the_order_of_its_relationship(
         session.commit()
         market = session.scalars(select(Market).options(loader(Market.orders))).one()
         assert [order.id for order in market.orders] == [*range(21, 9, -1), 3, 2, 1]
+
+
+# --- what params() says -------------------------------------------------------------------------------------------
+
+
+def _of_text(default: int) -> Any:
+    return text("SELECT id FROM users WHERE id = :id").bindparams(id=default)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda here, _: text("SELECT id FROM users WHERE id = :id").params(id=here),
+        lambda here, other: _of_text(other).params(id=here),
+        lambda here, other: _of_text(other).columns(User.id).params(id=here),
+        lambda here, other: select(User.id).from_statement(_of_text(other).params(id=other)).params(id=here),
+        lambda here, other: select(User.id).from_statement(_of_text(other).params(id=here)),
+        lambda here, other: (
+            select(User.id)
+            .from_statement(select(User.id).where(User.id == sa.bindparam("id", other)).params(id=other))
+            .params(id=here)
+        ),
+    ],
+    ids=["text", "instead of another", "columns", "from_statement", "within from_statement", "select"],
+)
+def test_params_say_where_a_statement_goes(shop: Shop, users: dict[str, int], made: Callable[[int, int], Any]) -> None:
+    cluster = shop.open(shop.map(), metadata=User.metadata)
+    with shardkit.sessionmaker(cluster)() as session:
+        for here, other in itertools.permutations(users.values(), 2):
+            assert session.scalars(made(here, other)).all() == [here]
+
+
+def test_params_say_where_a_row_is_inserted(sqlite_shop: Shop) -> None:
+    here, elsewhere = (sqlite_shop.users_on(shard, 1)[0] for shard in ("shop-0", "shop-1"))
+    row = insert(User).values(id=sa.bindparam("new", elsewhere), name="a").returning(User)
+    with sqlite_shop.session() as session:
+        assert session.scalars(select(User).from_statement(row).params(new=here)).one().id == here
+        session.commit()
+    assert sqlite_shop.where("users") == {"shop-0": [here], "shop-1": [], "shop-2": []}
+
+
+def test_a_union_flows_in_parts_of_the_size_that_it_asks_for(shop: Shop, users: dict[str, int]) -> None:
+    both = sa.union_all(select(User.id), select(Order.user_id)).execution_options(yield_per=2)
+    with shop.session() as session:
+        parts = [len(list(part)) for part in session.execute(both).partitions()]
+    assert parts == [2] * len(users)

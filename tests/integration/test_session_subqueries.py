@@ -141,3 +141,23 @@ def test_with_async_sessions(shop: Shop, friends: Any) -> None:
         return answer
 
     assert asyncio.run(ask()) == ["bob"]
+
+
+def test_they_are_read_in_the_schema_of_the_statement(sqlite_shop: Shop) -> None:
+    first, second = sqlite_shop.users_on(SHARDS[0], 1)[0], sqlite_shop.users_on(SHARDS[1], 1)[0]
+    statement = select(User.name).where(User.id.in_(select(Message.recipient_id)))
+    options = {"schema_translate_map": {None: "other"}}
+    with sqlite_shop.session() as session:
+        session.add_all([User(id=first, name="ann"), User(id=second, name="bob")])
+        session.add(Message(id=1, sender_id=first, recipient_id=second, text="hello"))
+        session.commit()
+        for shard in SHARDS:
+            connection = session.connection(bind_arguments={"shardkit_shard": shard})
+            connection.exec_driver_sql("ATTACH ':memory:' AS other")
+            for table in ("users", "messages"):
+                connection.exec_driver_sql(f"CREATE TABLE other.{table} AS SELECT * FROM {table}")
+            connection.exec_driver_sql("UPDATE other.users SET name = 'other ' || name")
+            connection.exec_driver_sql(f"UPDATE other.messages SET recipient_id = {first}")
+        assert names(session, statement) == ["bob"]
+        assert names(session, statement.execution_options(**options)) == ["other ann"]
+        assert session.scalars(statement, execution_options=options).all() == ["other ann"]

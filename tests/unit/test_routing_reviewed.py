@@ -225,6 +225,42 @@ REFUSED["a sorted union of what a type selects"] = sa.union_all(
 ).order_by("age", "id")
 
 
+from_id, listed_ids = sa.bindparam("least", 3), sa.bindparam("ids", [1, 2], expanding=True)
+ANSWERED |= {
+    "a union's parameter said with params()": sa.union(
+        sa.select(u.id).where(u.id > from_id), sa.select(o.user_id).where(o.user_id > from_id).params(least=4)
+    ).params(least=9),
+    "a union's list said with params()": sa.union_all(
+        sa.select(u.id).where(u.id.in_(listed_ids)), sa.select(u.id).where(u.id == 3)
+    ).params(ids=[3, 7, 8]),
+}
+ANSWERED["groups of an entity"] = sa.select(u, count(o.id), total(o.amount) - 1).join(u.orders).group_by(u)
+codes = sa.select(Country.code)
+REFUSED |= {
+    "IN a union of reference rows that LIMIT cuts": sa.select(u.id).where(
+        u.country.in_(sa.union_all(codes, codes).limit(1))
+    ),
+    "a union of reference rows with a random value": sa.select(u.id).join(
+        (some := sa.union(codes.where(sa.func.random() > 0), codes).subquery()), some.c.code == u.country
+    ),
+    "a union of reference rows of which one part is cut": sa.select(u.id).join(
+        (few := sa.union(sa.select(codes.limit(1).subquery()), codes.where(Country.code == "no")).subquery()),
+        few.c.code == u.country,
+    ),
+}
+ANSWERED |= {
+    "IN a union of reference rows that LIMIT cuts in order": sa.select(u.id).where(
+        u.country.in_(sa.union_all(codes, codes).order_by("code").limit(3))
+    ),
+    "a window function with a frame, by the key": sa.select(
+        o.id, total(o.amount).over(partition_by=o.user_id, order_by=o.id, rows=(-1, 1))
+    ),
+    "a window function with a frame, on one shard": sa.select(
+        o.id, total(o.amount).over(order_by=o.id, rows=(None, 0))
+    ).where(o.user_id == 3),
+}
+
+
 @pytest.mark.parametrize("name", ANSWERED)
 def test_answered_as_one_database_does(shop: Shop, name: str) -> None:
     statement = ANSWERED[name]
