@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from shardkit.errors import MissingServer
 from shardkit.testing import LocalMariaDB, LocalMySQL
 from shardkit.testing.database import LocalDatabaseServer
-from tests.relay_chain import Chain
-
-_numbers = itertools.count(1)
+from tests.relay_chain import Chain, chain_over
 
 
 @contextmanager
@@ -50,27 +48,20 @@ def own_chain(flavour: str) -> Iterator[Chain]:
         yield from chain_over(started)
 
 
-def chain_over(links: Sequence[LocalDatabaseServer]) -> Iterator[Chain]:
-    """A chain over these servers on a new database, dropped afterwards. For fixtures to yield from."""
-    database = f"relay_{next(_numbers)}"
-    for server in links:
-        server.execute(f"CREATE DATABASE {database} CHARACTER SET utf8mb4")
-    chain = Chain(links, database)
+@pytest.fixture(scope="module")
+def families() -> Iterator[dict[str, LocalDatabaseServer]]:
+    """A server of each family, for the tests of a file."""
     try:
-        yield chain
-    finally:
-        chain.stop()
-        for server in links:
-            if server.running:
-                _forget_prepared(server)
-                server.execute(f"DROP DATABASE IF EXISTS {database}")
+        with servers("mariadb", 1) as mariadb, servers("mysql", 1) as mysql:
+            yield {"mariadb": mariadb[0], "mysql": mysql[0]}
+    except MissingServer as error:
+        pytest.skip(f"needs both families: {error.message}")
 
 
-def _forget_prepared(server: LocalDatabaseServer) -> None:
-    """Roll back the branches that a failed test left prepared: their locks would hold up DROP DATABASE for ever."""
-    for format_id, length, _, data in server.execute("XA RECOVER"):
-        raw = data if isinstance(data, bytes) else data.encode("latin-1")
-        server.execute(f"XA ROLLBACK X'{raw[:length].hex()}',X'{raw[length:].hex()}',{format_id}")
+@pytest.fixture(params=[("mariadb", "mysql"), ("mysql", "mariadb")], ids="-to-".join)
+def abroad(request: pytest.FixtureRequest, families: dict[str, LocalDatabaseServer]) -> Iterator[Chain]:
+    """master -> one target of the other family, not started."""
+    yield from chain_over([families[name] for name in request.param])
 
 
 @pytest.fixture

@@ -6,12 +6,11 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from shardkit.errors import BadEvent, Drift, MissingServer, PreconditionFailed
+from shardkit.errors import BadEvent, Drift, PreconditionFailed
 from shardkit.gtid import Flavour
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit_cdc import skip as skipping
@@ -19,30 +18,15 @@ from shardkit_cdc.apply_path import AskedPath
 from shardkit_cdc.relay import HopOptions
 from tests.faults.test_relay_kill9 import Load
 from tests.integration.test_relay_replay import COLUMNS, GENERATED
-from tests.relay_chain import Chain, relay_command
+from tests.relay_chain import Chain, chain_over, relay_command
 from tests.relay_daemon import Daemon, map_of
-from tests.relay_fixtures import chain_over, servers
 
 logger = logging.getLogger(__name__)
 
 KILLS = int(os.environ.get("SHARDKIT_TEST_KILLS", "3"))
 
+pytest_plugins = ["tests.relay_fixtures"]
 pytestmark = [pytest.mark.mariadb, pytest.mark.mysql]
-
-
-@pytest.fixture(scope="module")
-def families() -> Iterator[dict[str, LocalDatabaseServer]]:
-    try:
-        with servers("mariadb", 1) as mariadb, servers("mysql", 1) as mysql:
-            yield {"mariadb": mariadb[0], "mysql": mysql[0]}
-    except MissingServer as error:
-        pytest.skip(f"needs both families: {error.message}")
-
-
-@pytest.fixture(params=[("mariadb", "mysql"), ("mysql", "mariadb")], ids="-to-".join)
-def abroad(request: pytest.FixtureRequest, families: dict[str, LocalDatabaseServer]) -> Iterator[Chain]:
-    """master -> one target of the other family, not started."""
-    yield from chain_over([families[name] for name in request.param])
 
 
 def comparable(name: str, kind: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardkit.credentials import fixed
-from shardkit.errors import MissingServer, PartlyApplied, PreconditionFailed
+from shardkit.errors import PartlyApplied, PreconditionFailed
 from shardkit.gtid import Flavour
 from shardkit.testing.database import LocalDatabaseServer
 from shardkit_cdc import row_copy
@@ -18,25 +18,10 @@ from tests.integration.test_relay_replay import COLUMNS, GENERATED
 from tests.integration.test_relay_seed import bank, fill, load, map_file, shardkit
 from tests.integration.test_relay_verify import MEDDLING, compare, found, unlogged
 from tests.integration.test_relay_verify_between_families import unlogged_on
-from tests.relay_chain import Chain, wait_for
-from tests.relay_fixtures import chain_over, servers
+from tests.relay_chain import Chain, chain_over, wait_for
 
+pytest_plugins = ["tests.relay_fixtures"]
 pytestmark = [pytest.mark.mariadb, pytest.mark.mysql]
-
-
-@pytest.fixture(scope="module")
-def families() -> Iterator[dict[str, LocalDatabaseServer]]:
-    try:
-        with servers("mariadb", 1) as mariadb, servers("mysql", 1) as mysql:
-            yield {"mariadb": mariadb[0], "mysql": mysql[0]}
-    except MissingServer as error:
-        pytest.skip(f"needs both families: {error.message}")
-
-
-@pytest.fixture(params=[("mariadb", "mysql"), ("mysql", "mariadb")], ids="-to-".join)
-def abroad(request: pytest.FixtureRequest, families: dict[str, LocalDatabaseServer]) -> Iterator[Chain]:
-    """master -> one target of the other family, not started."""
-    yield from chain_over([families[name] for name in request.param])
 
 
 MOVES = "id BIGINT AUTO_INCREMENT PRIMARY KEY, account INT, amount INT"

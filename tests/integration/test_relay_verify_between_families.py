@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 import struct
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from shardkit.errors import Drift, MissingServer, PreconditionFailed
+from shardkit.errors import Drift, PreconditionFailed
 from shardkit.gtid import Flavour
 from shardkit.rowtext import Digest
 from shardkit.testing.database import LocalDatabaseServer
@@ -22,25 +21,10 @@ from shardkit_cdc.tables import Table
 from tests.integration.test_relay_replay import COLUMNS, GENERATED
 from tests.integration.test_relay_seed import bank, fill, load, map_file, shardkit
 from tests.integration.test_relay_verify import MEDDLED, MEDDLING, compare, found, unlogged
-from tests.relay_chain import Chain
-from tests.relay_fixtures import chain_over, servers
+from tests.relay_chain import Chain, chain_over
 
+pytest_plugins = ["tests.relay_fixtures"]
 pytestmark = [pytest.mark.mariadb, pytest.mark.mysql]
-
-
-@pytest.fixture(scope="module")
-def families() -> Iterator[dict[str, LocalDatabaseServer]]:
-    try:
-        with servers("mariadb", 1) as mariadb, servers("mysql", 1) as mysql:
-            yield {"mariadb": mariadb[0], "mysql": mysql[0]}
-    except MissingServer as error:
-        pytest.skip(f"needs both families: {error.message}")
-
-
-@pytest.fixture(params=[("mariadb", "mysql"), ("mysql", "mariadb")], ids="-to-".join)
-def abroad(request: pytest.FixtureRequest, families: dict[str, LocalDatabaseServer]) -> Iterator[Chain]:
-    """master -> one target of the other family, not started."""
-    yield from chain_over([families[name] for name in request.param])
 
 
 def mend(chain: Chain, differences: list[Difference]) -> int:
