@@ -49,18 +49,16 @@ class HandedConnection(Connection):
     """
 
     def __init__(self, session: ClusterSession | None, connections: Connections) -> None:  # it opens nothing
-        own: dict[str, Any] = object.__getattribute__(self, "__dict__")
-        own.update(session=session, connections=connections, savepoints=[])
+        self._own.update(session=session, connections=connections, savepoints=[])
 
     def __getattribute__(self, name: str) -> Any:
         if name in _OWN:
             return object.__getattribute__(self, name)
-        connections: Connections = object.__getattribute__(self, "__dict__")["connections"]
-        return getattr(next(iter(connections().values())), name)
+        return getattr(self._first, name)
 
     def execute(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> CursorResult[Any]:
         """As `sqlalchemy.Connection.execute`."""
-        own: dict[str, Any] = object.__getattribute__(self, "__dict__")
+        own = self._own
         options: Mapping[str, Any] = execution_options or {}
         if "compiled_cache" in options:  # the mapper's: a statement of the flush itself
             connections: Mapping[str, Connection] = own["connections"]()
@@ -85,8 +83,7 @@ class HandedConnection(Connection):
 
     def execution_options(self, **options: Any) -> Any:
         """As `sqlalchemy.Connection.execution_options`: of this connection, from now on."""
-        own: dict[str, Any] = object.__getattribute__(self, "__dict__")
-        for connection in own["connections"]().values():
+        for connection in self._own["connections"]().values():
             connection.execution_options(**options)
         return self
 
@@ -95,8 +92,7 @@ class HandedConnection(Connection):
 
         :raises RoutingError: for a savepoint that would be needed on several shards.
         """
-        own: dict[str, Any] = object.__getattribute__(self, "__dict__")
-        connections = own["connections"]()
+        connections = self._own["connections"]()
         if len(connections) > 1:
             raise RoutingError(
                 f"a savepoint of an event handler, on {len(connections)} shards",
@@ -105,14 +101,20 @@ class HandedConnection(Connection):
             )
         (connection,) = connections.values()
         savepoint = connection.begin_nested()
-        own["savepoints"].append(savepoint)
+        self._own["savepoints"].append(savepoint)
         return savepoint
 
     @property
+    def _own(self) -> dict[str, Any]:
+        """What is this object's own, past `__getattribute__`."""
+        own: dict[str, Any] = object.__getattribute__(self, "__dict__")
+        return own
+
+    @property
     def _first(self) -> Connection:
-        connections: Connections = object.__getattribute__(self, "__dict__")["connections"]
+        connections: Connections = self._own["connections"]
         return next(iter(connections().values()))
 
 
 _PLACED = (SelectBase, UpdateBase, TextClause)
-_OWN = frozenset({"execute", "scalar", "scalars", "begin_nested", "execution_options", "_first"})
+_OWN = frozenset({"execute", "scalar", "scalars", "begin_nested", "execution_options", "_first", "_own"})
